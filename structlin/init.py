@@ -1,0 +1,93 @@
+"""Initial factors for training from scratch, derived from the equation."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from structlin.contract import to_dense
+from structlin.spec import Equation, Factor, Modes, Spec
+
+# Weights up to this many entries are measured and scaled exactly; above it chance averages out.
+EXACT = 1 << 16
+
+
+def initial_factors(spec: Spec, *, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Draw factors whose dense matrix has the entries' standard deviation of `nn.Linear`, 1 / sqrt(3 in_features).
+
+    Products of many Gaussian factors have heavy tails, so every factor is made of orthogonal blocks: a factor that maps
+    part of the state (a butterfly stage) is orthogonal for each index of its other modes; in a network
+    without such factors (TT, Kronecker, low rank) all but the last are orthonormal towards their new bonds, which
+    makes the norm of
+    the product that of its last factor. All factors then get the same root mean square entry.
+
+    Args:
+        spec: the structured matrix.
+        dtype: float32, float64 or a complex dtype.
+    Returns:
+        One tensor per factor; constants are returned as they are.
+    """
+    std = 1 / math.sqrt(3 * spec.in_features * len(spec.equations))
+    factors = [factor for eq in spec.equations for factor in _equation_factors(eq, std, dtype)]
+    if spec.in_features * spec.out_features <= EXACT:
+        actual = torch.linalg.vector_norm(to_dense(spec, factors)) / math.sqrt(spec.in_features * spec.out_features)
+        correction = 1 / (actual.item() * math.sqrt(3 * spec.in_features)) if actual > 0 else 1.0
+        # Scale each equation once, evenly over its learned factors.
+        start = 0
+        for eq in spec.equations:
+            learned = [start + k for k, factor in enumerate(eq.factors) if factor.learned]
+            for k in learned:
+                factors[k] = factors[k] * correction ** (1 / len(learned))
+            start += len(eq.factors)
+    return factors
+
+
+def _equation_factors(eq: Equation, std: float, dtype: torch.dtype) -> list[Tensor]:
+    state: set[str] = set(eq.inputs)
+    drawn = []
+    for k, factor in enumerate(eq.factors):
+        needed = {*eq.outputs, *(mode for later in eq.factors[k + 1 :] for mode in later.modes)}
+        drawn.append(_constant(eq, factor, dtype) if factor.constant else _blocks(eq, factor, state, needed, dtype))
+        state = (state | set(factor.modes)) & needed
+    bonds = set(eq.size) - {*eq.outputs, *eq.inputs}
+    # E[W^2] = (number of summands) * product of the factors' mean squares.
+    fixed = math.prod(_mean_square(t) for t, f in zip(drawn, eq.factors, strict=True) if not f.learned)
+    learned = sum(factor.learned for factor in eq.factors)
+    target = (std**2 / (eq.numel(sorted(bonds)) * fixed)) ** (1 / (2 * learned))
+    return [
+        tensor * (target / math.sqrt(_mean_square(tensor))) if factor.learned else tensor
+        for tensor, factor in zip(drawn, eq.factors, strict=True)
+    ]
+
+
+def _mean_square(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor).square() / tensor.numel())
+
+
+def _constant(eq: Equation, factor: Factor, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(factor.constant, dtype=dtype).reshape(eq.shape(factor.modes))
+
+
+def _blocks(eq: Equation, factor: Factor, state: set[str], needed: set[str], dtype: torch.dtype) -> Tensor:
+    batch = tuple(mode for mode in factor.modes if mode in state and mode in needed)
+    new = tuple(mode for mode in factor.modes if mode not in state)
+    summed = tuple(mode for mode in factor.modes if mode in state and mode not in needed)
+    if batch:
+        rows, columns = new, summed
+    else:
+        columns = tuple(mode for mode in new if mode in needed and mode not in eq.outputs)
+        rows = tuple(mode for mode in factor.modes if mode not in columns)
+    blocks = _orthogonal(eq.numel(batch), eq.numel(rows), eq.numel(columns), dtype)
+    order: Modes = (*batch, *rows, *columns)
+    return blocks.reshape(eq.shape(order)).permute([order.index(mode) for mode in factor.modes])
+
+
+def _orthogonal(count: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Haar-distributed matrices with orthonormal columns, or rows where those are fewer."""
+    tall = torch.randn(count, max(rows, columns), min(rows, columns), dtype=dtype)
+    q, r = torch.linalg.qr(tall)
+    signs = torch.sgn(torch.diagonal(r, dim1=-2, dim2=-1))
+    q = q * torch.where(signs == 0, torch.ones_like(signs), signs).unsqueeze(-2)
+    return q if rows >= columns else q.mT

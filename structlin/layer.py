@@ -1,0 +1,284 @@
+"""StructuredLinear: the `nn.Linear` whose weight is a structured matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from structlin import contract, planner
+from structlin.fit import Fit, fit
+from structlin.init import initial_factors
+from structlin.planner import Order, Plan
+from structlin.structure import Structure, hyperparameters
+
+# torch.compile gets one plan for all numbers of tokens: a plan per number would recompile for each.
+COMPILED_TOKENS = 256
+
+L = TypeVar("L", bound="type[StructuredLinear]")
+
+_LAYERS: dict[type[Structure], type[StructuredLinear]] = {}
+
+
+def layer_of(structure_class: type[Structure]) -> Callable[[L], L]:
+    """Make a class the layer of a structure (a class decorator); its keyword arguments are the structure's fields."""
+
+    def decorate(cls: L) -> L:
+        cls.structure_class = structure_class
+        _LAYERS[structure_class] = cls
+        return cls
+
+    return decorate
+
+
+class StructuredLinear(nn.Module):
+    """Apply y = x W^T + b with a structured W, as `nn.Linear` does with a dense one: (..., in) -> (..., out).
+
+    The factors of W are parameters under the names of the structure's equation. Named layers such as `KroneckerLinear`
+    take the hyperparameters as keywords; this class takes any structure, also one of yours.
+
+    Args:
+        in_features: size of each input row.
+        out_features: size of each output row.
+        bias: learn an additive bias.
+        structure: a Structure; open fields are filled in.
+        device: of the parameters.
+        dtype: of the parameters, any float or complex dtype.
+    Raises:
+        ValueError: if a size is below 1 or the structure does not fit the sizes.
+    """
+
+    structure_class: ClassVar[type[Structure] | None] = None
+
+    in_features: int
+    out_features: int
+    structure: Structure
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        structure: Structure,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if in_features < 1 or out_features < 1:
+            raise ValueError(f"in_features={in_features}, out_features={out_features}; sizes are whole numbers from 1")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.structure = structure.resolve(in_features, out_features)
+        self.spec = self.structure.spec(in_features, out_features)
+        for factor, shape in zip(self.spec.factors, self.spec.shapes, strict=True):
+            empty = torch.empty(shape, device=device, dtype=dtype)
+            if factor.learned:
+                self.register_parameter(factor.name, nn.Parameter(empty))
+            else:
+                self.register_buffer(factor.name, empty)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self.use_plan("auto")
+        self.reset_parameters()
+
+    # Construction --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        structure: Structure | type[Structure] | None = None,
+        ratio: float | None = None,
+        refine: int | None = None,
+        **fields: Any,
+    ) -> Self:
+        """Decompose the weight of an `nn.Linear`.
+
+        The bias is copied (None stays None); dtype, device, `requires_grad` and the training flag are kept.
+
+        Args:
+            linear: the dense layer; it is not changed.
+            structure: for `StructuredLinear` itself, the structure or its class; named layers know theirs.
+            ratio: parameters kept / dense parameters (bias excluded); sizes are searched.
+            refine: steps of refinement after the closed form; None takes the structure's default, which is 0 where the
+                closed form is good.
+            **fields: the hyperparameters, in place of a ratio.
+        Returns:
+            The layer whose `to_dense()` is closest to the weight.
+        Raises:
+            TypeError: if `linear` is not an `nn.Linear`.
+            ValueError: if the weight is not finite, or hyperparameters or ratio do not fit it.
+        Example:
+            >>> from structlin import LowRankLinear
+            >>> layer = LowRankLinear.from_linear(nn.Linear(64, 32), ratio=0.5)
+            >>> layer.structure
+            LowRank(rank=10)
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"from_linear takes an nn.Linear, not {type(linear).__name__}")
+        chosen = structure or cls.structure_class
+        if chosen is None:
+            raise ValueError("StructuredLinear.from_linear needs structure=; named layers such as TTLinear know theirs")
+        if isinstance(chosen, type) and ratio is None:
+            chosen = chosen(**fields)
+        elif fields:
+            raise ValueError(f"give either ratio or hyperparameters, not both: ratio={ratio}, {fields}")
+        layer = from_fit(fit(linear.weight, chosen, ratio=ratio, refine=refine), linear)
+        assert isinstance(layer, cls)
+        return layer
+
+    def reset_parameters(self) -> None:
+        """Draw factors that give the outputs the standard deviation of a fresh `nn.Linear`'s (`initial_factors`)."""
+        sample = self.factors[0]
+        if not sample.is_meta:
+            wide = sample.dtype if sample.is_complex() else torch.promote_types(sample.dtype, torch.float32)
+            with torch.no_grad(), torch.device("cpu"):
+                for factor, value in zip(self.factors, initial_factors(self.spec, dtype=wide), strict=True):
+                    factor.copy_(value)
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            with torch.no_grad():
+                real = torch.view_as_real(self.bias) if self.bias.is_complex() else self.bias
+                real.uniform_(-bound, bound)
+
+    def fill(self, factors: Sequence[Tensor], bias: Tensor | None, requires_grad: bool = True) -> None:
+        """Put values in place of the parameters (of a layer on the meta device, say); the bias is copied."""
+        for factor, value in zip(self.spec.factors, factors, strict=True):
+            if factor.learned:
+                setattr(self, factor.name, nn.Parameter(value, requires_grad=requires_grad))
+            else:
+                setattr(self, factor.name, value)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+
+    # The matrix ----------------------------------------------------------------------------------------------------
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """The tensors of the equation, in its order."""
+        return tuple(getattr(self, factor.name) for factor in self.spec.factors)
+
+    def to_dense(self) -> Tensor:
+        """Build W, shape (out_features, in_features), differentiable; cost: the memory of the dense matrix."""
+        return contract.to_dense(self.spec, self.factors)
+
+    @property
+    def weight(self) -> Tensor:
+        """W as by `to_dense()`, for code that reads `linear.weight`: built anew at each access, not a parameter.
+
+        An in-place write goes to this temporary and is lost; assigning is refused.
+        """
+        return self.to_dense()
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        raise AttributeError(
+            f"{type(self).__name__}.weight is computed from its factors and cannot be assigned; "
+            "assign the factors, or call to_linear() for a dense layer"
+        )
+
+    def to_linear(self) -> nn.Linear:
+        """Merge into an `nn.Linear` with the same outputs, on the same device, in the same dtype."""
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.factors[0].dtype
+        )
+        trained = any(factor.requires_grad for factor in self.factors)
+        linear.weight = nn.Parameter(self.to_dense().detach().contiguous(), requires_grad=trained)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
+        return linear.train(self.training)
+
+    @property
+    def num_parameters(self) -> int:
+        """Learned entries of the factors (the bias excluded)."""
+        return self.spec.num_parameters
+
+    @property
+    def flops_per_token(self) -> int:
+        """FLOPs of the cheaper sequential contraction for one row, a multiply and an add counted as 2."""
+        return planner.flops_per_token(self.spec)
+
+    # The forward pass ----------------------------------------------------------------------------------------------
+
+    def plan(self, tokens: int, order: Order = "auto") -> Plan:
+        """Return the plan for this many rows: print it for order, FLOPs, bytes and predicted time."""
+        return planner.find_plan(self.spec, tokens, itemsize=self.factors[0].element_size(), order=order)
+
+    def use_plan(self, plan: Plan | Order) -> None:
+        """Choose how forward contracts: "auto" (by the number of rows), another order, or a Plan of this layer.
+
+        Raises:
+            ValueError: if the order is unknown or the plan belongs to another equation.
+        """
+        if isinstance(plan, Plan):
+            if tuple(part.equation for part in plan.parts) != self.spec.equations:
+                raise ValueError(f"the plan contracts {plan.parts[0].equation}, this layer is {self.spec}")
+            self._plans: dict[int, Plan] = {}
+            self._order: Order | None = None
+            self._compiled_plan = plan
+        else:
+            compiled = self.plan(COMPILED_TOKENS, plan)
+            self._plans, self._order, self._compiled_plan = {}, plan, compiled
+
+    def _plan_for(self, tokens: int) -> Plan:
+        if self._order is None or torch.compiler.is_compiling():
+            return self._compiled_plan
+        bucket = planner.bucket(tokens)
+        if bucket not in self._plans:
+            self._plans[bucket] = self.plan(bucket, self._order)
+        return self._plans[bucket]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute x W^T + b for x of shape (..., in_features); the result is never a view."""
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"input has shape {tuple(x.shape)}; its last axis must be in_features={self.in_features}")
+        tokens = math.prod(x.shape[:-1])
+        rows = x.reshape(tokens, self.in_features)
+        y = contract.apply(self.spec, self.factors, rows, self._plan_for(tokens))
+        y = y.reshape(*x.shape[:-1], self.out_features)
+        # Under autocast the product is in low precision and the bias is not: nn.Linear returns the former.
+        return y.clone() if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        """Sizes, hyperparameters and the share of the dense parameters that is kept."""
+        given = {name: value for name, value in hyperparameters(self.structure).items() if value is not None}
+        fields = "".join(f", {name}={value}" for name, value in given.items())
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+            f"{fields}, parameters={self.num_parameters} ({self.spec.ratio:.3g} of dense)"
+        )
+
+
+def build(
+    structure: Structure,
+    in_features: int,
+    out_features: int,
+    bias: bool = True,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> StructuredLinear:
+    """Build the layer of a structure: its named class where there is one, else `StructuredLinear`."""
+    cls = _LAYERS.get(type(structure))
+    if cls is None:
+        return StructuredLinear(in_features, out_features, bias, structure=structure, device=device, dtype=dtype)
+    fields: dict[str, Any] = hyperparameters(structure)
+    return cls(in_features, out_features, bias, **fields, device=device, dtype=dtype)
+
+
+def from_fit(fitted: Fit, linear: nn.Linear) -> StructuredLinear:
+    """Build the layer that holds a fit, with the bias, flags and device of the dense layer it replaces."""
+    layer = build(
+        fitted.structure, linear.in_features, linear.out_features, linear.bias is not None,
+        device="meta", dtype=linear.weight.dtype,
+    )  # fmt: skip
+    layer.fill(fitted.factors, linear.bias, linear.weight.requires_grad)
+    return layer.train(linear.training)

@@ -1,0 +1,120 @@
+"""Integers into modes: divisors, balanced factorisations, mixed radix digits, and the one padding rule."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+# A factorisation is accepted without padding while its largest mode is at most this many times the geometric mean.
+BALANCE = 2.0
+# Classic butterflies take digits up to this size (or up to the radix) before they pad.
+SMOOTH = 7
+
+
+@lru_cache(maxsize=4096)
+def divisors(n: int) -> tuple[int, ...]:
+    """Return all divisors of n, ascending.
+
+    Example:
+        >>> divisors(12)
+        (1, 2, 3, 4, 6, 12)
+    """
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return tuple(sorted({*small, *(n // d for d in small)}))
+
+
+@lru_cache(maxsize=4096)
+def balanced(n: int, count: int) -> tuple[int, ...]:
+    """Write n as a product of `count` modes that are as equal as its divisors allow, ascending.
+
+    Example:
+        >>> balanced(384, 2), balanced(1024, 3), balanced(97, 2)
+        ((16, 24), (8, 8, 16), (1, 97))
+    """
+    if count == 1:
+        return (n,)
+    root = n ** (1 / count)
+    # The divisor below the root and the one above: the better of both continuations (largest mode smallest).
+    below = max((d for d in divisors(n) if d <= root * (1 + 1e-12)), default=1)
+    above = min((d for d in divisors(n) if d >= root * (1 - 1e-12)), default=n)
+    options = [tuple(sorted((d, *balanced(n // d, count - 1)))) for d in {below, above}]
+    return min(options, key=lambda modes: (modes[-1], -modes[0]))
+
+
+@lru_cache(maxsize=4096)
+def padded(n: int, count: int) -> int:
+    """Return the smallest m >= n that splits into `count` balanced modes.
+
+    A prime has no balanced modes; padding it by a few zeros is what keeps a structure from becoming silently dense.
+    The largest mode may be `BALANCE` times the geometric mean.
+
+    Example:
+        >>> padded(384, 2), padded(97, 2), padded(1021, 2)
+        (384, 98, 1023)
+    """
+    while balanced(n, count)[-1] > BALANCE * n ** (1 / count):
+        n += 1
+    return n
+
+
+@lru_cache(maxsize=4096)
+def balanced_modes(n: int, count: int) -> tuple[int, ...]:
+    """Return balanced modes of `padded(n, count)`, ascending."""
+    return balanced(padded(n, count), count)
+
+
+@lru_cache(maxsize=4096)
+def split(n: int, first: int) -> tuple[int, int]:
+    """Split n into (first, rest) with the fewest padded zeros: first * rest >= n.
+
+    Example:
+        >>> split(1536, 2), split(97, 2)
+        ((2, 768), (2, 49))
+    """
+    return first, -(-n // first)
+
+
+def digits(n: int, radix: int) -> tuple[int, ...]:
+    """Write n in mixed radix: as many digits `radix` as divide it, then its small prime factors, most significant
+    first.
+
+    n is first padded to the next number without a prime factor above max(radix, SMOOTH).
+
+    Raises:
+        ValueError: if radix is below 2.
+    Example:
+        >>> digits(16, 2), digits(384, 2), digits(384, 8), digits(97, 2)
+        ((2, 2, 2, 2), (3, 2, 2, 2, 2, 2, 2, 2), (6, 8, 8), (7, 7, 2))
+    """
+    if radix < 2:
+        raise ValueError(f"radix={radix} is below 2; use 2 for the classic butterfly or None for two stages")
+    while (rest := _digits_or_none(n, radix)) is None:
+        n += 1
+    return rest or (1,)
+
+
+def _digits_or_none(n: int, radix: int) -> tuple[int, ...] | None:
+    count = 0
+    while n % radix == 0:
+        n, count = n // radix, count + 1
+    rest: list[int] = []
+    for prime in (p for p in range(2, max(radix, SMOOTH) + 1) if all(p % q for q in range(2, p))):
+        while n % prime == 0:
+            n //= prime
+            # Small primes are gathered into one digit while it stays within the radix.
+            if rest and rest[-1] * prime <= radix:
+                rest[-1] *= prime
+            else:
+                rest.append(prime)
+    return (*sorted(rest, reverse=True), *([radix] * count)) if n == 1 else None
+
+
+def same_length(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Put ones before the shorter of two digit tuples.
+
+    Example:
+        >>> same_length((2, 2, 2), (5,))
+        ((2, 2, 2), (1, 1, 5))
+    """
+    length = max(len(first), len(second))
+    return (1,) * (length - len(first)) + first, (1,) * (length - len(second)) + second

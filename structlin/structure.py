@@ -1,0 +1,97 @@
+"""What a structure is, and the registry of those that there are."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+from typing_extensions import Self
+
+from structlin.spec import Spec
+
+
+class Structure(ABC):
+    """A family of structured matrices with its hyperparameters: subclass it as a frozen dataclass.
+
+    A structure says which modes its equation has and how a dense weight decomposes into it. All else (forward,
+    backward, counts, initialisation, printing, storage, budget search) follows from the equation.
+
+    Fields may be left open (None) where they can be found from the size of the layer or from its weight; `resolve`
+    fills them in. A resolved structure is what a layer holds and what a checkpoint stores. Fields are numbers, strings,
+    None or tuples of them.
+    """
+
+    name: ClassVar[str]
+    # Refinement steps that `from_linear` takes unless told otherwise: above 0 for a structure without a closed form.
+    refine_steps: ClassVar[int] = 0
+
+    @abstractmethod
+    def resolve(self, in_features: int, out_features: int, weight: Tensor | None = None) -> Self:
+        """Fill in open fields and check all of them for a layer of this size.
+
+        Args:
+            in_features: size of the input.
+            out_features: size of the output.
+            weight: dense matrix (out_features, in_features), for fields that follow from it.
+        Raises:
+            ValueError: if a field is out of range, naming the range.
+        """
+
+    @abstractmethod
+    def spec(self, in_features: int, out_features: int) -> Spec:
+        """Write the equation of a resolved structure."""
+
+    @abstractmethod
+    def decompose(self, weight: Tensor) -> Iterable[Tensor]:
+        """Approximate a dense weight (out_features, in_features) by the factors of the (resolved) equation."""
+
+    @classmethod
+    @abstractmethod
+    def candidates(cls, in_features: int, out_features: int, budget: int) -> Iterable[Self]:
+        """Yield the largest members of at most `budget` parameters; one per choice of shape, the fit decides."""
+
+
+S = TypeVar("S", bound=type[Structure])
+
+_REGISTRY: dict[str, type[Structure]] = {}
+
+
+def register(cls: S) -> S:
+    """Add a structure to the registry under its `name` (a class decorator).
+
+    Raises:
+        ValueError: if another class has the name.
+        TypeError: if the class is not a frozen dataclass.
+    """
+    params = getattr(cls, "__dataclass_params__", None)
+    if params is None or not params.frozen:
+        raise TypeError(f"{cls.__name__} is not a frozen dataclass; decorate it with @dataclass(frozen=True)")
+    if _REGISTRY.get(cls.name, cls).__qualname__ != cls.__qualname__:
+        raise ValueError(f"the name {cls.name!r} belongs to {_REGISTRY[cls.name].__name__}; choose another name")
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def registered() -> dict[str, type[Structure]]:
+    """Return the registered structures by name."""
+    return dict(_REGISTRY)
+
+
+def structure_class(name: str) -> type[Structure]:
+    """Look a structure up by its registered name.
+
+    Raises:
+        ValueError: if the name is unknown, listing those that are known.
+    """
+    if name not in _REGISTRY:
+        raise ValueError(f"structure {name!r} is unknown; use one of {sorted(_REGISTRY)}")
+    return _REGISTRY[name]
+
+
+def hyperparameters(structure: Structure) -> dict[str, Any]:
+    """Return the fields of a structure by name."""
+    assert dataclasses.is_dataclass(structure)
+    return {field.name: getattr(structure, field.name) for field in dataclasses.fields(structure)}

@@ -1,0 +1,156 @@
+"""Kaleidoscope matrices: (B B*)^width, a butterfly times its mirror image, within an expanded corner."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from structlin import linalg, modes
+from structlin.layer import StructuredLinear, layer_of
+from structlin.spec import Spec
+from structlin.structure import Structure, register
+from structlin.structures.butterfly import Digits, both_modes, chain_equation
+
+_SKEW = 8  # the largest ratio of two digits that the budget search tries
+
+
+@register
+@dataclass(frozen=True)
+class Kaleidoscope(Structure):
+    """K-matrices (B B*)^w_e with merged stages: digits are mapped in the order 1 .. k .. 1 .. k .. 1.
+
+    B*'s last stage and B's first map the same digit, so they are one; so are neighbours across the powers: width w over
+    two digits has 2 w + 1 stages. The inner size of a digit is the larger of input and output; `expansion`
+    multiplies that
+    of the first digit, which is S E S^T of the paper without the rows and columns that S drops.
+
+    There is no closed form. The start is the butterfly projection with identity stages before it; `from_linear`
+    refines it.
+    """
+
+    name: ClassVar[str] = "kmatrix"
+    refine_steps: ClassVar[int] = 300
+    width: int = 1
+    expansion: int = 1
+    radix: int | None = None
+    in_modes: Digits | None = None
+    out_modes: Digits | None = None
+
+    def resolve(self, in_features: int, out_features: int, weight: Tensor | None = None) -> Self:
+        if self.width < 1 or self.expansion < 1:
+            raise ValueError(f"width={self.width}, expansion={self.expansion}; both are whole numbers from 1")
+        in_modes, out_modes = both_modes(in_features, out_features, self.radix, self.in_modes, self.out_modes)
+        return type(self)(self.width, self.expansion, self.radix, in_modes, out_modes)
+
+    def digits(self) -> tuple[Digits, Digits]:
+        """Output and input digits of a resolved structure."""
+        assert self.out_modes
+        assert self.in_modes
+        return self.out_modes, self.in_modes
+
+    def stages(self) -> list[int]:
+        """The digit that each stage maps, in order of application."""
+        last = len(self.digits()[0]) - 1
+        return [0] + [*range(1, last + 1), *range(last - 1, -1, -1)] * self.width
+
+    def inner_modes(self) -> Digits:
+        """Sizes of the digits between the stages."""
+        first, *rest = (max(pair) for pair in zip(*self.digits(), strict=True))
+        return (self.expansion * first, *rest)
+
+    def spec(self, in_features: int, out_features: int) -> Spec:
+        out_modes, in_modes = self.digits()
+        eq = chain_equation(self.stages(), in_modes, self.inner_modes(), out_modes)
+        return Spec(in_features, out_features, (eq,))
+
+    def decompose(self, weight: Tensor) -> list[Tensor]:
+        out_modes, in_modes = self.digits()
+        dtype = linalg.working_dtype(weight)
+        eq = self.spec(weight.shape[1], weight.shape[0]).equations[0]
+        shapes = [eq.shape(factor.modes) for factor in eq.factors]
+        before, last = shapes[: -len(in_modes)], shapes[-len(in_modes) :]
+        identities = [torch.eye(*shape[-2:], dtype=dtype, device=weight.device).expand(shape) for shape in before]
+        # The identities embed each input digit in its inner size: project the weight embedded in the same way.
+        inner = tuple(shape[-1] for shape in reversed(last))
+        padded = linalg.pad_to(weight.to(dtype), math.prod(out_modes), math.prod(in_modes)).reshape(-1, *in_modes)
+        embedded = padded.new_zeros(math.prod(out_modes), *inner)
+        embedded[(slice(None), *map(slice, in_modes))] = padded
+        return linalg.balance([*identities, *linalg.butterfly_projection(embedded.flatten(1), out_modes, inner)])
+
+    @classmethod
+    def candidates(cls, in_features: int, out_features: int, budget: int) -> Iterator[Self]:
+        """The largest member over two digits, not too uneven, and all widths; the wider of two equals."""
+        out_size, in_size = modes.padded(out_features, 2), modes.padded(in_features, 2)
+        pairs = [
+            cls(in_modes=(i1, in_size // i1), out_modes=(o1, out_size // o1))
+            for o1 in _splits(out_size)
+            for i1 in _splits(in_size)
+        ]
+        smallest = min(math.prod(pair.inner_modes()) for pair in pairs)  # no wider inside than needed
+        options = []
+        for pair in pairs:
+            sizes = [replace(pair, width=w).spec(in_features, out_features).num_parameters for w in (1, 2)]
+            if sizes[0] <= budget and math.prod(pair.inner_modes()) == smallest:
+                width = 1 + (budget - sizes[0]) // (sizes[1] - sizes[0])
+                options.append((sizes[0] + (width - 1) * (sizes[1] - sizes[0]), width, *pair.digits()))
+        if options:
+            _, width, out_modes, in_modes = max(options)
+            yield cls(width=width, in_modes=in_modes, out_modes=out_modes)
+
+
+def _splits(size: int) -> list[int]:
+    """First digits of `size` = first * second, neither much larger than the other."""
+    return [d for d in modes.divisors(size) if max(d, size // d) <= _SKEW * min(d, size // d)] or [1]
+
+
+@layer_of(Kaleidoscope)
+class KMatrix(StructuredLinear):
+    """Apply a kaleidoscope matrix (B B*)^width_expansion with merged stages.
+
+    Cost: 2 width + 1 stages over two digits (a, b), alternately n a and n b parameters for a square layer of size n
+    = a b,
+    and twice as many FLOPs per token.
+
+    Args:
+        in_features: size of each input row.
+        out_features: size of each output row.
+        bias: learn an additive bias.
+        width: the power of B B*.
+        expansion: the factor by which the inner size exceeds the outer.
+        radix: size of the digits (mixed where it does not divide); None takes two digits near the square root.
+        in_modes: the digits of the input, most significant first, product in_features or more; overrides radix.
+        out_modes: the digits of the output, as many.
+        device: of the parameters.
+        dtype: of the parameters.
+    Raises:
+        ValueError: if width or expansion is below 1, radix below 2, or modes do not cover the layer.
+    Source: Dao et al. 2020, Kaleidoscope: an efficient, learnable representation for all structured linear maps.
+    Blocks of any
+        radix and merged stages are ours (a superset with more parameters).
+    Example:
+        >>> KMatrix(64, 64, width=2).num_parameters
+        2560
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        width: int = 1,
+        expansion: int = 1,
+        radix: int | None = None,
+        in_modes: Digits | None = None,
+        out_modes: Digits | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        structure = Kaleidoscope(width, expansion, radix, in_modes, out_modes)
+        super().__init__(in_features, out_features, bias, structure=structure, device=device, dtype=dtype)

@@ -1,0 +1,137 @@
+"""Kronecker: W = sum_t left[t] (x) right[t]; PHM and Shapeshifter are the same equation with other shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from structlin import linalg, modes
+from structlin.layer import StructuredLinear, layer_of
+from structlin.linalg import Shape
+from structlin.spec import Equation, Spec, equation
+from structlin.structure import Structure, register
+
+
+def kronecker_equation(terms: int, shape: Shape, left: tuple[float, ...] | None = None) -> Equation:
+    """Write W = sum_t left[t] (x) right[t], with constant left factors where given."""
+    (o1, i1), (o2, i2) = shape
+    sizes = {"t": terms, "o1": o1, "i1": i1, "o2": o2, "i2": i2}
+    constants = {"left": left} if left else None
+    return equation("t o1 i1, t o2 i2 -> o1 o2 i1 i2", ("left", "right"), sizes, constants=constants)
+
+
+def balanced_shape(in_features: int, out_features: int) -> Shape:
+    """Factor shapes with sides near the square roots and similar numbers of entries: ((o1, i1), (o2, i2))."""
+    o_small, o_large = modes.balanced_modes(out_features, 2)
+    i_small, i_large = modes.balanced_modes(in_features, 2)
+    return (o_small, i_large), (o_large, i_small)
+
+
+def max_terms(shape: Shape) -> int:
+    """The number of terms that reproduces any matrix."""
+    (o1, i1), (o2, i2) = shape
+    return min(o1 * i1, o2 * i2)
+
+
+def nearest(weight: Tensor, terms: int, shape: Shape) -> tuple[Tensor, Tensor]:
+    """Nearest Kronecker sum of the zero-padded weight; terms beyond the maximum are zero."""
+    (o1, i1), (o2, i2) = shape
+    kept = min(terms, max_terms(shape))
+    left, right = linalg.nearest_kronecker(linalg.pad_to(weight, o1 * o2, i1 * i2), kept, shape)
+    if terms > kept:
+        left = torch.cat([left, left.new_zeros(terms - kept, o1, i1)])
+        right = torch.cat([right, right.new_zeros(terms - kept, o2, i2)])
+    return left, right
+
+
+def check_terms(name: str, terms: int, shape: Shape) -> None:
+    """Refuse a number of terms outside 1..max_terms."""
+    if not 1 <= terms <= max_terms(shape):
+        raise ValueError(
+            f"{name}={terms} is outside 1..{max_terms(shape)} for factor shapes {shape[0]} and {shape[1]}; "
+            "use fewer or more even factors"
+        )
+
+
+@register
+@dataclass(frozen=True)
+class Kronecker(Structure):
+    """Sums of Kronecker products; the decomposition is Van Loan & Pitsianis', optimal for its shape."""
+
+    name: ClassVar[str] = "kronecker"
+    terms: int = 1
+    shape: Shape | None = None
+
+    def resolve(self, in_features: int, out_features: int, weight: Tensor | None = None) -> Self:
+        shape = self.shape or balanced_shape(in_features, out_features)
+        (o1, i1), (o2, i2) = shape
+        if min(o1, i1, o2, i2) < 1 or o1 * o2 < out_features or i1 * i2 < in_features:
+            raise ValueError(
+                f"shape={shape} covers {o1 * o2} x {i1 * i2}, less than the layer's {out_features} x {in_features}; "
+                "use ((o1, i1), (o2, i2)) with o1 o2 >= out_features and i1 i2 >= in_features"
+            )
+        check_terms("terms", self.terms, shape)
+        return type(self)(terms=self.terms, shape=((o1, i1), (o2, i2)))
+
+    def spec(self, in_features: int, out_features: int) -> Spec:
+        assert self.shape is not None
+        return Spec(in_features, out_features, (kronecker_equation(self.terms, self.shape),))
+
+    def decompose(self, weight: Tensor) -> tuple[Tensor, ...]:
+        assert self.shape is not None
+        return nearest(weight, self.terms, self.shape)
+
+    @classmethod
+    def candidates(cls, in_features: int, out_features: int, budget: int) -> Iterator[Self]:
+        (o1, i1), (o2, i2) = balanced_shape(in_features, out_features)
+        o_half, i_half = modes.split(out_features, 2)[1], modes.split(in_features, 2)[1]
+        # Balanced, and the two shapes next to a plain low-rank product, which fit trained weights best.
+        shapes: list[Shape] = [((o1, i1), (o2, i2)), ((2, i_half), (o_half, 2)), ((o_half, 2), (2, i_half))]
+        for shape in shapes:
+            size = sum(o * i for o, i in shape)
+            terms = min(budget // size, max_terms(shape))
+            if terms >= 1:
+                yield cls(terms=terms, shape=shape)
+
+
+@layer_of(Kronecker)
+class KroneckerLinear(StructuredLinear):
+    """Apply W = sum_t left[t] (x) right[t] without forming it.
+
+    Cost: terms (o1 i1 + o2 i2) parameters, 2 terms min(i1 o2 (i2 + o1), o1 i2 (i1 + o2)) FLOPs per token.
+
+    Args:
+        in_features: size of each input row.
+        out_features: size of each output row.
+        bias: learn an additive bias.
+        terms: number of products, 1 <= terms <= min(o1 i1, o2 i2).
+        shape: ((o1, i1), (o2, i2)) with o1 o2 >= out_features and i1 i2 >= in_features (surplus is padded); None
+            takes sides near the square roots.
+        device: of the parameters.
+        dtype: of the parameters.
+    Raises:
+        ValueError: if shape is too small or terms out of range.
+    Source: Van Loan & Pitsianis 1993, Approximation with Kronecker products.
+    Example:
+        >>> KroneckerLinear(64, 32, terms=2).structure.shape
+        ((4, 8), (8, 8))
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        terms: int = 1,
+        shape: Shape | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        structure = Kronecker(terms=terms, shape=shape)
+        super().__init__(in_features, out_features, bias, structure=structure, device=device, dtype=dtype)

@@ -1,0 +1,104 @@
+"""Monarch with a rank bond: every block of a blocks x blocks grid has low rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from typing_extensions import Self
+
+from structlin import linalg, modes
+from structlin.layer import StructuredLinear, layer_of
+from structlin.spec import Spec, equation
+from structlin.structure import Structure, register
+
+
+@register
+@dataclass(frozen=True)
+class Monarch(Structure):
+    """Block low rank in two stages; the decomposition is a truncated SVD of every block, optimal."""
+
+    name: ClassVar[str] = "monarch"
+    blocks: int
+    rank: int = 1
+
+    def resolve(self, in_features: int, out_features: int, weight: Tensor | None = None) -> Self:
+        if not 1 <= self.blocks <= min(in_features, out_features):
+            raise ValueError(
+                f"blocks={self.blocks} is outside 1..{min(in_features, out_features)} for a "
+                f"{out_features} x {in_features} matrix; use fewer blocks"
+            )
+        largest = min(self._sides(in_features, out_features))
+        if not 1 <= self.rank <= largest:
+            raise ValueError(
+                f"rank={self.rank} is outside 1..{largest}, the smaller side of a block; use a smaller rank"
+            )
+        return self
+
+    def _sides(self, in_features: int, out_features: int) -> tuple[int, int]:
+        """Rows and columns of a block, rounded up."""
+        return modes.split(out_features, self.blocks)[1], modes.split(in_features, self.blocks)[1]
+
+    def spec(self, in_features: int, out_features: int) -> Spec:
+        rows, columns = self._sides(in_features, out_features)
+        sizes = {"o1": self.blocks, "o2": rows, "i1": self.blocks, "i2": columns, "r": self.rank}
+        text = "i1 o1 r i2, o1 o2 i1 r -> o1 o2 i1 i2"
+        return Spec(in_features, out_features, (equation(text, ("right", "left"), sizes),))
+
+    def decompose(self, weight: Tensor) -> tuple[Tensor, ...]:
+        rows, columns = self._sides(weight.shape[1], weight.shape[0])
+        padded = linalg.pad_to(weight, self.blocks * rows, self.blocks * columns)
+        grid = rearrange(padded, "(p o) (q i) -> p q o i", o=rows, i=columns)
+        left, right = linalg.truncated_svd(grid, self.rank)
+        return rearrange(right, "p q r i -> q p r i"), rearrange(left, "p q o r -> p o q r")
+
+    @classmethod
+    def candidates(cls, in_features: int, out_features: int, budget: int) -> Iterator[Self]:
+        blocks = 2
+        while blocks <= min(in_features, out_features):
+            rows, columns = cls(blocks=blocks)._sides(in_features, out_features)
+            rank = min(budget // (blocks**2 * (rows + columns)), rows, columns)
+            if rank >= 1:
+                yield cls(blocks=blocks, rank=rank)
+            blocks *= 2
+
+
+@layer_of(Monarch)
+class MonarchLinear(StructuredLinear):
+    """Apply W whose block (p, q) is left[p, :, q] @ right[q, p], in two block-diagonal stages.
+
+    Cost: blocks rank (in + out) parameters, twice as many FLOPs per token.
+
+    Args:
+        in_features: size of each input row; rounded up to a multiple of blocks.
+        out_features: size of each output row; likewise.
+        bias: learn an additive bias.
+        blocks: blocks per side, 1 <= blocks <= min(in_features, out_features).
+        rank: rank of each block; 1 is the Monarch matrix of the paper (with blocks near the square root).
+        device: of the parameters.
+        dtype: of the parameters.
+    Raises:
+        ValueError: if blocks or rank is out of range.
+    Source: Dao et al. 2022, Monarch; Qiu et al. 2024, Compute better spent (the rank bond).
+    Example:
+        >>> MonarchLinear(64, 64, blocks=8).num_parameters
+        1024
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        blocks: int,
+        rank: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        structure = Monarch(blocks=blocks, rank=rank)
+        super().__init__(in_features, out_features, bias, structure=structure, device=device, dtype=dtype)

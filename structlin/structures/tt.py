@@ -1,0 +1,223 @@
+"""Tensor train: W[o1 o2 .., i1 i2 ..] = G1[o1, i1] G2[o2, i2] ..., a product of small matrices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from structlin import linalg, modes
+from structlin.layer import StructuredLinear, build, layer_of
+from structlin.spec import Spec, equation
+from structlin.structure import Structure, register
+
+
+@register
+@dataclass(frozen=True)
+class TensorTrain(Structure):
+    """TT-matrices; the decomposition is TT-SVD, within sqrt(d - 1) of the best error for its ranks.
+
+    `rank` is one number (lowered to the maximum at each bond), or one per bond; with `tolerance` instead, the ranks
+    follow from
+    the weight so that the relative error stays below it.
+    """
+
+    name: ClassVar[str] = "tt"
+    rank: int | tuple[int, ...] | None = None
+    in_modes: tuple[int, ...] | None = None
+    out_modes: tuple[int, ...] | None = None
+    cores: int = 3
+    tolerance: float | None = None
+
+    def resolve(self, in_features: int, out_features: int, weight: Tensor | None = None) -> Self:
+        out_modes, in_modes = self._modes(in_features, out_features)
+        ranks: tuple[int, ...]
+        if self.tolerance is not None:
+            if self.rank is not None or weight is None:
+                raise ValueError("tolerance gives the ranks from a weight: use it in from_linear, and without rank")
+            padded = linalg.pad_to(weight, math.prod(out_modes), math.prod(in_modes))
+            cores = linalg.tt_svd(linalg.tt_matrix(padded, out_modes, in_modes), tolerance=self.tolerance)
+            ranks = tuple(core.shape[-1] for core in cores[:-1])
+        elif self.rank is None:
+            raise ValueError("rank is missing; give one number, one per bond, or a tolerance with from_linear")
+        else:
+            ranks = _checked_ranks(self.rank, bond_maxima(out_modes, in_modes))
+        return type(self)(rank=ranks, in_modes=in_modes, out_modes=out_modes, cores=len(in_modes))
+
+    def _modes(self, in_features: int, out_features: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        given = [m for m in (self.out_modes, self.in_modes) if m is not None]
+        count = len(given[0]) if given else self.cores
+        if count < 2 or any(len(m) != count or min(m) < 1 for m in given):
+            raise ValueError(
+                f"out_modes={self.out_modes}, in_modes={self.in_modes}, cores={self.cores}: use two or more modes from 1, "
+                "as many for the output as for the input"
+            )
+        # Small output modes meet large input modes, so that the cores are of similar size.
+        out_modes = tuple(self.out_modes or modes.balanced_modes(out_features, count))
+        in_modes = tuple(self.in_modes or modes.balanced_modes(in_features, count)[::-1])
+        if math.prod(out_modes) < out_features or math.prod(in_modes) < in_features:
+            raise ValueError(
+                f"out_modes={out_modes} and in_modes={in_modes} cover {math.prod(out_modes)} x {math.prod(in_modes)}, "
+                f"less than the {out_features} x {in_features} of the layer; use larger modes"
+            )
+        return out_modes, in_modes
+
+    def sizes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Ranks, output modes and input modes of a resolved structure."""
+        assert isinstance(self.rank, tuple)
+        assert self.in_modes
+        assert self.out_modes
+        return self.rank, self.out_modes, self.in_modes
+
+    def spec(self, in_features: int, out_features: int) -> Spec:
+        ranks, out_modes, in_modes = self.sizes()
+        count = len(in_modes)
+        sizes = {f"r{k + 1}": rank for k, rank in enumerate(ranks)}
+        sizes |= {f"o{k + 1}": size for k, size in enumerate(out_modes)}
+        sizes |= {f"i{k + 1}": size for k, size in enumerate(in_modes)}
+        cores = [f"r{k} o{k + 1} i{k + 1} r{k + 1}" for k in range(count)]
+        cores[0], cores[-1] = cores[0].removeprefix("r0 "), cores[-1].removesuffix(f" r{count}")
+        outer = [f"o{k + 1}" for k in range(count)] + [f"i{k + 1}" for k in range(count)]
+        text = f"{', '.join(cores)} -> {' '.join(outer)}"
+        eq = equation(text, [f"core_{k}" for k in range(count)], sizes)
+        return Spec(in_features, out_features, (eq,))
+
+    def decompose(self, weight: Tensor) -> Iterator[Tensor]:
+        ranks, out_modes, in_modes = self.sizes()
+        padded = linalg.pad_to(weight, math.prod(out_modes), math.prod(in_modes))
+        cores = linalg.tt_svd(linalg.tt_matrix(padded, out_modes, in_modes), ranks=ranks)
+        return self.stored(cores)
+
+    def stored(self, cores: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Bring cores (r, o, i, r') into the shapes of the equation; the outer two have no outer bond."""
+        balanced = linalg.balance(cores)
+        bonds = (1, *self.sizes()[0], 1)
+        for k, core in enumerate(balanced):
+            # A TT-SVD bond may come out smaller than asked for (a zero-padded weight): fill up with zeros.
+            full = core.new_zeros(bonds[k], *core.shape[1:3], bonds[k + 1])
+            full[: core.shape[0], :, :, : core.shape[3]] = core
+            first, last = k == 0, k == len(balanced) - 1
+            yield full[0] if first else full[..., 0] if last else full
+
+    @classmethod
+    def candidates(cls, in_features: int, out_features: int, budget: int) -> Iterator[Self]:
+        for count in (2, 3):
+            out_modes = modes.balanced_modes(out_features, count)
+            in_modes = modes.balanced_modes(in_features, count)[::-1]
+            ranks = _ranks_within(budget, out_modes, in_modes)
+            if ranks:
+                yield cls(rank=ranks, in_modes=in_modes, out_modes=out_modes, cores=count)
+
+
+def bond_maxima(out_modes: Sequence[int], in_modes: Sequence[int]) -> tuple[int, ...]:
+    """Largest useful rank of each bond: the smaller side of its unfolding."""
+    sizes = [o * i for o, i in zip(out_modes, in_modes, strict=True)]
+    return tuple(min(math.prod(sizes[: k + 1]), math.prod(sizes[k + 1 :])) for k in range(len(sizes) - 1))
+
+
+def _checked_ranks(rank: int | Sequence[int], maxima: tuple[int, ...]) -> tuple[int, ...]:
+    if isinstance(rank, int):
+        if not 1 <= rank <= max(maxima):
+            raise ValueError(f"rank={rank} is outside 1..{max(maxima)}, the maximum over the bonds; use a smaller rank")
+        return tuple(min(rank, largest) for largest in maxima)
+    ranks = tuple(rank)
+    if len(ranks) != len(maxima) or any(not 1 <= r <= m for r, m in zip(ranks, maxima, strict=True)):
+        raise ValueError(f"rank={ranks} must give each bond a rank from 1 to its maximum {maxima}")
+    return ranks
+
+
+def _ranks_within(budget: int, out_modes: Sequence[int], in_modes: Sequence[int]) -> tuple[int, ...] | None:
+    """The largest ranks of at most `budget` parameters: uniform first, then each bond as far as it goes."""
+    maxima = bond_maxima(out_modes, in_modes)
+
+    def size(ranks: Sequence[int]) -> int:
+        bonds = (1, *ranks, 1)
+        return sum(bonds[k] * o * i * bonds[k + 1] for k, (o, i) in enumerate(zip(out_modes, in_modes, strict=True)))
+
+    def largest(ranks_for: list[tuple[int, ...]]) -> tuple[int, ...] | None:
+        # Sizes ascend along the list: bisect for the last that fits.
+        lo, hi = 0, len(ranks_for)
+        while lo < hi:
+            middle = (lo + hi) // 2
+            lo, hi = (middle + 1, hi) if size(ranks_for[middle]) <= budget else (lo, middle)
+        return ranks_for[lo - 1] if lo else None
+
+    ranks = largest([tuple(min(r, m) for m in maxima) for r in range(1, max(maxima) + 1)])
+    for k, maximum in enumerate(maxima):
+        if ranks is not None:
+            ranks = largest([(*ranks[:k], r, *ranks[k + 1 :]) for r in range(ranks[k], maximum + 1)])
+    return ranks
+
+
+@layer_of(TensorTrain)
+class TTLinear(StructuredLinear):
+    """Apply a TT-matrix: W[o1 .. od, i1 .. id] = G1[o1, i1] ... Gd[od, id], each G a small matrix.
+
+    Cost: sum_k r_k-1 o_k i_k r_k parameters; the FLOPs per token are those of the plan (`layer.plan(tokens=1)`).
+
+    Args:
+        in_features: size of each input row.
+        out_features: size of each output row.
+        bias: learn an additive bias.
+        rank: one number (lowered to the maximum at each bond), or one per bond.
+        in_modes: d whole numbers whose product is in_features or more (surplus is padded); None takes balanced ones.
+        out_modes: d whole numbers, likewise.
+        cores: d where no modes are given.
+        tolerance: for `from_linear` in place of rank: relative Frobenius error allowed.
+        device: of the parameters.
+        dtype: of the parameters.
+    Raises:
+        ValueError: if modes do not cover the layer or a rank is out of range.
+    Source: Novikov et al. 2015, Tensorizing Neural Networks; Oseledets 2011 for TT-SVD and rounding.
+    Example:
+        >>> TTLinear(64, 64, rank=2, in_modes=(4, 4, 4), out_modes=(4, 4, 4)).num_parameters
+        128
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        rank: int | tuple[int, ...] | None = None,
+        in_modes: tuple[int, ...] | None = None,
+        out_modes: tuple[int, ...] | None = None,
+        cores: int = 3,
+        tolerance: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        structure = TensorTrain(rank=rank, in_modes=in_modes, out_modes=out_modes, cores=cores, tolerance=tolerance)
+        super().__init__(in_features, out_features, bias, structure=structure, device=device, dtype=dtype)
+
+    def rounded(self, *, rank: int | tuple[int, ...] | None = None, tolerance: float = 0.0) -> TTLinear:
+        """Return a layer of lower ranks by TT-rounding, without forming the dense matrix.
+
+        Args:
+            rank: the new ranks, one number or one per bond; None lets the tolerance decide.
+            tolerance: relative Frobenius error allowed.
+        Returns:
+            A new layer with the same bias, flags and dtype.
+        Raises:
+            ValueError: if a rank is out of range or the tolerance negative.
+        Source: Oseledets 2011, algorithm 2.
+        """
+        structure = self.structure
+        assert isinstance(structure, TensorTrain)
+        _, out_modes, in_modes = structure.sizes()
+        first, *middle, last = (core.detach() for core in self.factors)
+        cores = [first.unsqueeze(0), *middle, last.unsqueeze(-1)]
+        ranks = None if rank is None else _checked_ranks(rank, bond_maxima(out_modes, in_modes))
+        rounded = linalg.tt_round(cores, ranks=ranks, tolerance=tolerance)
+        bonds = tuple(core.shape[-1] for core in rounded[:-1])
+        smaller = TensorTrain(rank=bonds, in_modes=in_modes, out_modes=out_modes, cores=structure.cores)
+        layer = build(smaller, self.in_features, self.out_features, self.bias is not None, device="meta")
+        assert isinstance(layer, TTLinear)
+        layer.fill([core.to(first.dtype) for core in smaller.stored(rounded)], self.bias, first.requires_grad)
+        return layer.train(self.training)
