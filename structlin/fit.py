@@ -53,7 +53,7 @@ def fit(
         ValueError: if the weight is not a finite matrix, if the structure does not fit it, or if exactly one of
             instance and ratio is not given.
     """
-    _check_weight(weight)
+    check_weight(weight)
     if isinstance(structure, Structure) == (ratio is not None):
         raise ValueError("give either hyperparameters or a ratio, not both and not neither")
     out_features, in_features = weight.shape
@@ -75,7 +75,12 @@ def relative_error(weight: Tensor, approximation: Tensor) -> float:
     return error / norm if norm > 0 else (0.0 if error == 0 else math.inf)
 
 
-def _check_weight(weight: Tensor) -> None:
+def check_weight(weight: Tensor) -> None:
+    """Refuse what cannot be decomposed.
+
+    Raises:
+        ValueError: if the weight is not a matrix with finite values of a float or complex dtype.
+    """
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; a dense matrix (out_features, in_features) is needed"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
@@ -95,3 +95,26 @@ def hyperparameters(structure: Structure) -> dict[str, Any]:
     """Return the fields of a structure by name."""
     assert dataclasses.is_dataclass(structure)
     return {field.name: getattr(structure, field.name) for field in dataclasses.fields(structure)}
+
+
+def to_record(structure: Structure) -> dict[str, Any]:
+    """Write a structure as plain JSON data: its registered name under `kind`, and its fields."""
+    return {"kind": structure.name, **hyperparameters(structure)}
+
+
+def from_record(record: Mapping[str, Any]) -> Structure:
+    """Read what `to_record` wrote, lists back to tuples.
+
+    Raises:
+        ValueError: if the kind is unknown or the fields are not those of the structure.
+    """
+    fields = {name: _tuples(value) for name, value in record.items() if name != "kind"}
+    cls = structure_class(str(record.get("kind")))
+    known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if not set(fields) <= known:
+        raise ValueError(f"{cls.name} has no field {sorted(set(fields) - known)}; it has {sorted(known)}")
+    return cls(**fields)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value

@@ -54,8 +54,8 @@ class TensorTrain(Structure):
         count = len(given[0]) if given else self.cores
         if count < 2 or any(len(m) != count or min(m) < 1 for m in given):
             raise ValueError(
-                f"out_modes={self.out_modes}, in_modes={self.in_modes}, cores={self.cores}: use two or more modes from 1, "
-                "as many for the output as for the input"
+                f"out_modes={self.out_modes}, in_modes={self.in_modes}, cores={self.cores}: "
+                "use two or more modes from 1, as many for the output as for the input"
             )
         # Small output modes meet large input modes, so that the cores are of similar size.
         out_modes = tuple(self.out_modes or modes.balanced_modes(out_features, count))

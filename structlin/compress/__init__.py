@@ -1,0 +1,18 @@
+"""Swap the linear layers of a model for structured ones: find, plan, apply, report."""
+
+from structlin.compress.apply import compress_model, to_dense_
+from structlin.compress.plan import CompressionPlan, PlanEntry, plan_compression
+from structlin.compress.report import Coverage, LayerReport, Report
+from structlin.compress.tied import StructuredEmbedding
+
+__all__ = [
+    "CompressionPlan",
+    "Coverage",
+    "LayerReport",
+    "PlanEntry",
+    "Report",
+    "StructuredEmbedding",
+    "compress_model",
+    "plan_compression",
+    "to_dense_",
+]

@@ -1,0 +1,155 @@
+"""What a compression did: one row per layer, and a coverage line that accounts for every parameter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Where the parameters of the model are, before compression; the three kinds add up to all of them.
+
+    Args:
+        compressed: in layers that get a structure (weights and biases).
+        skipped: in linear maps that stay dense, for the reason in their row.
+        unreached: in modules of other types, by type.
+    """
+
+    compressed: int
+    skipped: int
+    unreached: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        """All parameters of the model."""
+        return self.compressed + self.skipped + sum(self.unreached.values())
+
+    def __str__(self) -> str:
+        def share(count: int) -> str:
+            return f"{count:,} ({100 * count / max(self.total, 1):.1f} %)"
+
+        others = ", ".join(f"{kind} {count:,}" for kind, count in self.unreached.items())
+        return (
+            f"coverage: {self.total:,} parameters = {share(self.compressed)} compressed + {share(self.skipped)} skipped"
+            f" + {share(sum(self.unreached.values()))} unreached" + (f" ({others})" if others else "")
+        )
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One linear map: what it was, what it became, or why it stayed.
+
+    Args:
+        name: dotted name, empty for the root.
+        aliases: its other names, and those of layers that share its weight.
+        in_features: size of the input.
+        out_features: size of the output.
+        structure: the structure with its sizes, or None.
+        parameters_before: entries of the dense weight.
+        parameters_after: learned entries of the factors; the dense count where it stayed.
+        flops_before: per token, 2 in out.
+        flops_after: per token, of the cheaper sequential contraction.
+        error: relative Frobenius error of the weight, None where it stayed.
+        seconds: time of the fit.
+        reason: why it stayed dense, None where it did not.
+        hooks: number of forward and backward hooks that were kept.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    in_features: int
+    out_features: int
+    structure: str | None
+    parameters_before: int
+    parameters_after: int
+    flops_before: int
+    flops_after: int
+    error: float | None = None
+    seconds: float = 0.0
+    reason: str | None = None
+    hooks: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """The result of `compress_model`; prints as a table.
+
+    Args:
+        model: the compressed model: the argument, or its replacement where the root itself was a linear layer.
+        layers: one row per linear map, in module order.
+        coverage: every parameter accounted for.
+    """
+
+    model: nn.Module = field(repr=False)
+    layers: tuple[LayerReport, ...]
+    coverage: Coverage
+
+    @property
+    def parameters_before(self) -> int:
+        """Parameters of the whole model before."""
+        return self.coverage.total
+
+    @property
+    def parameters_after(self) -> int:
+        """Parameters of the whole model after."""
+        return self.coverage.total - sum(row.parameters_before - row.parameters_after for row in self.layers)
+
+    @property
+    def ratio(self) -> float:
+        """Parameters after / before over the compressed layers' weights; 1 if there is none."""
+        rows = [row for row in self.layers if row.structure]
+        before = sum(row.parameters_before for row in rows)
+        return sum(row.parameters_after for row in rows) / before if before else 1.0
+
+    def to_json(self) -> str:
+        """Write everything but the model as JSON."""
+        content: dict[str, Any] = {
+            "parameters_before": self.parameters_before,
+            "parameters_after": self.parameters_after,
+            "coverage": asdict(self.coverage),
+            "layers": [asdict(row) for row in self.layers],
+        }
+        return json.dumps(content, indent=2)
+
+    def __str__(self) -> str:
+        head = ("layer", "shape", "structure", "parameters", "kept", "FLOPs", "error", "s")
+        rows = [head, *(_cells(row) for row in self.layers)]
+        hooked = [f"{row.name}: {row.hooks} hooks kept" for row in self.layers if row.hooks]
+        return "\n".join(
+            [
+                *table(rows),
+                *hooked,
+                str(self.coverage),
+                f"model: {self.parameters_before:,} -> {self.parameters_after:,} parameters "
+                f"({self.parameters_after / max(self.parameters_before, 1):.3f}); "
+                f"compressed weights keep {self.ratio:.3f}",
+            ]
+        )
+
+
+def _cells(row: LayerReport) -> tuple[str, ...]:
+    name = (row.name or "(root)") + (f" (+{len(row.aliases)} aliases)" if row.aliases else "")
+    shape = f"{row.out_features}x{row.in_features}"
+    if row.structure is None:
+        return name, shape, f"dense: {row.reason}", f"{row.parameters_before:,}", "1", "1", "", ""
+    return (
+        name,
+        shape,
+        row.structure,
+        f"{row.parameters_after:,}",
+        f"{row.parameters_after / row.parameters_before:.3f}",
+        f"{row.flops_after / row.flops_before:.2f}",
+        "" if row.error is None else f"{row.error:.4f}",
+        f"{row.seconds:.2f}",
+    )
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Align columns; the last cells of a row may be empty."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
