@@ -25,8 +25,7 @@ def within(cls: type[Structure], in_features: int, out_features: int, ratio: flo
     Raises:
         ValueError: if ratio is out of range, or so small that no member fits.
     """
-    if not 0 < ratio <= 1:
-        raise ValueError(f"ratio={ratio} is outside (0, 1]; it is parameters kept / dense parameters")
+    check_ratio(ratio)
     dense = in_features * out_features
     found = _sized(cls, in_features, out_features, int(ratio * dense + 1e-9))
     if not found or max(found.values()) < (1 - COARSE) * ratio * dense:
@@ -37,6 +36,16 @@ def within(cls: type[Structure], in_features: int, out_features: int, ratio: flo
             "fewer; use a larger ratio or another structure"
         )
     return list(found)
+
+
+def check_ratio(ratio: float) -> None:
+    """Refuse a ratio that is not a share of the dense parameters.
+
+    Raises:
+        ValueError: if it is outside (0, 1].
+    """
+    if not 0 < ratio <= 1:
+        raise ValueError(f"ratio={ratio} is outside (0, 1]; it is parameters kept / dense parameters")
 
 
 def _sized(cls: type[Structure], in_features: int, out_features: int, budget: int) -> dict[Structure, int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from structlin.budget import check_ratio
 from structlin.structure import Structure, structure_class
 
 Pattern = str | Callable[[str, nn.Module], bool]
@@ -36,12 +37,16 @@ def choice(value: Value, default: Choice | None, ratio: float | None, refine: in
     Raises:
         ValueError: if a name has neither ratio nor hyperparameters, or a key does not apply.
     """
+    if ratio is not None:
+        check_ratio(ratio)
     if value is None:
         return None
     if isinstance(value, Mapping):
         fields = dict(value)
         named = fields.pop("structure", default.structure if default else None)
         ratio, refine = fields.pop("ratio", None if fields else ratio), fields.pop("refine", refine)
+        if ratio is not None:
+            check_ratio(ratio)
         if named is None:
             raise ValueError(f"rule {dict(value)} names no structure and there is no default; add structure=")
         structure = structure_class(named) if isinstance(named, str) else named
