@@ -8,9 +8,10 @@ it meets the input. The search minimises the predicted time: FLOPs, bytes moved 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Literal
 
 from structlin.spec import Equation, Modes, Spec
@@ -137,18 +138,46 @@ class Plan:
         return "\n".join(map(str, self.parts))
 
 
+Groups = tuple[Modes, Modes, Modes]  # the (batch, rows, columns) of an operand
+
+
 @dataclass(frozen=True)
-class _Operand:
-    slot: int
+class _Product:
+    """One way to multiply two operands: which goes left, how each is read, and what it costs."""
+
+    left: Modes
+    right: Modes
+    left_groups: Groups
+    right_groups: Groups
+    swapped: bool  # the factor goes left, the activations go right
+    broadcast: bool  # the left operand is shared over the batch
+    out: Modes
+    copies: tuple[bool, bool]
+    flops: int
+    nbytes: int
+    seconds: float
+
+    @property
+    def ops(self) -> int:
+        return 1 + sum(self.copies)
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """Neighbouring factors contracted with one another; a single factor has no product."""
+
     modes: Modes
+    seconds: float
+    middle: int = 0
+    product: _Product | None = None
 
 
 @dataclass(frozen=True)
 class _State:
-    """A partial plan: the current operand, the steps that led to it, and their cost."""
+    """A partial plan: the modes of the activations, the merged factors that they absorbed, and the cost so far."""
 
-    operand: _Operand
-    steps: tuple[Step, ...]
+    modes: Modes
+    absorbed: tuple[tuple[int, int, _Product], ...]
     cost: float
 
 
@@ -157,182 +186,191 @@ class _Search:
 
     def __init__(self, eq: Equation, tokens: int, itemsize: int, machine: Machine) -> None:
         self.eq = eq
-        self.tokens = tokens
         self.itemsize = itemsize
         self.machine = machine
+        self.tokens = tokens
+        self.size = {**eq.size, TOKENS: tokens}
         self.external = frozenset((*eq.outputs, *eq.inputs))
         self.count = len(eq.factors)
+        self.known: dict[tuple[int, int], _Merged] = {}
 
-    # Sizes -----------------------------------------------------------------------------------------------------
-
-    def numel(self, modes: Sequence[str]) -> int:
-        return math.prod(self.tokens if mode == TOKENS else self.eq.size[mode] for mode in modes)
-
-    def encoded(self, modes: Sequence[str]) -> int:
-        size = self.eq.numel([mode for mode in modes if mode != TOKENS])
-        return -size if TOKENS in modes else size
-
-    def seconds(self, steps: Sequence[Step]) -> float:
-        return self.machine.seconds(
-            sum(s.flops for s in steps), sum(s.nbytes for s in steps), sum(s.ops for s in steps)
-        )
+    def numel(self, modes: Iterable[str]) -> int:
+        return math.prod([self.size[mode] for mode in modes])
 
     # One product -------------------------------------------------------------------------------------------------
 
-    def view(self, modes: Modes, groups: tuple[Modes, Modes, Modes], broadcast: bool = False) -> View:
-        axes = tuple(modes.index(mode) for group in groups for mode in group)
-        contiguous_runs = all(
-            position + 1 == following
-            for group in groups
-            for position, following in zip(
-                [modes.index(m) for m in group], [modes.index(m) for m in group[1:]], strict=False
-            )
-        )
-        # A stack whose innermost axis is the batch sends torch.bmm into a slow loop: copy it first.
-        copy = not contiguous_runs or (bool(modes) and modes[-1] in groups[0])
-        shape = (self.encoded(groups[0]), self.encoded(groups[1]), self.encoded(groups[2]))
-        return View(axes, shape, copy, broadcast)
-
-    def product(self, a: _Operand, b: _Operand, needed: frozenset[str], slot: int) -> Iterator[Step]:
-        """All ways to multiply activation (or factor) `a` by factor `b` in one batched product."""
-        shared = [mode for mode in a.modes if mode in b.modes]
+    def products(self, a: Modes, b: Modes, needed: frozenset[str]) -> Iterator[_Product]:
+        """All ways to multiply activations (or merged factors) `a` by a factor `b` in one batched product."""
+        shared = [mode for mode in a if mode in b]
         batch = tuple(mode for mode in shared if mode in needed)
         summed = tuple(mode for mode in shared if mode not in needed)
-        free_a = tuple(mode for mode in a.modes if mode not in shared)
-        free_b = tuple(mode for mode in b.modes if mode not in shared)
+        free_a = tuple(mode for mode in a if mode not in shared)
+        free_b = tuple(mode for mode in b if mode not in shared)
         # x @ W, then W @ x: which one is free of copies depends on the layout of the activations.
-        yield self.step(
-            a, b, self.view(a.modes, (batch, free_a, summed)), self.view(b.modes, (batch, summed, free_b)),
-            batch + free_a + free_b, slot, summed,
-        )  # fmt: skip
-        yield self.step(
-            b, a, self.view(b.modes, (batch, free_b, summed)), self.view(a.modes, (batch, summed, free_a)),
-            batch + free_b + free_a, slot, summed,
-        )  # fmt: skip
+        yield self.product(a, b, (batch, free_a, summed), (batch, summed, free_b), batch + free_a + free_b)
+        yield self.product(
+            b, a, (batch, free_b, summed), (batch, summed, free_a), batch + free_b + free_a, swapped=True
+        )
         # Summed modes in the middle of the activations: share W over the leading modes, no copy at all.
-        first = a.modes.index(summed[0]) if summed else 0
-        if not batch and first > 0 and a.modes[first : first + len(summed)] == summed:
-            before, after = a.modes[:first], a.modes[first + len(summed) :]
-            if after:
-                shared_view = self.view(b.modes, ((), free_b, summed), broadcast=True)
-                yield self.step(
-                    b,
-                    a,
-                    shared_view,
-                    self.view(a.modes, (before, summed, after)),
-                    before + free_b + after,
-                    slot,
-                    summed,
-                )
+        first = a.index(summed[0]) if summed else 0
+        before, after = a[:first], a[first + len(summed) :]
+        if not batch and before and after and a[first : first + len(summed)] == summed:
+            yield self.product(
+                b, a, ((), free_b, summed), (before, summed, after), before + free_b + after,
+                swapped=True, broadcast=True,
+            )  # fmt: skip
 
-    def step(
-        self, left: _Operand, right: _Operand, left_view: View, right_view: View, out: Modes, slot: int, summed: Modes
-    ) -> Step:
-        copied = sum(
-            2 * self.numel(operand.modes)
-            for operand, view in ((left, left_view), (right, right_view))
-            if view.copy
-        )  # fmt: skip
-        moved = self.numel(left.modes) + self.numel(right.modes) + self.numel(out) + copied
-        return Step(
-            left.slot, right.slot, left_view, right_view, out, tuple(self.encoded((mode,)) for mode in out),
-            f"[{' '.join(left.modes)}] * [{' '.join(right.modes)}] -> [{' '.join(out)}]",
-            flops=2 * self.numel((*out, *summed)),
-            nbytes=self.itemsize * moved,
-            ops=1 + left_view.copy + right_view.copy,
-        )  # fmt: skip
+    def product(
+        self, left: Modes, right: Modes, left_groups: Groups, right_groups: Groups, out: Modes,
+        *, swapped: bool = False, broadcast: bool = False,
+    ) -> _Product:  # fmt: skip
+        copies = _needs_copy(left, left_groups), _needs_copy(right, right_groups)
+        left_size, right_size, out_size = self.numel(left), self.numel(right), self.numel(out)
+        moved = (1 + 2 * copies[0]) * left_size + (1 + 2 * copies[1]) * right_size + out_size
+        flops = 2 * out_size * self.numel(left_groups[2])
+        nbytes = self.itemsize * moved
+        seconds = self.machine.seconds(flops, nbytes, 1 + sum(copies))
+        return _Product(left, right, left_groups, right_groups, swapped, broadcast, out, copies, flops, nbytes, seconds)
 
     # Merging neighbours ------------------------------------------------------------------------------------------
 
-    def merged(self, start: int, stop: int, slot: int) -> tuple[_Operand, tuple[Step, ...]]:
-        """Contract the factors start..stop-1 with one another; results are numbered from `slot`."""
-
-        def build(lo: int, hi: int, free: int) -> tuple[_Operand, tuple[Step, ...]]:
-            if hi - lo == 1:
-                return _Operand(lo, self.eq.factors[lo].modes), ()
+    def merged(self, lo: int, hi: int) -> _Merged:
+        """Contract the factors lo..hi-1 with one another."""
+        if hi - lo == 1:
+            return _Merged(self.eq.factors[lo].modes, 0.0)
+        if (lo, hi) not in self.known:
             middle = self.splits[lo, hi]
-            left, left_steps = build(lo, middle, free)
-            right, right_steps = build(middle, hi, free + len(left_steps))
-            free += len(left_steps) + len(right_steps)
-            step = self.best_product(left, right, self.outside(lo, hi), free)
-            return _Operand(free, step.out_modes), (*left_steps, *right_steps, step)
+            left, right = self.merged(lo, middle), self.merged(middle, hi)
+            options = self.products(left.modes, right.modes, self.outside(lo, hi))
+            best = min(options, key=lambda option: option.seconds)
+            seconds = left.seconds + right.seconds + best.seconds
+            self.known[lo, hi] = _Merged(best.out, seconds, middle, best)
+        return self.known[lo, hi]
 
-        return build(start, stop, slot)
-
-    def best_product(self, a: _Operand, b: _Operand, needed: frozenset[str], slot: int) -> Step:
-        return min(self.product(a, b, needed, slot), key=lambda step: self.seconds([step]))
-
-    def outside(self, start: int, stop: int) -> frozenset[str]:
-        """Modes that the merged factors start..stop-1 must keep."""
-        others = (*self.eq.factors[:start], *self.eq.factors[stop:])
-        return self.external | {mode for factor in others for mode in factor.modes}
+    def outside(self, lo: int, hi: int) -> frozenset[str]:
+        """Modes that the merged factors lo..hi-1 must keep."""
+        others = (*self.eq.factors[:lo], *self.eq.factors[hi:])
+        return self.external.union(*(factor.modes for factor in others))
 
     @cached_property
     def splits(self) -> dict[tuple[int, int], int]:
-        """Matrix-chain dynamic programming: where to split each interval of factors so that merging it is cheapest."""
-        cost: dict[tuple[int, int], float] = {(i, i + 1): 0.0 for i in range(self.count)}
-        modes: dict[tuple[int, int], Modes] = {(i, i + 1): f.modes for i, f in enumerate(self.eq.factors)}
+        """Matrix-chain dynamic programming: where to split each interval of factors so that merging it is cheapest.
+
+        Costs are those of products without copies: layouts are settled afterwards, in `merged`.
+        """
+        kept = {
+            (lo, hi): self.outside(lo, hi) & {mode for factor in self.eq.factors[lo:hi] for mode in factor.modes}
+            for lo in range(self.count)
+            for hi in range(lo + 1, self.count + 1)
+        }
+        size = {interval: self.numel(modes) for interval, modes in kept.items()}
+        cost = dict.fromkeys(((i, i + 1) for i in range(self.count)), 0.0)
         split: dict[tuple[int, int], int] = {}
         for length in range(2, self.count + 1):
             for lo in range(self.count - length + 1):
                 hi = lo + length
                 options = []
                 for middle in range(lo + 1, hi):
-                    a, b = _Operand(0, modes[lo, middle]), _Operand(1, modes[middle, hi])
-                    step = self.best_product(a, b, self.outside(lo, hi), 2)
-                    total = cost[lo, middle] + cost[middle, hi] + self.seconds([step])
-                    options.append((total, middle, step.out_modes))
-                cost[lo, hi], split[lo, hi], modes[lo, hi] = min(options, key=lambda option: option[:2])
+                    a, b = (lo, middle), (middle, hi)
+                    flops = 2 * size[a] * size[b] // self.numel(kept[a] & kept[b])
+                    nbytes = self.itemsize * (size[a] + size[b] + size[lo, hi])
+                    options.append((cost[a] + cost[b] + self.machine.seconds(flops, nbytes, 1), middle))
+                cost[lo, hi], split[lo, hi] = min(options)
         return split
 
     # Absorbing the chain -----------------------------------------------------------------------------------------
 
-    def sweep(self, forward: bool, lengths: Sequence[int]) -> _State:
-        """Best plan that absorbs groups of the given lengths from one end of the chain."""
-        start = _State(_Operand(self.count, (TOKENS, *self.eq.inputs)), (), 0.0)
-        states: list[list[_State]] = [[start], *([] for _ in range(self.count))]
+    def sweep(self, forward: bool, lengths: Sequence[int], bound: float = math.inf) -> _State | None:
+        """Best plan that absorbs groups of the given lengths from one end of the chain, none if all exceed `bound`."""
+        states: list[list[_State]] = [[] for _ in range(self.count + 1)]
+        states[0].append(_State((TOKENS, *self.eq.inputs), (), 0.0))
         for done in range(self.count):
             for state in _best(states[done]):
                 for length in lengths:
-                    stop = done + length
-                    if stop <= self.count:
-                        states[stop].extend(self.absorb(state, done, stop, forward))
-        return min(map(self.finished, states[-1]), key=lambda state: state.cost)
+                    if done + length <= self.count:
+                        states[done + length].extend(self.absorb(state, done, length, forward, bound))
+        return min(map(self.finished, states[-1]), key=lambda state: state.cost, default=None)
 
-    def absorb(self, state: _State, done: int, stop: int, forward: bool) -> Iterator[_State]:
-        lo, hi = (done, stop) if forward else (self.count - stop, self.count - done)
+    def absorb(self, state: _State, done: int, length: int, forward: bool, bound: float) -> Iterator[_State]:
+        lo = done if forward else self.count - done - length
+        hi = lo + length
+        merged = self.merged(lo, hi)
+        if state.cost + merged.seconds > bound:
+            return
         remaining = self.eq.factors[hi:] if forward else self.eq.factors[:lo]
-        needed = frozenset((TOKENS, *self.eq.outputs, *(mode for factor in remaining for mode in factor.modes)))
-        slot = self.count + 1 + len(state.steps)
-        operand, merge = self.merged(lo, hi, slot)
-        slot += len(merge)
-        for step in self.product(state.operand, operand, needed, slot):
-            steps = (*merge, step)
-            yield _State(_Operand(slot, step.out_modes), state.steps + steps, state.cost + self.seconds(steps))
+        needed = frozenset((TOKENS, *self.eq.outputs)).union(*(factor.modes for factor in remaining))
+        for product in self.products(state.modes, merged.modes, needed):
+            cost = state.cost + merged.seconds + product.seconds
+            yield _State(product.out, (*state.absorbed, (lo, hi, product)), cost)
 
     def finished(self, state: _State) -> _State:
         """Add the cost of bringing the result into (tokens, outputs) order."""
-        if state.operand.modes == (TOKENS, *self.eq.outputs):
+        if state.modes == (TOKENS, *self.eq.outputs):
             return state
-        nbytes = 2 * self.itemsize * self.numel(state.operand.modes)
-        return _State(state.operand, state.steps, state.cost + self.machine.seconds(0, nbytes, 1))
+        nbytes = 2 * self.itemsize * self.numel(state.modes)
+        return _State(state.modes, state.absorbed, state.cost + self.machine.seconds(0, nbytes, 1))
+
+    # Writing the plan down ---------------------------------------------------------------------------------------
 
     def plan(self, state: _State) -> EquationPlan:
-        modes = state.operand.modes
+        steps: list[Step] = []
+        slot = self.count  # of the activations: the input comes after the factors
+        for lo, hi, product in state.absorbed:
+            factor = self.write_merged(lo, hi, steps)
+            slot = self.write(product, slot, factor, steps)
         return EquationPlan(
-            self.eq, self.tokens, self.itemsize, self.machine, state.steps,
-            axes=tuple(modes.index(mode) for mode in (TOKENS, *self.eq.outputs)),
-            flops=sum(step.flops for step in state.steps),
-            nbytes=sum(step.nbytes for step in state.steps),
+            self.eq, self.tokens, self.itemsize, self.machine, tuple(steps),
+            axes=tuple(state.modes.index(mode) for mode in (TOKENS, *self.eq.outputs)),
+            flops=sum(step.flops for step in steps),
+            nbytes=sum(step.nbytes for step in steps),
             seconds=state.cost,
         )  # fmt: skip
+
+    def write_merged(self, lo: int, hi: int, steps: list[Step]) -> int:
+        """Append the steps that merge the factors lo..hi-1; return the number of the result."""
+        merged = self.merged(lo, hi)
+        if merged.product is None:
+            return lo
+        left = self.write_merged(lo, merged.middle, steps)
+        right = self.write_merged(merged.middle, hi, steps)
+        return self.write(merged.product, left, right, steps)
+
+    def write(self, product: _Product, a: int, b: int, steps: list[Step]) -> int:
+        left, right = (b, a) if product.swapped else (a, b)
+        text = f"[{' '.join(product.left)}] * [{' '.join(product.right)}] -> [{' '.join(product.out)}]"
+        step = Step(
+            left, right,
+            self.view(product.left, product.left_groups, product.copies[0], product.broadcast),
+            self.view(product.right, product.right_groups, product.copies[1]),
+            product.out, tuple(self.encoded((mode,)) for mode in product.out),
+            text, product.flops, product.nbytes, product.ops,
+        )  # fmt: skip
+        steps.append(step)
+        return self.count + len(steps)
+
+    def view(self, modes: Modes, groups: Groups, copy: bool, broadcast: bool = False) -> View:
+        axes = tuple(modes.index(mode) for group in groups for mode in group)
+        batch, rows, columns = groups
+        return View(axes, (self.encoded(batch), self.encoded(rows), self.encoded(columns)), copy, broadcast)
+
+    def encoded(self, modes: Modes) -> int:
+        size = self.eq.numel([mode for mode in modes if mode != TOKENS])
+        return -size if TOKENS in modes else size
+
+
+def _needs_copy(modes: Modes, groups: Groups) -> bool:
+    """Whether reading a tensor with these modes as a (batch, rows, columns) stack copies it."""
+    position = {mode: k for k, mode in enumerate(modes)}
+    runs = all(position[b] == position[a] + 1 for group in groups for a, b in pairwise(group))
+    # A stack whose innermost axis is the batch sends torch.bmm into a slow loop: copy it first.
+    return not runs or (bool(modes) and modes[-1] in groups[0])
 
 
 def _best(states: list[_State]) -> list[_State]:
     """The cheapest state of each layout, the cheapest layouts only."""
     by_layout: dict[Modes, _State] = {}
     for state in sorted(states, key=lambda state: state.cost):
-        by_layout.setdefault(state.operand.modes, state)
+        by_layout.setdefault(state.modes, state)
     return list(by_layout.values())[:_BEAM]
 
 
@@ -369,22 +407,28 @@ def find_plan(
 
 def _find(eq: Equation, tokens: int, itemsize: int, machine: Machine, order: Order) -> EquationPlan:
     search = _Search(eq, tokens, itemsize, machine)
+    every, single = range(1, search.count + 1), [1]
+    options: Sequence[_State | None]
     if order == "auto":
-        lengths = range(1, search.count + 1)
-        state = min((search.sweep(forward, lengths) for forward in (True, False)), key=lambda state: state.cost)
+        # The sequential plans are quick to find, and what costs more than they do need not be searched.
+        options = [search.sweep(forward, single) for forward in (True, False)]
+        bound = min(state.cost for state in options if state)
+        options = [*options, *(search.sweep(forward, every, bound) for forward in (True, False))]
     elif order == "materialise":
-        state = search.sweep(True, [search.count])
+        options = [search.sweep(True, [search.count])]
     else:
-        state = search.sweep(order == "forward", [1])
-    return search.plan(state)
+        options = [search.sweep(order == "forward", single)]
+    return search.plan(min((state for state in options if state), key=lambda state: state.cost))
 
 
 @lru_cache(maxsize=1024)
 def dense_plan(eq: Equation) -> tuple[tuple[Step, ...], tuple[int, ...]]:
     """Steps that merge all factors, and the axes that bring the result into (outputs, inputs) order."""
     search = _Search(eq, 1, 4, CPU)
-    operand, steps = search.merged(0, search.count, search.count + 1)
-    return steps, tuple(operand.modes.index(mode) for mode in (*eq.outputs, *eq.inputs))
+    steps: list[Step] = []
+    search.write_merged(0, search.count, steps)
+    modes = search.merged(0, search.count).modes
+    return tuple(steps), tuple(modes.index(mode) for mode in (*eq.outputs, *eq.inputs))
 
 
 @lru_cache(maxsize=1024)
