@@ -70,8 +70,9 @@ def fit(
 
 def relative_error(weight: Tensor, approximation: Tensor) -> float:
     """Compute ||weight - approximation|| / ||weight|| in the Frobenius norm; 0 for two zero matrices."""
-    error = torch.linalg.vector_norm(weight - approximation).item()
-    norm = torch.linalg.vector_norm(weight).item()
+    wide = torch.promote_types(weight.dtype, torch.float64)  # the squares of 1e30 overflow float32
+    error = torch.linalg.vector_norm(weight - approximation, dtype=wide).item()
+    norm = torch.linalg.vector_norm(weight, dtype=wide).item()
     return error / norm if norm > 0 else (0.0 if error == 0 else math.inf)
 
 
@@ -98,7 +99,7 @@ def _fit_one(weight: Tensor, structure: Structure, refine: int) -> Fit:
     spec = structure.spec(in_features, out_features)
     exact = weight if weight.dtype in (torch.float64, torch.complex64, torch.complex128) else weight.float()
     # Scaled to a root mean square of 1, so that no Gram matrix over- or underflows.
-    scale = torch.linalg.vector_norm(exact.to(torch.promote_types(exact.dtype, torch.float64))).item()
+    scale = torch.linalg.vector_norm(exact, dtype=torch.promote_types(exact.dtype, torch.float64)).item()
     scale = scale / math.sqrt(exact.numel()) or 1.0
     exact = exact / scale
     factors = [factor.to(exact.dtype) for factor in structure.decompose(exact)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
@@ -50,6 +51,7 @@ class StructuredLinear(nn.Module):
         dtype: of the parameters, any float or complex dtype.
     Raises:
         ValueError: if a size is below 1 or the structure does not fit the sizes.
+        TypeError: if a size or a field of the structure is of the wrong kind.
     """
 
     structure_class: ClassVar[type[Structure] | None] = None
@@ -69,6 +71,7 @@ class StructuredLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        in_features, out_features = operator.index(in_features), operator.index(out_features)
         if in_features < 1 or out_features < 1:
             raise ValueError(f"in_features={in_features}, out_features={out_features}; sizes are whole numbers from 1")
         self.in_features = in_features

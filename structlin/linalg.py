@@ -142,15 +142,15 @@ def tt_svd(
     Returns:
         Cores (r_k, o_k, i_k, r_k+1) with r_0 = r_d = 1, in the working dtype, all but the last left-orthogonal.
     Raises:
-        ValueError: if the tolerance is negative.
+        ValueError: if the tolerance is negative or NaN.
     Source: Oseledets 2011, Tensor-train decomposition.
     Example:
         >>> cores = tt_svd(torch.ones(2, 2, 3, 3), tolerance=1e-8)
         >>> [tuple(core.shape) for core in cores]
         [(1, 2, 2, 1), (1, 3, 3, 1)]
     """
-    if tolerance < 0:
-        raise ValueError(f"tolerance={tolerance} is negative; use a relative error from 0 to 1")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance={tolerance} is negative or NaN; use a relative error from 0 to 1")
     sizes = list(zip(tensor.shape[0::2], tensor.shape[1::2], strict=True))
     rest = tensor.to(working_dtype(tensor)).reshape(1, -1)
     # Each of the d - 1 truncations may lose this much (Oseledets 2011, theorem 2.2).
@@ -183,7 +183,7 @@ def tt_round(
     Returns:
         Cores of lower rank, in the working dtype.
     Raises:
-        ValueError: if the tolerance is negative.
+        ValueError: if the tolerance is negative or NaN.
     Source: Oseledets 2011, algorithm 2.
     Example:
         >>> a = [torch.ones(1, 2, 2, 1), torch.ones(1, 3, 3, 1)]
@@ -191,8 +191,8 @@ def tt_round(
         >>> [tuple(core.shape) for core in tt_round(doubled, tolerance=1e-8)]
         [(1, 2, 2, 1), (1, 3, 3, 1)]
     """
-    if tolerance < 0:
-        raise ValueError(f"tolerance={tolerance} is negative; use a relative error from 0 to 1")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance={tolerance} is negative or NaN; use a relative error from 0 to 1")
     work = [core.to(working_dtype(core)) for core in cores]
     for k in range(len(work) - 1, 0, -1):
         q, r = torch.linalg.qr(work[k].flatten(1).mH)

@@ -98,7 +98,8 @@ def _digits_or_none(n: int, radix: int) -> tuple[int, ...] | None:
     while n % radix == 0:
         n, count = n // radix, count + 1
     rest: list[int] = []
-    for prime in (p for p in range(2, max(radix, SMOOTH) + 1) if all(p % q for q in range(2, p))):
+    # Only primes divide what is left of n when their turn comes.
+    for prime in range(2, min(max(radix, SMOOTH), n) + 1):
         while n % prime == 0:
             n //= prime
             # Small primes are gathered into one digit while it stays within the radix.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, TypeVar
+from functools import cache
+from types import UnionType
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 from typing_extensions import Self
@@ -27,6 +30,20 @@ class Structure(ABC):
     name: ClassVar[str]
     # Refinement steps that `from_linear` takes unless told otherwise: above 0 for a structure without a closed form.
     refine_steps: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        """Make lists tuples, and check every field against its annotation.
+
+        Raises:
+            TypeError: if a field is of another kind.
+        """
+        for name, kind in _field_kinds(type(self)).items():
+            given = getattr(self, name)
+            value = _plain(given)
+            if not _is_kind(value, kind):
+                expected = getattr(kind, "__name__", None) if isinstance(kind, type) else kind
+                raise TypeError(f"{type(self).__name__}: {name}={given!r} is of the wrong kind; use {expected}")
+            object.__setattr__(self, name, value)  # the way of frozen dataclasses
 
     @abstractmethod
     def resolve(self, in_features: int, out_features: int, weight: Tensor | None = None) -> Self:
@@ -52,6 +69,31 @@ class Structure(ABC):
     @abstractmethod
     def candidates(cls, in_features: int, out_features: int, budget: int) -> Iterable[Self]:
         """Yield the largest members of at most `budget` parameters; one per choice of shape, the fit decides."""
+
+
+@cache
+def _field_kinds(cls: type[Structure]) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+
+
+def _plain(value: Any) -> Any:
+    """Lists as tuples, whole numbers of any library as int."""
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_plain, value))
+    return operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else value
+
+
+def _is_kind(value: Any, kind: Any) -> bool:
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_is_kind(value, arg) for arg in args)
+    if origin is tuple and isinstance(value, tuple):
+        kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
+        return len(kinds) == len(value) and all(map(_is_kind, value, kinds))
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else origin or kind)
 
 
 S = TypeVar("S", bound=type[Structure])

@@ -39,14 +39,9 @@ def max_terms(shape: Shape) -> int:
 
 
 def nearest(weight: Tensor, terms: int, shape: Shape) -> tuple[Tensor, Tensor]:
-    """Nearest Kronecker sum of the zero-padded weight; terms beyond the maximum are zero."""
+    """Nearest Kronecker sum of the zero-padded weight."""
     (o1, i1), (o2, i2) = shape
-    kept = min(terms, max_terms(shape))
-    left, right = linalg.nearest_kronecker(linalg.pad_to(weight, o1 * o2, i1 * i2), kept, shape)
-    if terms > kept:
-        left = torch.cat([left, left.new_zeros(terms - kept, o1, i1)])
-        right = torch.cat([right, right.new_zeros(terms - kept, o2, i2)])
-    return left, right
+    return linalg.nearest_kronecker(linalg.pad_to(weight, o1 * o2, i1 * i2), terms, shape)
 
 
 def check_terms(name: str, terms: int, shape: Shape) -> None:
@@ -68,7 +63,7 @@ class Kronecker(Structure):
     shape: Shape | None = None
 
     def resolve(self, in_features: int, out_features: int, weight: Tensor | None = None) -> Self:
-        shape = self.shape or balanced_shape(in_features, out_features)
+        shape = balanced_shape(in_features, out_features) if self.shape is None else self.shape
         (o1, i1), (o2, i2) = shape
         if min(o1, i1, o2, i2) < 1 or o1 * o2 < out_features or i1 * i2 < in_features:
             raise ValueError(

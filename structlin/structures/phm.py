@@ -15,7 +15,7 @@ from structlin.layer import StructuredLinear, layer_of
 from structlin.linalg import Shape
 from structlin.spec import Spec
 from structlin.structure import Structure, register
-from structlin.structures.kronecker import kronecker_equation, nearest
+from structlin.structures.kronecker import check_terms, kronecker_equation, max_terms, nearest
 
 # The quaternion algebra as matrices of left multiplication by 1, i, j, k: q p = (sum_t q_t HAMILTON[t]) p.
 HAMILTON = (
@@ -47,6 +47,7 @@ class PHM(Structure):
             raise ValueError(f"algebra={self.algebra!r} is unknown; use 'learned' or 'hamilton'")
         if self.algebra == "hamilton" and self.n != 4:
             raise ValueError(f"n={self.n} with algebra='hamilton'; the quaternions have n=4")
+        check_terms("n", self.n, self.shape(in_features, out_features))
         return self
 
     def shape(self, in_features: int, out_features: int) -> Shape:
@@ -75,6 +76,8 @@ class PHM(Structure):
     def candidates(cls, in_features: int, out_features: int, budget: int) -> Iterator[Self]:
         for n in range(2, max(in_features, out_features) + 1):
             candidate = cls(n=n)
+            if n > max_terms(candidate.shape(in_features, out_features)):
+                return
             if candidate.spec(in_features, out_features).num_parameters <= budget:
                 yield candidate
                 return
@@ -95,7 +98,7 @@ class PHMLinear(StructuredLinear):
         device: of the parameters.
         dtype: of the parameters.
     Raises:
-        ValueError: if n is below 1, or not 4 with the Hamilton product.
+        ValueError: if n is below 1, more terms than any matrix needs, or not 4 with the Hamilton product.
     Source: Zhang et al. 2021, Beyond fully-connected layers with quaternions; Parcollet et al. 2019 for the
     quaternions.
     Example:

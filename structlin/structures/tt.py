@@ -16,6 +16,8 @@ from structlin.layer import StructuredLinear, build, layer_of
 from structlin.spec import Spec, equation
 from structlin.structure import Structure, register
 
+_MOST_CORES = 32
+
 
 @register
 @dataclass(frozen=True)
@@ -52,10 +54,10 @@ class TensorTrain(Structure):
     def _modes(self, in_features: int, out_features: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         given = [m for m in (self.out_modes, self.in_modes) if m is not None]
         count = len(given[0]) if given else self.cores
-        if count < 2 or any(len(m) != count or min(m) < 1 for m in given):
+        if not 2 <= count <= _MOST_CORES or any(len(m) != count or min(m) < 1 for m in given):
             raise ValueError(
                 f"out_modes={self.out_modes}, in_modes={self.in_modes}, cores={self.cores}: "
-                "use two or more modes from 1, as many for the output as for the input"
+                f"use 2 to {_MOST_CORES} modes from 1, as many for the output as for the input"
             )
         # Small output modes meet large input modes, so that the cores are of similar size.
         out_modes = tuple(self.out_modes or modes.balanced_modes(out_features, count))
