@@ -1,6 +1,7 @@
 """Structured linear layers for PyTorch."""
 
 from structlin import structures
+from structlin.checkpoint import CheckpointError, load, save, verify
 from structlin.compress import CompressionPlan, Report, compress_model, plan_compression, to_dense_
 from structlin.layer import StructuredLinear
 from structlin.structures import (
@@ -16,6 +17,7 @@ from structlin.structures import (
 
 __all__ = [
     "ButterflyLinear",
+    "CheckpointError",
     "CompressionPlan",
     "KMatrix",
     "KroneckerLinear",
@@ -27,7 +29,10 @@ __all__ = [
     "StructuredLinear",
     "TTLinear",
     "compress_model",
+    "load",
     "plan_compression",
+    "save",
     "structures",
     "to_dense_",
+    "verify",
 ]
