@@ -3,6 +3,7 @@
 from structlin import structures
 from structlin.checkpoint import CheckpointError, load, save, verify
 from structlin.compress import CompressionPlan, Report, compress_model, plan_compression, to_dense_
+from structlin.embedding import StructuredEmbedding
 from structlin.layer import StructuredLinear
 from structlin.structures import (
     ButterflyLinear,
@@ -26,6 +27,7 @@ __all__ = [
     "PHMLinear",
     "Report",
     "ShapeshifterLinear",
+    "StructuredEmbedding",
     "StructuredLinear",
     "TTLinear",
     "compress_model",

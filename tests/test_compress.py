@@ -130,6 +130,21 @@ def test_all_uses_of_a_tied_weight_are_replaced_on_request():
     torch.testing.assert_close(model(ids), expected)
 
 
+def test_tied_and_shared_layers_go_through_a_checkpoint(tmp_path):
+    model = Shared()
+    skeletons = [copy.deepcopy(model), copy.deepcopy(model).to("meta")]
+    compress_model(model, "lowrank", ratio=0.5, skip_last=False, tied="replace")
+    structlin.save(model, tmp_path / "tied")
+    ids = torch.tensor([[1, 2, 0, 49]])
+    for skeleton in [*skeletons, copy.deepcopy(model)]:
+        loaded = structlin.load(skeleton, tmp_path / "tied")
+        assert loaded.embedding.linear is loaded.head
+        assert loaded.embedding.padding_idx == 0
+        assert loaded.first is loaded.again
+        assert loaded.left.left is loaded.right.left
+        assert torch.equal(loaded(ids), model(ids))
+
+
 def test_tie_that_cannot_be_replaced_keeps_its_reason():
     model = Shared()
     model.embedding.max_norm = 1.0

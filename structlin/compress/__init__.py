@@ -3,7 +3,6 @@
 from structlin.compress.apply import compress_model, to_dense_
 from structlin.compress.plan import CompressionPlan, PlanEntry, plan_compression
 from structlin.compress.report import Coverage, LayerReport, Report
-from structlin.compress.tied import StructuredEmbedding
 
 __all__ = [
     "CompressionPlan",
@@ -11,7 +10,6 @@ __all__ = [
     "LayerReport",
     "PlanEntry",
     "Report",
-    "StructuredEmbedding",
     "compress_model",
     "plan_compression",
     "to_dense_",

@@ -12,7 +12,7 @@ from structlin.compress.plan import CompressionPlan, PlanEntry, by_name, plan_co
 from structlin.compress.report import Coverage, LayerReport, Report
 from structlin.compress.rules import Rules, Value
 from structlin.compress.targets import Target, find_targets, module_names, unreached
-from structlin.compress.tied import StructuredEmbedding
+from structlin.embedding import StructuredEmbedding
 from structlin.fit import fit
 from structlin.layer import StructuredLinear, build, from_fit
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from structlin import _files
-from structlin._files import CheckpointError, Stored
+from structlin.checkpoint import _files
+from structlin.checkpoint._files import CheckpointError, Stored
 from structlin.structure import Structure, hyperparameters, registered
 
 MANIFEST = "structlin.json"

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from structlin._files import CheckpointError, Stored
-from structlin._manifest import Checkpoint, Layer
+from structlin.checkpoint._files import CheckpointError, Stored
+from structlin.checkpoint._manifest import Checkpoint, Layer
+from structlin.embedding import StructuredEmbedding
 from structlin.layer import StructuredLinear, build
 
 
@@ -47,11 +48,18 @@ def tree_of(skeleton: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Module]
     """The modules of the model to be, by every dotted name; the skeleton is only read."""
     old = dict(skeleton.named_modules(remove_duplicate=False))
     names = _layer_names(checkpoint)
-    for name, first in names.items():
-        _check_replaceable(name, old.get(name), checkpoint.manifest.layers[first])
-    new = {name: _fitting(name, old[name], layer) for name, layer in checkpoint.manifest.layers.items()}
+    layers = checkpoint.manifest.layers
+    replaced = {name: _replaced(name, old, layers[first]) for name, first in names.items()}
+    new = {name: _fitting(name, replaced[name], layer) for name, layer in layers.items()}
     inside = {path for path in old if any(path[:k] in names for k in _dots(path))}
     tree = {path: new[names[path]] if path in names else module for path, module in old.items() if path not in inside}
+    tables: dict[nn.Module, nn.Module] = {}
+    for name, embedding in replaced.items():
+        if isinstance(embedding, nn.Embedding):
+            layer = new[names[name]]
+            assert isinstance(layer, StructuredLinear)
+            table = tables.setdefault(embedding, StructuredEmbedding(layer, embedding.padding_idx))
+            tree |= {name: layer, name.rpartition(".")[0]: table.train(embedding.training)}
     seen: dict[tuple[int, str], str] = {}
     for path, module in tree.items():
         parent, _, child = path.rpartition(".")
@@ -65,23 +73,28 @@ def _dots(path: str) -> Iterator[int]:
     return (k for k, letter in enumerate(path) if letter == ".")
 
 
-def _check_replaceable(name: str, module: nn.Module | None, layer: Layer) -> None:
+def _replaced(name: str, old: Mapping[str, nn.Module], layer: Layer) -> nn.Module:
+    """The module of the skeleton that a layer replaces: that of its name, or the embedding whose table it becomes."""
+    parent, _, child = name.rpartition(".")
+    module = old.get(name, old.get(parent) if child == "linear" else None)
     where = f"layer {name!r}"
-    if module is None:
+    if module is None or (name not in old and not isinstance(module, nn.Embedding)):
         raise CheckpointError(f"{where}: the skeleton has no such module; expected the architecture that was saved")
     expected = [layer.out_features, layer.in_features]
     if isinstance(module, (nn.Linear, StructuredLinear)):
         found = [module.out_features, module.in_features]
+    elif isinstance(module, nn.Embedding) and name not in old:
+        found = [module.num_embeddings, module.embedding_dim]
     elif type(module).__name__ == "Conv1D" and isinstance(module.weight, Tensor):  # of transformers: transposed
         found = [*module.weight.shape[::-1]]
     else:
         raise CheckpointError(f"{where}: the skeleton has a {type(module).__name__}; expected a linear layer")
     if found != expected:
         raise CheckpointError(f"{where}: the skeleton's weight is {found}, the checkpoint's {expected}")
-    if (module.bias is not None) != layer.bias:
-        raise CheckpointError(
-            f"{where}: bias is {module.bias is not None} in the skeleton, {layer.bias} in the checkpoint"
-        )
+    bias = getattr(module, "bias", None) is not None
+    if bias != layer.bias:
+        raise CheckpointError(f"{where}: bias is {bias} in the skeleton, {layer.bias} in the checkpoint")
+    return module
 
 
 def _fitting(name: str, module: nn.Module, layer: Layer) -> nn.Module:
@@ -140,7 +153,8 @@ def places(
     found_places: dict[str, torch.device] = {}
     for slot in slots:
         owner = slot.name.rpartition(".")[0]
-        found = next(old[owner].parameters(), slot.tensor).device if owner in names else slot.tensor.device
+        module = old.get(owner, old.get(owner.rpartition(".")[0])) if owner in names else None
+        found = next(module.parameters(), slot.tensor).device if module else slot.tensor.device
         key = checkpoint.manifest.aliases.get(slot.name, slot.name)
         found_places.setdefault(key, torch.device("cpu") if found.type == "meta" else found)
     return found_places
@@ -176,7 +190,7 @@ def swaps(skeleton: nn.Module, tree: Mapping[str, nn.Module]) -> Iterator[Assign
     old = dict(skeleton.named_modules(remove_duplicate=False))
     for path, module in tree.items():
         parent, _, child = path.rpartition(".")
-        if path and module is not old[path]:
+        if path in old and path and module is not old[path]:
             yield old[parent], child, module
 
 

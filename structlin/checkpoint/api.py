@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from structlin import _files, _manifest, _skeleton
-from structlin._files import CheckpointError
-from structlin._manifest import Layer
+from structlin.checkpoint import _files, _manifest, _skeleton
+from structlin.checkpoint._files import CheckpointError
+from structlin.checkpoint._manifest import Layer
 from structlin.layer import StructuredLinear
 
 __all__ = ["CheckpointError", "Summary", "load", "save", "verify"]
