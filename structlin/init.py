@@ -20,8 +20,7 @@ def initial_factors(spec: Spec, *, dtype: torch.dtype = torch.float32) -> list[T
     Products of many Gaussian factors have heavy tails, so every factor is made of orthogonal blocks: a factor that maps
     part of the state (a butterfly stage) is orthogonal for each index of its other modes; in a network
     without such factors (TT, Kronecker, low rank) all but the last are orthonormal towards their new bonds, which
-    makes the norm of
-    the product that of its last factor. All factors then get the same root mean square entry.
+    makes the norm of the product that of its last factor. All factors then get the same root mean square entry.
 
     Args:
         spec: the structured matrix.

@@ -210,10 +210,10 @@ def tt_round(
 def butterfly_projection(weight: Tensor, out_modes: Sequence[int], in_modes: Sequence[int]) -> list[Tensor]:
     """Project a matrix on the butterfly matrices of given digits by hierarchical rank-1 approximations.
 
-    W[o1..ok, i1..ik] = prod_s F_s[i_<s, o_>s, o_s, i_s]. For fixed i_1 and o_>1 the entries are a rank-1 matrix in
-    (o_1; i_>1):
-    its left vector is a block of F_1, its right vectors form butterflies of the remaining digits. Exact on true
-    butterflies. Cost: O(n^2) per stage, 2 n^2 r FLOPs in all for radix r.
+    W[o1..ok, i1..ik] = prod_s F_s[i_<s, o_>s, o_s, i_s].
+    For fixed i_1 and o_>1 the entries are a rank-1 matrix in (o_1; i_>1): its left vector is a block of F_1, its right
+    vectors form butterflies of the remaining digits. Exact on true butterflies. Cost: O(n^2) per stage, 2 n^2 r FLOPs
+    in all for radix r.
 
     Args:
         weight: (prod out_modes, prod in_modes), any float or complex dtype.

@@ -75,10 +75,10 @@ def split(n: int, first: int) -> tuple[int, int]:
 
 
 def digits(n: int, radix: int) -> tuple[int, ...]:
-    """Write n in mixed radix: as many digits `radix` as divide it, then its small prime factors, most significant
-    first.
+    """Write n in mixed radix: digits `radix` as often as they divide it, the rest in small primes before them.
 
-    n is first padded to the next number without a prime factor above max(radix, SMOOTH).
+    The digits are most significant first. n is first padded to the next number without a prime factor above
+    max(radix, SMOOTH).
 
     Raises:
         ValueError: if radix is below 2.

@@ -21,6 +21,8 @@ ORDERS: tuple[Order, ...] = ("auto", "forward", "backward", "materialise")
 
 TOKENS = "n"  # the name of the token axis in a plan; mode names of equations must differ from it
 _BEAM = 3  # layouts kept per position of the chain
+_CHAIN = 24  # factors up to which all merges of neighbours are searched
+_LENGTH = 6  # longer chains merge at most so many neighbours, or all
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,7 @@ class _Search:
         if hi - lo == 1:
             return _Merged(self.eq.factors[lo].modes, 0.0)
         if (lo, hi) not in self.known:
-            middle = self.splits[lo, hi]
+            middle = self.middle(lo, hi)
             left, right = self.merged(lo, middle), self.merged(middle, hi)
             options = self.products(left.modes, right.modes, self.outside(lo, hi))
             best = min(options, key=lambda option: option.seconds)
@@ -264,6 +266,10 @@ class _Search:
         """Modes that the merged factors lo..hi-1 must keep."""
         others = (*self.eq.factors[:lo], *self.eq.factors[hi:])
         return self.external.union(*(factor.modes for factor in others))
+
+    def middle(self, lo: int, hi: int) -> int:
+        """Where to split the factors lo..hi-1 for merging: at the optimum in short chains, in the middle of long ones."""
+        return self.splits[lo, hi] if self.count <= _CHAIN else (lo + hi) // 2
 
     @cached_property
     def splits(self) -> dict[tuple[int, int], int]:
@@ -420,7 +426,8 @@ def find_plan(
 
 def _find(eq: Equation, tokens: int, itemsize: int, machine: Machine, order: Order) -> EquationPlan:
     search = _Search(eq, tokens, itemsize, machine)
-    every, single = range(1, search.count + 1), [1]
+    single = [1]
+    every = [*range(1, search.count + 1)] if search.count <= _CHAIN else [*range(1, _LENGTH + 1), search.count]
     options: Sequence[_State | None]
     if order == "auto":
         # The sequential plans are quick to find, and what costs more than they do need not be searched.

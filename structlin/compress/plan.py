@@ -127,17 +127,15 @@ def plan_compression(
     """Decide what each linear layer of a model becomes; the model is not touched.
 
     Where a ratio leaves a choice of shape (factor shapes of a Kronecker sum, blocks of a Monarch matrix), the one
-    that fits the
-    weight best is taken.
+    that fits the weight best is taken.
 
     Args:
         model: any module.
         structure: for layers that no rule names: a registered name (with `ratio`), an instance, or None to stay dense.
         ratio: parameters kept / dense parameters of each layer.
         rules: pattern -> structure, name, None, or a mapping with `structure`, `ratio`, `refine`, hyperparameters. A
-        pattern
-            is a glob on the dotted name, a regular expression after `re:`, or a predicate(name, module). First match
-            wins.
+            pattern is a glob on the dotted name, a regular expression after `re:`, or a predicate(name, module). First
+            match wins.
         skip_last: leave the output layer dense unless a rule names it.
         tied: "skip" leaves a weight that an embedding shares dense; "replace" compresses it for all of its users.
         refine: refinement steps, None for the structure's default.
@@ -145,8 +143,7 @@ def plan_compression(
         The plan, for `compress_model(model, plan)`.
     Raises:
         ValueError: if a rule matches no linear layer, a weight is not finite, or an argument is out of range; the
-        message
-            names the layer.
+            message names the layer.
     Example:
         >>> mlp = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
         >>> print(plan_compression(mlp, "lowrank", ratio=0.5))

@@ -31,8 +31,7 @@ def choice(value: Value, default: Choice | None, ratio: float | None, refine: in
     """Read a rule's value: an instance, a registered name, None (stay dense), or a mapping.
 
     A mapping may hold `structure` (a name or an instance; the default's where absent), `ratio`, `refine`, and
-    hyperparameters
-    for the named structure.
+    hyperparameters for the named structure.
 
     Raises:
         ValueError: if a name has neither ratio nor hyperparameters, or a key does not apply.

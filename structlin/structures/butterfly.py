@@ -36,8 +36,9 @@ def chain_equation(digits: Sequence[int], in_modes: Digits, inner_modes: Digits,
     current = [f"i{d + 1}" for d in range(count)]
     sizes = dict(zip(current, in_modes, strict=True))
     terms = []
+    final = {digit: s for s, digit in enumerate(digits)}
     for s, digit in enumerate(digits):
-        last = digit not in digits[s + 1 :]
+        last = final[digit] == s
         new = f"o{digit + 1}" if last else f"m{s}"
         sizes[new] = out_modes[digit] if last else inner_modes[digit]
         others = [mode for d, mode in enumerate(current) if d != digit]
@@ -81,8 +82,7 @@ class Butterfly(Structure):
     """Butterfly matrices of mixed radix; the decomposition is the hierarchical projection, exact on true butterflies.
 
     The last digit (stride 1) is mapped first, as in Dao et al. 2020. `radix=2` is the classic; None takes two digits
-    near
-    the square root, the fastest in plain torch.
+    near the square root, the fastest in plain torch.
     """
 
     name: ClassVar[str] = "butterfly"
@@ -112,8 +112,7 @@ class Butterfly(Structure):
 
     @classmethod
     def candidates(cls, in_features: int, out_features: int, budget: int) -> Iterator[Self]:
-        # Two digits: the splits of the (balanced, hence barely padded) sizes with the most parameters within the
-        # budget.
+        # Two digits: the splits of the (barely padded) sizes with the most parameters within the budget.
         out_size, in_size = modes.padded(out_features, 2), modes.padded(in_features, 2)
         options = [
             ((out_size // o1) * i1 * (o1 + in_size // i1), o1, i1)

@@ -27,11 +27,9 @@ class Kaleidoscope(Structure):
 
     B*'s last stage and B's first map the same digit, so they are one; so are neighbours across the powers: width w over
     two digits has 2 w + 1 stages. The inner size of a digit is the larger of input and output; `expansion`
-    multiplies that
-    of the first digit, which is S E S^T of the paper without the rows and columns that S drops.
+    multiplies that of the first digit, which is S E S^T of the paper without the rows and columns that S drops.
 
-    There is no closed form. The start is the butterfly projection with identity stages before it; `from_linear`
-    refines it.
+    There is no closed form. The start is the butterfly projection with identity stages before it, then refined.
     """
 
     name: ClassVar[str] = "kmatrix"
@@ -113,9 +111,8 @@ def _splits(size: int) -> list[int]:
 class KMatrix(StructuredLinear):
     """Apply a kaleidoscope matrix (B B*)^width_expansion with merged stages.
 
-    Cost: 2 width + 1 stages over two digits (a, b), alternately n a and n b parameters for a square layer of size n
-    = a b,
-    and twice as many FLOPs per token.
+    Cost: 2 width + 1 stages over two digits (a, b), alternately n a and n b parameters for a square layer of size
+    n = a b, and twice as many FLOPs per token.
 
     Args:
         in_features: size of each input row.
@@ -131,8 +128,7 @@ class KMatrix(StructuredLinear):
     Raises:
         ValueError: if width or expansion is below 1, radix below 2, or modes do not cover the layer.
     Source: Dao et al. 2020, Kaleidoscope: an efficient, learnable representation for all structured linear maps.
-    Blocks of any
-        radix and merged stages are ours (a superset with more parameters).
+        Blocks of any radix and merged stages are ours (a superset with more parameters).
     Example:
         >>> KMatrix(64, 64, width=2).num_parameters
         2560

@@ -32,8 +32,7 @@ class PHM(Structure):
     """Parameterised hypercomplex multiplication: n Kronecker terms with left factors n x n.
 
     The decomposition is the nearest Kronecker sum of n terms, optimal; with `algebra="hamilton"` the left factors
-    are those
-    of the quaternions, orthogonal to one another, and the right factors are projections, optimal too.
+    are those of the quaternions, orthogonal to one another, and the right factors are projections, optimal too.
     """
 
     name: ClassVar[str] = "phm"
@@ -99,8 +98,7 @@ class PHMLinear(StructuredLinear):
         dtype: of the parameters.
     Raises:
         ValueError: if n is below 1, more terms than any matrix needs, or not 4 with the Hamilton product.
-    Source: Zhang et al. 2021, Beyond fully-connected layers with quaternions; Parcollet et al. 2019 for the
-    quaternions.
+    Source: Zhang et al. 2021, Beyond fully-connected layers with quaternions; Parcollet et al. 2019.
     Example:
         >>> PHMLinear(64, 32, n=4).num_parameters
         576

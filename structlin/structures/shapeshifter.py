@@ -24,8 +24,7 @@ class Shapeshifter(Structure):
 
     `order="kron"` reorders by Van Loan & Pitsianis (a Kronecker sum with all sides near square roots);
     `order="reshape"`
-    reads the weight row-major as a nearly square matrix. Both decompositions are truncated SVDs of the reordered
-    weight, optimal.
+    reads the weight row-major as a nearly square matrix. Both decompositions are SVDs of the reordered weight, optimal.
     """
 
     name: ClassVar[str] = "shapeshifter"
@@ -116,8 +115,8 @@ class ShapeshifterLinear(StructuredLinear):
     Raises:
         ValueError: if rank or order is out of range.
     Source: Panahi, Saeedi & Arodz 2021, Shapeshifter. The paper's code was never published: "kron" follows its
-    abstract,
-        "reshape" the course project; where the authors round square roots up we take the nearest balanced factors.
+        abstract, "reshape" the course project; where the authors round square roots up
+        we take the nearest balanced factors.
     Example:
         >>> ShapeshifterLinear(64, 64, rank=2).num_parameters
         256

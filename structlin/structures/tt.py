@@ -25,8 +25,7 @@ class TensorTrain(Structure):
     """TT-matrices; the decomposition is TT-SVD, within sqrt(d - 1) of the best error for its ranks.
 
     `rank` is one number (lowered to the maximum at each bond), or one per bond; with `tolerance` instead, the ranks
-    follow from
-    the weight so that the relative error stays below it.
+    follow from the weight so that the relative error stays below it.
     """
 
     name: ClassVar[str] = "tt"
