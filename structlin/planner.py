@@ -268,7 +268,7 @@ class _Search:
         return self.external.union(*(factor.modes for factor in others))
 
     def middle(self, lo: int, hi: int) -> int:
-        """Where to split the factors lo..hi-1 for merging: at the optimum in short chains, in the middle of long ones."""
+        """Where to split the factors lo..hi-1 for merging: the optimum in short chains, the middle in long ones."""
         return self.splits[lo, hi] if self.count <= _CHAIN else (lo + hi) // 2
 
     @cached_property
