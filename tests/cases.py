@@ -1,0 +1,84 @@
+"""One row per structure: adding a structure adds one row here, and all laws hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from structlin.structure import Structure
+from structlin.structures import (
+    PHM,
+    Butterfly,
+    Kaleidoscope,
+    Kronecker,
+    LowRank,
+    Monarch,
+    Shapeshifter,
+    TensorTrain,
+)
+
+SIZES = (1, 7, 64, 97, 384, 1000, 1021, 1536)
+SMALL_SIZES = ((12, 20), (16, 16), (7, 64), (97, 13))  # (in, out), small enough for every law
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the laws need to know about a structure.
+
+    Args:
+        families: constructors by a number (rank, terms, ...); at each size the laws take the largest up to 3.
+        fixed: members that every size allows.
+        small: further members that the small sizes allow.
+        nested: whether each family's matrices are among those of the next number, so that the error never grows.
+    """
+
+    families: tuple[Callable[[int], Structure], ...] = ()
+    fixed: tuple[Structure, ...] = ()
+    small: tuple[Structure, ...] = ()
+    nested: bool = True
+
+    def at(self, in_features: int, out_features: int) -> list[Structure]:
+        """Members for this size, resolved."""
+        found = [largest(make, 3, in_features, out_features) for make in self.families]
+        return [*found, *(member.resolve(in_features, out_features) for member in self.fixed)]
+
+
+def largest(make: Callable[[int], Structure], at_most: int, in_features: int, out_features: int) -> Structure:
+    """The member with the largest number that the size allows."""
+    for number in range(at_most, 1, -1):
+        try:
+            return make(number).resolve(in_features, out_features)
+        except ValueError:
+            continue
+    return make(1).resolve(in_features, out_features)
+
+
+CASES = {
+    "lowrank": Case((lambda k: LowRank(rank=k),)),
+    "kronecker": Case((lambda k: Kronecker(terms=k),), small=(Kronecker(terms=3, shape=((13, 2), (5, 50))),)),
+    "phm": Case((lambda k: PHM(n=k),), small=(PHM(n=2), PHM(n=4), PHM(algebra="hamilton")), nested=False),
+    "shapeshifter": Case((lambda k: Shapeshifter(rank=k), lambda k: Shapeshifter(rank=k, order="reshape"))),
+    "tt": Case(
+        (lambda k: TensorTrain(rank=k), lambda k: TensorTrain(rank=k, cores=2), lambda k: TensorTrain(rank=k, cores=4)),
+        small=(TensorTrain(rank=(2, 3, 2), cores=4),),
+    ),
+    "butterfly": Case(fixed=(Butterfly(), Butterfly(radix=2), Butterfly(radix=8))),
+    "kmatrix": Case(fixed=(Kaleidoscope(), Kaleidoscope(width=2, expansion=2), Kaleidoscope(radix=2))),
+    "monarch": Case(
+        (lambda k: Monarch(blocks=1, rank=k), lambda k: Monarch(blocks=2**k // 2)),
+        small=(Monarch(blocks=4, rank=2),),
+        nested=False,
+    ),
+}
+
+# (structure, in, out) for the laws that are held at small sizes only.
+SMALL = [
+    (member, in_features, out_features)
+    for case in CASES.values()
+    for in_features, out_features in SMALL_SIZES
+    for member in (*case.at(in_features, out_features), *case.small)
+]
+# Members with a closed form, for one ordinary size each.
+CLOSED = [member for member, in_features, _ in SMALL if in_features == 12 and not member.refine_steps]
+# One member per structure, sizes open.
+ONE = {name: (case.small or case.fixed or tuple(make(2) for make in case.families))[-1] for name, case in CASES.items()}
