@@ -1,0 +1,153 @@
+"""The house: imports go down the levels only, and importing structlin is quick and brings in nothing else."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import structlin
+
+ROOT = Path(structlin.__file__).parent
+# A module may import modules of lower levels, and of its own package.
+LEVELS = {
+    "spec": 0,
+    "modes": 0,
+    "planner": 1,
+    "linalg": 1,
+    "contract": 2,
+    "kernels": 2,
+    "structure": 2,
+    "init": 3,
+    "budget": 3,
+    "fit": 4,
+    "layer": 5,
+    "structures": 6,
+    "embedding": 6,
+    "compress": 7,
+    "checkpoint": 7,
+    "testing": 8,
+    "integrations": 8,
+    "cli": 8,
+    "": 9,
+}
+NO_TORCH = ("spec", "modes", "planner")
+FILES = sorted(ROOT.rglob("*.py"))
+
+
+def name_of(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def unit(module: str) -> str:
+    """The module or package directly below structlin."""
+    return module.split(".", maxsplit=1)[0]
+
+
+def imports(file: Path) -> set[str]:
+    """Absolute names of all modules that a file imports, wherever in the file."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            assert node.module
+            assert all(alias.name != "*" for alias in node.names), f"{file}: import *"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                found.add(submodule if is_module(submodule) else node.module)
+    return found
+
+
+def is_module(name: str) -> bool:
+    if not name.startswith("structlin."):
+        return False
+    path = ROOT.joinpath(*name.split(".")[1:])
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def violations(module: str, imported: set[str], levels: dict[str, int]) -> list[str]:
+    own = unit(module)
+    inside = {name.removeprefix("structlin").lstrip(".") for name in imported if name.split(".")[0] == "structlin"}
+    return [
+        f"{module} imports {other}" for other in inside if unit(other) != own and levels[unit(other)] >= levels[own]
+    ]
+
+
+def test_every_module_has_a_level():
+    assert {unit(name_of(file)) for file in FILES} <= LEVELS.keys()
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_imports_go_down(file):
+    assert violations(name_of(file), imports(file), LEVELS) == []
+
+
+def test_the_check_sees_an_import_upwards():
+    assert violations("linalg", {"structlin.layer", "torch"}, LEVELS) == ["linalg imports layer"]
+    assert violations("linalg", {"structlin.planner"}, LEVELS) == ["linalg imports planner"]
+    assert violations("structures.tt", {"structlin.structures.butterfly", "structlin.modes"}, LEVELS) == []
+    assert violations("fit", {"structlin"}, LEVELS) == ["fit imports "]
+
+
+@pytest.mark.parametrize("module", NO_TORCH)
+def test_integer_code_imports_the_standard_library_and_itself_only(module):
+    names = imports(ROOT / f"{module}.py")
+    foreign = {name for name in names if name.split(".")[0] not in sys.stdlib_module_names}
+    assert foreign <= {f"structlin.{other}" for other in NO_TORCH}
+
+
+def test_imports_inside_functions_are_optional_dependencies():
+    for file in FILES:
+        functions = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)]
+        late = {
+            alias.name if isinstance(node, ast.Import) else node.module
+            for function in functions
+            for node in ast.walk(function)
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+            for alias in node.names
+        }
+        assert unit(name_of(file)) == "integrations" or late <= {"tqdm"}, f"{file.name} imports {late} late"
+
+
+# A fresh process -----------------------------------------------------------------------------------------------------
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd="/").stdout
+
+
+def test_import_brings_in_nothing_else():
+    code = """
+import sys, torch, einops, safetensors.torch
+before = {name.split(".")[0] for name in sys.modules}
+import structlin
+after = {name.split(".")[0] for name in sys.modules}
+print(*sorted(after - before - set(sys.stdlib_module_names)))
+"""
+    assert run(code).split() == ["structlin"]
+
+
+def test_core_of_integers_runs_without_torch():
+    """A stand-in for the package keeps `structlin/__init__.py`, and with it torch, away."""
+    code = f"""
+import sys, types
+package = types.ModuleType("structlin")
+package.__path__ = [{str(ROOT)!r}]
+sys.modules["structlin"] = package
+from structlin import modes, planner, spec
+eq = spec.equation("o r, r i -> o i", ("left", "right"), dict(o=64, r=4, i=64))
+print(planner.find_plan(spec.Spec(64, 64, (eq,)), 32).flops, "torch" in sys.modules)
+"""
+    assert run(code).split() == [str(2 * 32 * 4 * (64 + 64)), "False"]
+
+
+@pytest.mark.slow
+def test_import_takes_under_300_ms_on_top_of_torch():
+    code = "import time, torch; start = time.perf_counter(); import structlin; print(time.perf_counter() - start)"
+    assert min(float(run(code)) for _ in range(5)) < 0.3
