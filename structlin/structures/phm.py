@@ -46,7 +46,8 @@ class PHM(Structure):
             raise ValueError(f"algebra={self.algebra!r} is unknown; use 'learned' or 'hamilton'")
         if self.algebra == "hamilton" and self.n != 4:
             raise ValueError(f"n={self.n} with algebra='hamilton'; the quaternions have n=4")
-        check_terms("n", self.n, self.shape(in_features, out_features))
+        if self.algebra == "learned":
+            check_terms("n", self.n, self.shape(in_features, out_features))
         return self
 
     def shape(self, in_features: int, out_features: int) -> Shape:
