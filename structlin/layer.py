@@ -79,6 +79,8 @@ class StructuredLinear(nn.Module):
         self.structure = structure.resolve(in_features, out_features)
         self.spec = self.structure.spec(in_features, out_features)
         for factor, shape in zip(self.spec.factors, self.spec.shapes, strict=True):
+            if factor.name == "bias" or hasattr(type(self), factor.name):
+                raise ValueError(f"the factor name {factor.name!r} is an attribute of every layer; choose another name")
             empty = torch.empty(shape, device=device, dtype=dtype)
             if factor.learned:
                 self.register_parameter(factor.name, nn.Parameter(empty))
@@ -183,6 +185,15 @@ class StructuredLinear(nn.Module):
 
     @weight.setter
     def weight(self, value: Tensor) -> None:
+        self._refuse_weight()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Add a parameter, as every module does; `weight` is refused (assigning an `nn.Parameter` ends here)."""
+        if name == "weight":
+            self._refuse_weight()
+        super().register_parameter(name, param)
+
+    def _refuse_weight(self) -> None:
         raise AttributeError(
             f"{type(self).__name__}.weight is computed from its factors and cannot be assigned; "
             "assign the factors, or call to_linear() for a dense layer"
