@@ -40,7 +40,8 @@ COLUMNS = {
 NOTES = """\
 A 64-256-256-256-10 network on scikit-learn's digits (1347 training, 450 test images), both 256 x 256 layers structured
 and drawn from scratch, AdamW, equal epochs. Row `dense` is `nn.Linear`. *test accuracy*: mean over the seeds, with
-the lowest and the highest; *parameters*: of the whole network; *training*: median of a run (layers of this size are too small to be faster)."""
+the lowest and the highest; *parameters*: of the whole network;
+*training*: median of a run (layers of this size are too small to be faster)."""
 
 
 def structured(name: str, ratio: float, width: int) -> nn.Sequential:
