@@ -42,8 +42,8 @@ COLUMNS = {
 NOTES = """\
 A 64-256-256-256-10 network on scikit-learn's digits (1347 training, 450 test images): test accuracy of the trained
 dense network, after compression of both 256 x 256 layers, and after fine-tuning with AdamW, each the mean over the
-seeds. Row `dense` is the uncompressed network, trained on for as long. *kept*: of the compressed weights; *error*: relative
-Frobenius error of a weight; seconds: median of a run."""
+seeds. Row `dense` is the uncompressed network, trained on for as long. *kept*: of the compressed weights; *error*:
+relative Frobenius error of a weight; seconds: median of a run."""
 
 
 def run(name: str, dense: nn.Sequential, data: tuple[Data, Data], args: argparse.Namespace) -> dict[str, float]:
