@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from structlin import KMatrix, PHMLinear, StructuredLinear, TTLinear, linalg
+from structlin import ButterflyLinear, KMatrix, PHMLinear, StructuredLinear, TTLinear, linalg
 from structlin.fit import fit
 from structlin.structures import (
     PHM,
@@ -204,6 +204,8 @@ def test_tt_svd_refuses_a_negative_tolerance():
     for call in (linalg.tt_svd, lambda t, tolerance: linalg.tt_round([t.reshape(1, 2, 2, 1)], tolerance=tolerance)):
         with pytest.raises(ValueError, match=r"tolerance=-0.1 is negative"):
             call(torch.ones(2, 2), tolerance=-0.1)
+        with pytest.raises(ValueError, match="tolerance=nan is negative or NaN"):
+            call(torch.ones(2, 2), tolerance=math.nan)
 
 
 def cores_of(layer):
@@ -386,6 +388,85 @@ def test_kmatrix_start_is_the_butterfly_projection():
     assert start.error <= 1
     butterfly = fit(w, Butterfly(in_modes=(4, 9), out_modes=(4, 6)))
     assert start.error == pytest.approx(butterfly.error, rel=1e-5)
+
+
+def dense_stage(stage, digit, before, after):
+    """Dense matrix of one stage of any radix: block diagonal over all digits but one."""
+    matrix = torch.zeros(*after, *before, dtype=stage.dtype)
+    for index in itertools.product(*(range(size) for d, size in enumerate(before) if d != digit)):
+        place = (*index[:digit], slice(None), *index[digit:])
+        matrix[(*place, *place)] = stage[index]
+    return matrix.reshape(math.prod(after), math.prod(before))
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("expansion", [1, 2])
+@pytest.mark.parametrize("digits", [(4, 4), (2, 2, 2), (3, 5)])
+def test_kmatrix_is_the_product_of_its_dense_stages(digits, expansion, width):
+    n = math.prod(digits)
+    layer = KMatrix(n, n, width=width, expansion=expansion, in_modes=digits, out_modes=digits, dtype=F64)
+    order = layer.structure.stages()
+    current, dense = digits, torch.eye(n, dtype=F64)
+    for s, (stage, digit) in enumerate(zip(layer.factors, order, strict=True)):
+        size = digits[digit] * (expansion if digit == 0 and digit in order[s + 1 :] else 1)
+        after = (*current[:digit], size, *current[digit + 1 :])
+        dense = dense_stage(stage.detach(), digit, current, after) @ dense
+        current = after
+    assert current == digits
+    torch.testing.assert_close(layer.to_dense(), dense)
+
+
+@pytest.mark.parametrize("digits", [(2,) * 4, (3, 4), (2, 3, 2)])
+def test_butterfly_is_the_product_of_its_dense_stages_last_digit_first(digits):
+    n = math.prod(digits)
+    layer = ButterflyLinear(n, n, in_modes=digits, out_modes=digits, dtype=F64)
+    dense = torch.eye(n, dtype=F64)
+    for stage, digit in zip(layer.factors, reversed(range(len(digits))), strict=True):
+        dense = dense_stage(stage.detach(), digit, digits, digits) @ dense
+    torch.testing.assert_close(layer.to_dense(), dense)
+
+
+# Any shapes ----------------------------------------------------------------------------------------------------------
+
+sides = st.integers(1, 9)
+pairs = st.tuples(st.integers(1, 4), st.integers(1, 4))
+
+
+@settings(max_examples=60, deadline=None)
+@given(o1=sides, i1=sides, o2=sides, i2=sides, data=st.data())
+def test_nearest_kronecker_at_any_shape(o1, i1, o2, i2, data):
+    terms = data.draw(st.integers(1, min(o1 * i1, o2 * i2)))
+    torch.manual_seed(o1 + 10 * i1 + 100 * o2 + 1000 * i2)
+    w = torch.randn(o1 * o2, i1 * i2, dtype=F64)
+    left, right = linalg.nearest_kronecker(w, terms, ((o1, i1), (o2, i2)))
+    product = torch.einsum("tab,tcd->acbd", left, right).reshape(w.shape)
+    # Rearranged by hand: a row per block of the weight.
+    blocks = [w[a * o2 : (a + 1) * o2, b * i2 : (b + 1) * i2].flatten() for a in range(o1) for b in range(i1)]
+    error = ((w - product).norm() / w.norm()).item()
+    assert error == pytest.approx(tail(torch.stack(blocks), terms), rel=1e-8, abs=1e-10)
+
+
+@settings(max_examples=60, deadline=None)
+@given(modes=st.lists(pairs, min_size=2, max_size=4))
+def test_tt_svd_and_rounding_are_exact_without_truncation(modes):
+    torch.manual_seed(0)
+    tensor = torch.randn([size for pair in modes for size in pair], dtype=F64)
+    cores = linalg.tt_svd(tensor)
+    for found in (cores, linalg.tt_round(cores)):
+        product = found[0]
+        for core in found[1:]:
+            product = torch.tensordot(product, core, 1)
+        torch.testing.assert_close(product.squeeze(0).squeeze(-1), tensor)
+
+
+@settings(max_examples=60, deadline=None)
+@given(modes=st.lists(pairs, min_size=1, max_size=4))
+def test_butterflies_of_any_digits_are_recovered(modes):
+    torch.manual_seed(0)
+    out_modes, in_modes = zip(*modes, strict=True)
+    structure = Butterfly(in_modes=in_modes, out_modes=out_modes)
+    true = StructuredLinear(math.prod(in_modes), math.prod(out_modes), structure=structure, dtype=F64)
+    assert fit(true.to_dense(), structure).error <= 1e-10
 
 
 # Monotone errors -----------------------------------------------------------------------------------------------------
