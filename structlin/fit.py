@@ -103,6 +103,9 @@ def _fit_one(weight: Tensor, structure: Structure, refine: int) -> Fit:
     scale = scale / math.sqrt(exact.numel()) or 1.0
     exact = exact / scale
     factors = [factor.to(exact.dtype) for factor in structure.decompose(exact)]
+    shapes = tuple(tuple(factor.shape) for factor in factors)
+    if shapes != spec.shapes:
+        raise ValueError(f"{structure} decomposes into factors of shapes {shapes}; its equation says {spec.shapes}")
     if refine:
         factors = _refined(spec, factors, exact, refine)
     stored = _rescaled(spec, factors, scale, weight.dtype)
