@@ -74,12 +74,13 @@ COLUMNS = {
 }
 NOTES = """\
 Row `dense` is the original, `lowrank` (truncated SVD) the baseline. *ratio*: asked for; *layers*: compressed (the
-output layer stays); *kept*: parameters kept / dense parameters of their weights; *MiB*: the saved directory,
-embedding table included; *FLOPs*: of the compressed layers, per token, against dense; *error*: relative Frobenius error
-of a weight; *cosine*: mean cosine of a sentence's embedding to the original's; *rank corr.*: Spearman correlation of
-all pairwise similarities to the original's; *STS-B*: Spearman correlation with the scores; *fit*: time to compress;
-*speed*: time of the dense model / time of this one, a batch of 32, measured in turns (median; row `dense`, a copy
-against itself, shows the noise). Not calibrated, not fine-tuned."""
+output layer stays); *kept*: parameters kept / dense parameters of their weights; *MiB*: the saved directory, embedding
+table included; *FLOPs*: of the compressed layers, per token, against dense, factor by factor (above 1 the planner
+builds the weight first instead, where that is faster); *error*: relative Frobenius error of a weight; *cosine*: mean
+cosine of a sentence's embedding to the original's; *rank corr.*: Spearman correlation of all pairwise similarities to
+the original's; *STS-B*: Spearman correlation with the scores; *fit*: time to compress; *speed*: time of the dense model
+/ time of this one, a batch of 32, measured in turns (median; row `dense`, a copy against itself, shows the noise).
+Not calibrated, not fine-tuned."""
 
 Batches = list[tuple[list[int], Any]]  # positions of the sentences, tokenised inputs
 

@@ -61,6 +61,7 @@ def test_materialise_literals():
 
 # Search --------------------------------------------------------------------------------------------------------------
 
+
 def sizes_of(eq, tokens):
     return {**eq.size, planner.TOKENS: tokens}
 
