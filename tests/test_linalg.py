@@ -487,3 +487,11 @@ def test_error_never_grows_with_rank_or_terms(family):
     w = weight(40, 36)
     errors = [fit(w, family(k)).error for k in range(1, 10)]
     assert all(later <= earlier + 1e-7 for earlier, later in itertools.pairwise(errors))
+
+
+def test_kmatrix_refines_wide_and_tall_weights_alike():
+    """A start with zero columns is a saddle: tall weights stayed near .8 where their transposes reach .4."""
+    w = weight(192, 48)
+    tall, wide = (fit(m, Kaleidoscope, ratio=0.5, refine=100) for m in (w, w.T))
+    assert tall.error == pytest.approx(wide.error, rel=0.05)
+    assert all((factor == 0).double().mean() < 0.1 for factor in tall.factors)

@@ -69,6 +69,10 @@ class Kaleidoscope(Structure):
 
     def decompose(self, weight: Tensor) -> list[Tensor]:
         out_modes, in_modes = self.digits()
+        if weight.shape[0] > weight.shape[1]:
+            # Widening identities would leave the projection zero columns: a saddle that refinement does not leave.
+            mirror = replace(self, in_modes=out_modes, out_modes=in_modes)
+            return [stage.mT for stage in reversed(mirror.decompose(weight.mT))]
         dtype = linalg.working_dtype(weight)
         eq = self.spec(weight.shape[1], weight.shape[0]).equations[0]
         shapes = [eq.shape(factor.modes) for factor in eq.factors]
