@@ -2,10 +2,21 @@
 
 from structlin import structures
 from structlin.checkpoint import CheckpointError, load, save, verify
-from structlin.compress import CompressionPlan, Report, compress_model, plan_compression, to_dense_
+from structlin.compress import (
+    CompressionPlan,
+    Report,
+    Statistics,
+    collect_statistics,
+    compress_model,
+    plan_compression,
+    statistics_by_layer,
+    to_dense_,
+)
 from structlin.embedding import StructuredEmbedding
+from structlin.heal import HealReport, heal
 from structlin.layer import StructuredLinear
 from structlin.structures import (
+    BlastLinear,
     ButterflyLinear,
     KMatrix,
     KroneckerLinear,
@@ -13,13 +24,16 @@ from structlin.structures import (
     MonarchLinear,
     PHMLinear,
     ShapeshifterLinear,
+    SumLinear,
     TTLinear,
 )
 
 __all__ = [
+    "BlastLinear",
     "ButterflyLinear",
     "CheckpointError",
     "CompressionPlan",
+    "HealReport",
     "KMatrix",
     "KroneckerLinear",
     "LowRankLinear",
@@ -27,13 +41,18 @@ __all__ = [
     "PHMLinear",
     "Report",
     "ShapeshifterLinear",
+    "Statistics",
     "StructuredEmbedding",
     "StructuredLinear",
+    "SumLinear",
     "TTLinear",
+    "collect_statistics",
     "compress_model",
+    "heal",
     "load",
     "plan_compression",
     "save",
+    "statistics_by_layer",
     "structures",
     "to_dense_",
     "verify",

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from typing import Literal, get_args
+
+from structlin.planner import flops_per_token
 from structlin.structure import Structure
+
+Budget = Literal["parameters", "bytes", "flops"]
 
 # Where the steps of a structure are so coarse that more than COARSE of the budget stays unused, SLACK more is allowed
 # (PHM-2 is half of the dense parameters plus eight numbers).
 COARSE = 0.05
 SLACK = 0.01
+_BISECTIONS = 12
 
 
-def within(cls: type[Structure], in_features: int, out_features: int, ratio: float) -> list[Structure]:
-    """Return the candidates of a structure that keep at most `ratio` of the dense parameters.
+def within(
+    cls: type[Structure], in_features: int, out_features: int, ratio: float, budget: Budget = "parameters"
+) -> list[Structure]:  # fmt: skip
+    """Return the candidates of a structure that keep at most `ratio` of the dense parameters, bytes or FLOPs.
 
     One candidate per choice of shape, each as large as fits; the fit decides between them.
 
@@ -19,20 +28,29 @@ def within(cls: type[Structure], in_features: int, out_features: int, ratio: flo
         cls: the structure's class.
         in_features: size of the input.
         out_features: size of the output.
-        ratio: parameters kept / dense parameters (bias excluded), in (0, 1].
+        ratio: kept / dense (bias excluded), in (0, 1].
+        budget: "parameters"; "bytes", which count constants too (factors have the dtype of the weight); or "flops" per
+            token (of the factor-by-factor contraction) against 2 in out.
     Returns:
         Resolved structures, at least one.
     Raises:
-        ValueError: if ratio is out of range, or so small that no member fits.
+        ValueError: if ratio or budget is out of range, or ratio so small that no member fits.
     """
     check_ratio(ratio)
+    if budget not in get_args(Budget):
+        raise ValueError(f"budget={budget!r} is unknown; use one of {get_args(Budget)}")
     dense = in_features * out_features
-    found = _sized(cls, in_features, out_features, int(ratio * dense + 1e-9))
-    if not found or max(found.values()) < (1 - COARSE) * ratio * dense:
-        found |= _sized(cls, in_features, out_features, int((1 + SLACK) * ratio * dense))
+    if budget == "flops":
+        found = _sized_by_flops(cls, in_features, out_features, 2 * ratio * dense)
+    else:
+        found = _sized(cls, in_features, out_features, int(ratio * dense + 1e-9))
+        if not found or max(found.values()) < (1 - COARSE) * ratio * dense:
+            found |= _sized(cls, in_features, out_features, int((1 + SLACK) * ratio * dense))
+        if budget == "bytes":
+            found = {s: n for s, n in found.items() if _entries(s, in_features, out_features) <= ratio * dense}
     if not found:
         raise ValueError(
-            f"no {cls.name} structure of a {out_features} x {in_features} layer keeps {ratio:.3g} of its parameters or "
+            f"no {cls.name} structure of a {out_features} x {in_features} layer keeps {ratio:.3g} of its {budget} or "
             "fewer; use a larger ratio or another structure"
         )
     return list(found)
@@ -53,3 +71,21 @@ def _sized(cls: type[Structure], in_features: int, out_features: int, budget: in
     resolved = [c.resolve(in_features, out_features) for c in cls.candidates(in_features, out_features, budget)]
     sizes = {structure: structure.spec(in_features, out_features).num_parameters for structure in resolved}
     return {structure: size for structure, size in sizes.items() if size <= budget}
+
+
+def _entries(structure: Structure, in_features: int, out_features: int) -> int:
+    """All entries that are stored, constants included."""
+    return sum(math.prod(shape) for shape in structure.spec(in_features, out_features).shapes)
+
+
+def _sized_by_flops(cls: type[Structure], in_features: int, out_features: int, limit: float) -> dict[Structure, int]:
+    """Candidates within a number of FLOPs, from a bisection of the number of parameters."""
+    low, high = 0.0, limit  # no structure does fewer than one FLOP per parameter
+    best: dict[Structure, int] = {}
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        found = _sized(cls, in_features, out_features, int(middle))
+        fitting = {s: size for s, size in found.items() if flops_per_token(s.spec(in_features, out_features)) <= limit}
+        best = fitting or best
+        low, high = (middle, high) if fitting or not found else (low, middle)
+    return best

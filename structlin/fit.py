@@ -1,4 +1,4 @@
-"""Fit a structure to a dense weight: closed form or projection, then refinement where asked for."""
+"""Fit a structure to a dense weight: closed form or projection, then refinement where it helps."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from structlin.budget import within
+from structlin.budget import Budget, within
 from structlin.contract import to_dense
+from structlin.objective import Objective, Root, make_objective
+from structlin.refine import Refinement, low_rank_summand
 from structlin.spec import Spec
 from structlin.structure import Structure
 
-LEARNING_RATE = 0.3  # of the refinement, relative to the root mean square entry of a factor
+STEPS = 300  # of refinement, at least, where a Gram is given and the closed form is for G = I
+RACE = 60  # steps that every one of several candidates gets, before the best of each class gets all
+
+Family = type[Structure] | Sequence[type[Structure]]
 
 
 @dataclass(frozen=True)
@@ -26,46 +31,145 @@ class Fit:
         spec: its equation.
         factors: in the order of `spec`, in the dtype of the weight.
         error: relative Frobenius error ||W - What|| / ||W|| of the factors as they are stored.
+        output_error: the same in the norm of the Grams that were given; None without.
     """
 
     structure: Structure
     spec: Spec
     factors: tuple[Tensor, ...]
     error: float
+    output_error: float | None = None
+
+    @property
+    def minimised(self) -> float:
+        """The error that was minimised: `output_error`, or without Grams `error`."""
+        return self.error if self.output_error is None else self.output_error
 
 
 def fit(
-    weight: Tensor, structure: Structure | type[Structure], *, ratio: float | None = None, refine: int | None = None
-) -> Fit:  # fmt: skip
-    """Approximate a dense weight.
+    weight: Tensor,
+    structure: Structure | Family,
+    *,
+    ratio: float | None = None,
+    gram: Tensor | Root | None = None,
+    output_gram: Tensor | None = None,
+    refine: int | None = None,
+    budget: Budget = "parameters",
+) -> Fit:
+    """Approximate a dense weight with the least error at a given size.
 
-    Decomposes in float64 where the structure has a closed form; with `refine`, Adam steps over all factors follow and
-    the best iterate is kept, so that the result is never worse than the closed form. Deterministic.
+    Without a Gram the error is ||W - What||^2; with one it is the layer's output error tr((W - What) G (W - What)^T),
+    and with an output Gram H too, tr(H (W - What) G (W - What)^T). Low rank is solved in closed form in all three.
+    Other structures start from their closed form for W, or a projection; refinement (`structlin.refine`) follows, and
+    the result is never worse than its start. Of several sizes of a class the best after a short
+    refinement is taken. Deterministic.
 
     Args:
         weight: (out_features, in_features), any float or complex dtype, finite.
-        structure: an instance (sizes given), or a class together with a ratio (sizes searched).
-        ratio: parameters kept / dense parameters, in (0, 1].
-        refine: number of refinement steps; None takes the structure's `refine_steps`.
+        structure: an instance (sizes given); or a class, or several to choose from, together with a ratio (sizes
+            searched).
+        ratio: kept / dense, in (0, 1].
+        gram: G = sum x x^T over the layer's inputs x, (in, in), of any scale; it may be singular, and zero counts as
+            none. A `Root` of it saves the eigendecomposition.
+        output_gram: H, (out, out), or its diagonal (out,): weights of the rows, such as a diagonal Fisher.
+        refine: number of refinement steps; None takes the structure's `refine_steps`, and with a Gram 300 where those
+            are 0 and there is no closed form.
+        budget: what the ratio counts: "parameters" or "flops".
     Returns:
         The Fit with the least error among the candidates.
     Raises:
-        ValueError: if the weight is not a finite matrix, if the structure does not fit it, or if exactly one of
-            instance and ratio is not given.
+        ValueError: if the weight is not a finite matrix, if a Gram or the structure does not fit it, or if exactly one
+            of instance and ratio is not given.
+    Example:
+        >>> from structlin.structures import LowRank
+        >>> inputs, weight = torch.randn(100, 64), torch.randn(32, 64)
+        >>> fit(weight, LowRank, ratio=0.5, gram=inputs.T @ inputs).output_error < 0.5
+        True
     """
     check_weight(weight)
     if isinstance(structure, Structure) == (ratio is not None):
         raise ValueError("give either hyperparameters or a ratio, not both and not neither")
-    out_features, in_features = weight.shape
+    problem = _Problem(weight.detach(), *make_objective(weight, gram, output_gram))
     if isinstance(structure, Structure):
-        options: Sequence[Structure] = [structure]
-    else:
-        assert ratio is not None
-        options = within(structure, in_features, out_features, ratio)
-    values = weight.detach()
-    resolved = [option.resolve(in_features, out_features, values) for option in options]
-    fits = [_fit_one(values, member, member.refine_steps if refine is None else refine) for member in resolved]
-    return min(fits, key=lambda fit: fit.error)
+        out_features, in_features = weight.shape
+        return problem.fit_with(structure.resolve(in_features, out_features, weight.detach()), refine)
+    assert ratio is not None
+    fits: list[Fit] = []
+    errors = []
+    for cls in [structure] if isinstance(structure, type) else structure:
+        try:
+            options = within(cls, weight.shape[1], weight.shape[0], ratio, budget)
+        except ValueError as error:
+            errors.append(error)
+        else:
+            fits.append(problem.best(options, refine))
+    if not fits:
+        raise errors[0]
+    return min(fits, key=lambda fit: fit.minimised)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """One weight and what is minimised, in float64; the objective's weight is that of the layer divided by `scale`."""
+
+    weight: Tensor
+    objective: Objective
+    scale: float
+
+    def steps(self, structure: Structure, refine: int | None) -> int:
+        """How many steps of refinement a structure gets."""
+        spec = structure.spec(self.weight.shape[1], self.weight.shape[0])
+        if refine is not None:
+            return refine
+        return structure.refine_steps or (0 if self.objective.plain or _is_low_rank(spec) else STEPS)
+
+    def best(self, options: Sequence[Structure], refine: int | None) -> Fit:
+        """Fit one of several structures: the best after a short refinement."""
+        if len(options) == 1:
+            return self.fit_with(options[0], refine)
+        race = [self.fit(option, min(RACE, self.steps(option, refine))) for option in options]
+        first = min(race, key=lambda fit: fit.minimised)
+        if self.steps(first.structure, refine) <= RACE:
+            return first
+        return min(self.fit_with(first.structure, refine), first, key=lambda fit: fit.minimised)
+
+    def fit_with(self, structure: Structure, refine: int | None) -> Fit:
+        """Fit one structure with as many steps as it gets."""
+        return self.fit(structure, self.steps(structure, refine))
+
+    def fit(self, structure: Structure, steps: int) -> Fit:
+        """Decompose, refine, and measure."""
+        spec = structure.spec(self.weight.shape[1], self.weight.shape[0])
+        factors = self._start(structure, spec)
+        if steps or not self.objective.plain or len(spec.equations) > 1:
+            exact = self.objective.weight.dtype
+            dtype = exact if not steps or self.weight.dtype == torch.float64 else _single(exact)
+            refinement = Refinement(spec, [f.to(dtype) for f in factors], self.objective.to(dtype), steps)
+            refinement.advance()
+            factors = refinement.result()
+        stored = _rescaled(spec, factors, self.scale, self.weight.dtype)
+        dense = to_dense(spec, [factor.to(self.objective.weight.dtype) for factor in stored])
+        error = relative_error(self.weight.to(dense.dtype), dense)
+        measured = None if self.objective.plain else self.objective.relative_error(dense / self.scale)
+        return Fit(structure, spec, stored, error, measured)
+
+    def _start(self, structure: Structure, spec: Spec) -> list[Tensor]:
+        weight = self.objective.weight
+        if _is_low_rank(spec) and not self.objective.plain:
+            return [weight.new_zeros(shape) for shape in spec.shapes]  # the refinement finds it whatever the start
+        factors = [factor.to(weight.dtype) for factor in structure.decompose(weight)]
+        shapes = tuple(tuple(factor.shape) for factor in factors)
+        if shapes != spec.shapes:
+            raise ValueError(f"{structure} decomposes into factors of shapes {shapes}; its equation says {spec.shapes}")
+        return factors
+
+
+def _is_low_rank(spec: Spec) -> bool:
+    return len(spec.equations) == 1 and low_rank_summand(spec) == 0
+
+
+def _single(dtype: torch.dtype) -> torch.dtype:
+    return torch.complex64 if dtype.is_complex else torch.float32
 
 
 def relative_error(weight: Tensor, approximation: Tensor) -> float:
@@ -94,24 +198,6 @@ def check_weight(weight: Tensor) -> None:
         raise ValueError("weight holds NaN or infinite values; repair it or leave the layer dense")
 
 
-def _fit_one(weight: Tensor, structure: Structure, refine: int) -> Fit:
-    out_features, in_features = weight.shape
-    spec = structure.spec(in_features, out_features)
-    exact = weight if weight.dtype in (torch.float64, torch.complex64, torch.complex128) else weight.float()
-    # Scaled to a root mean square of 1, so that no Gram matrix over- or underflows.
-    scale = torch.linalg.vector_norm(exact, dtype=torch.promote_types(exact.dtype, torch.float64)).item()
-    scale = scale / math.sqrt(exact.numel()) or 1.0
-    exact = exact / scale
-    factors = [factor.to(exact.dtype) for factor in structure.decompose(exact)]
-    shapes = tuple(tuple(factor.shape) for factor in factors)
-    if shapes != spec.shapes:
-        raise ValueError(f"{structure} decomposes into factors of shapes {shapes}; its equation says {spec.shapes}")
-    if refine:
-        factors = _refined(spec, factors, exact, refine)
-    stored = _rescaled(spec, factors, scale, weight.dtype)
-    return Fit(structure, spec, stored, _stored_error(weight, spec, stored))
-
-
 def _rescaled(spec: Spec, factors: Sequence[Tensor], scale: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Give the scale back to the learned factors, evenly, and cast."""
     result, start = [], 0
@@ -122,35 +208,3 @@ def _rescaled(spec: Spec, factors: Sequence[Tensor], scale: float, dtype: torch.
             result.append(value.to(dtype).contiguous())
             start += 1
     return tuple(result)
-
-
-def _stored_error(weight: Tensor, spec: Spec, factors: Sequence[Tensor]) -> float:
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    return relative_error(weight.to(wide), to_dense(spec, [factor.to(wide) for factor in factors]))
-
-
-def _refined(spec: Spec, factors: list[Tensor], weight: Tensor, steps: int) -> list[Tensor]:
-    """Adam with a cosine schedule on the squared Frobenius error; returns the best iterate, the start included."""
-    learned = [factor.learned for factor in spec.factors]
-    with torch.enable_grad():
-        work = [f.detach().clone().requires_grad_(flag) for f, flag in zip(factors, learned, strict=True)]
-        trained = [f for f in work if f.requires_grad]
-        groups = [{"params": [f], "lr": LEARNING_RATE * max(_rms(f), 1e-8)} for f in trained]
-        optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        best, best_loss = factors, math.inf
-        for step in range(steps + 1):
-            difference = to_dense(spec, work) - weight
-            loss = (difference * difference.conj()).real.sum()
-            if loss.item() < best_loss:
-                best, best_loss = [f.detach().clone() for f in work], loss.item()
-            if step < steps:
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-    return best
-
-
-def _rms(tensor: Tensor) -> float:
-    return torch.linalg.vector_norm(tensor.detach()).item() / math.sqrt(tensor.numel())

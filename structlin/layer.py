@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from structlin import contract, planner
-from structlin.fit import Fit, fit
+from structlin.fit import Family, Fit, fit
 from structlin.init import initial_factors
+from structlin.objective import Root
 from structlin.planner import Order, Plan
 from structlin.structure import Structure, hyperparameters
 
@@ -100,24 +101,28 @@ class StructuredLinear(nn.Module):
         cls,
         linear: nn.Linear,
         *,
-        structure: Structure | type[Structure] | None = None,
+        structure: Structure | Family | None = None,
         ratio: float | None = None,
+        gram: Tensor | Root | None = None,
+        output_gram: Tensor | None = None,
         refine: int | None = None,
         **fields: Any,
     ) -> Self:
-        """Decompose the weight of an `nn.Linear`.
+        """Decompose the weight of an `nn.Linear`; with a Gram of its inputs, so that its outputs change least.
 
         The bias is copied (None stays None); dtype, device, `requires_grad` and the training flag are kept.
 
         Args:
             linear: the dense layer; it is not changed.
-            structure: for `StructuredLinear` itself, the structure or its class; named layers know theirs.
+            structure: for `StructuredLinear` itself, the structure or its class (several: the best is taken); named
+                layers know theirs.
             ratio: parameters kept / dense parameters (bias excluded); sizes are searched.
-            refine: steps of refinement after the closed form; None takes the structure's default, which is 0 where the
-                closed form is good.
+            gram: G = sum x x^T over the layer's inputs, (in, in), of any scale (`collect_statistics`).
+            output_gram: H, (out, out), or its diagonal (out,): weights of the outputs, as a Fisher has them.
+            refine: steps of refinement after the closed form; None takes the structure's default, see `fit`.
             **fields: the hyperparameters, in place of a ratio.
         Returns:
-            The layer whose `to_dense()` is closest to the weight.
+            The layer whose `to_dense()` is closest to the weight, in the norm of the Grams where given.
         Raises:
             TypeError: if `linear` is not an `nn.Linear`.
             ValueError: if the weight is not finite, or hyperparameters or ratio do not fit it.
@@ -136,7 +141,8 @@ class StructuredLinear(nn.Module):
             chosen = chosen(**fields)
         elif fields:
             raise ValueError(f"give either ratio or hyperparameters, not both: ratio={ratio}, {fields}")
-        layer = from_fit(fit(linear.weight, chosen, ratio=ratio, refine=refine), linear)
+        fitted = fit(linear.weight, chosen, ratio=ratio, gram=gram, output_gram=output_gram, refine=refine)
+        layer = from_fit(fitted, linear)
         assert isinstance(layer, cls)
         return layer
 

@@ -11,7 +11,6 @@ from types import UnionType
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
-from typing_extensions import Self
 
 from structlin.spec import Spec
 
@@ -24,12 +23,14 @@ class Structure(ABC):
 
     Fields may be left open (None) where they can be found from the size of the layer or from its weight; `resolve`
     fills them in. A resolved structure is what a layer holds and what a checkpoint stores. Fields are numbers, strings,
-    None or tuples of them.
+    None, structures, or tuples of them.
     """
 
     name: ClassVar[str]
     # Refinement steps that `from_linear` takes unless told otherwise: above 0 for a structure without a closed form.
     refine_steps: ClassVar[int] = 0
+    # Whether `candidates` finds sizes from a budget.
+    sized: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Make lists tuples, and check every field against its annotation.
@@ -46,7 +47,7 @@ class Structure(ABC):
             object.__setattr__(self, name, value)  # the way of frozen dataclasses
 
     @abstractmethod
-    def resolve(self, in_features: int, out_features: int, weight: Tensor | None = None) -> Self:
+    def resolve(self, in_features: int, out_features: int, weight: Tensor | None = None) -> Structure:
         """Fill in open fields and check all of them for a layer of this size.
 
         Args:
@@ -67,7 +68,7 @@ class Structure(ABC):
 
     @classmethod
     @abstractmethod
-    def candidates(cls, in_features: int, out_features: int, budget: int) -> Iterable[Self]:
+    def candidates(cls, in_features: int, out_features: int, budget: int) -> Iterable[Structure]:
         """Yield the largest members of at most `budget` parameters; one per choice of shape, the fit decides."""
 
 
@@ -117,9 +118,9 @@ def register(cls: S) -> S:
     return cls
 
 
-def registered() -> dict[str, type[Structure]]:
-    """Return the registered structures by name."""
-    return dict(_REGISTRY)
+def registered(*, sized: bool = False) -> dict[str, type[Structure]]:
+    """Return the registered structures by name; with `sized`, those that find their sizes from a ratio."""
+    return {name: cls for name, cls in _REGISTRY.items() if cls.sized or not sized}
 
 
 def structure_class(name: str) -> type[Structure]:
@@ -129,7 +130,7 @@ def structure_class(name: str) -> type[Structure]:
         ValueError: if the name is unknown, listing those that are known.
     """
     if name not in _REGISTRY:
-        raise ValueError(f"structure {name!r} is unknown; use one of {sorted(_REGISTRY)}")
+        raise ValueError(f"structure {name!r} is unknown; use one of {sorted(_REGISTRY)}, or for whole models 'auto'")
     return _REGISTRY[name]
 
 
@@ -141,16 +142,22 @@ def hyperparameters(structure: Structure) -> dict[str, Any]:
 
 def to_record(structure: Structure) -> dict[str, Any]:
     """Write a structure as plain JSON data: its registered name under `kind`, and its fields."""
-    return {"kind": structure.name, **hyperparameters(structure)}
+    return {"kind": structure.name, **{name: _written(value) for name, value in hyperparameters(structure).items()}}
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_written(item) for item in value]
+    return to_record(value) if isinstance(value, Structure) else value
 
 
 def from_record(record: Mapping[str, Any]) -> Structure:
-    """Read what `to_record` wrote, lists back to tuples.
+    """Read what `to_record` wrote, lists back to tuples and records to structures.
 
     Raises:
         ValueError: if the kind is unknown or the fields are not those of the structure.
     """
-    fields = {name: _tuples(value) for name, value in record.items() if name != "kind"}
+    fields = {name: _read(value) for name, value in record.items() if name != "kind"}
     cls = structure_class(str(record.get("kind")))
     known = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     if not set(fields) <= known:
@@ -158,5 +165,16 @@ def from_record(record: Mapping[str, Any]) -> Structure:
     return cls(**fields)
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
+def _read(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_read, value))
+    return from_record(value) if isinstance(value, Mapping) else value
+
+
+def show(structure: Structure) -> str:
+    """Write a structure for people: its name and the fields that are set, the parts of a sum with a plus."""
+    fields = hyperparameters(structure)
+    if set(fields) == {"parts"}:
+        return " + ".join(show(part) for part in fields["parts"])
+    given = ", ".join(f"{name}={value}" for name, value in fields.items() if value is not None)
+    return f"{structure.name}({given})"

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from structlin.structure import Structure
 from structlin.structures import (
     PHM,
+    Blast,
     Butterfly,
     Kaleidoscope,
     Kronecker,
     LowRank,
+    LowRankBlast,
+    LowRankKaleidoscope,
     Monarch,
     Shapeshifter,
+    Sum,
     TensorTrain,
 )
 
@@ -68,6 +72,14 @@ CASES = {
         (lambda k: Monarch(blocks=1, rank=k), lambda k: Monarch(blocks=2**k // 2)),
         small=(Monarch(blocks=4, rank=2),),
         nested=False,
+    ),
+    "blast": Case((lambda k: Blast(blocks=1, rank=k), lambda k: Blast(blocks=k, rank=2)), nested=False),
+    "lowrank+kmatrix": Case(fixed=(LowRankKaleidoscope((LowRank(rank=1), Kaleidoscope())),)),
+    "lowrank+blast": Case(fixed=(LowRankBlast((LowRank(rank=1), Blast(blocks=1, rank=1))),)),
+    "sum": Case(
+        (lambda k: Sum((LowRank(rank=1), LowRank(rank=k))),),
+        fixed=(Sum((LowRank(rank=1), Kaleidoscope())),),
+        small=(Sum((LowRank(rank=2), Monarch(blocks=2), Kronecker(terms=2))),),
     ),
 }
 

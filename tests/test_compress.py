@@ -50,19 +50,19 @@ def same_state(model, state):
     return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", sorted(registered()))
+@pytest.mark.parametrize("name", sorted(registered(sized=True)))
 def test_every_structure_by_ratio(mlp, name):
     before = copy.deepcopy(mlp)
     x = torch.randn(7, 32)
-    report = compress_model(mlp, name, ratio=0.5, refine=5)
+    report = compress_model(mlp, name, ratio=0.6, refine=5)
     assert report.model is mlp
     for index in (0, 2):
         row = rows_of(report)[str(index)]
         layer = mlp[index]
         assert isinstance(layer, StructuredLinear)
-        assert layer.num_parameters <= 0.505 * before[index].weight.numel()
+        assert layer.num_parameters <= 0.606 * before[index].weight.numel()
         assert row.parameters_after == layer.num_parameters
-        assert row.structure.startswith(name)
+        assert all(part in row.structure for part in name.split("+"))
         expected = torch.linalg.vector_norm(layer.weight - before[index].weight) / before[index].weight.norm()
         assert row.error == pytest.approx(expected.item(), rel=1e-4)
         assert torch.equal(layer.bias, before[index].bias)

@@ -1,6 +1,7 @@
 """Fitting and budgets."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -12,17 +13,16 @@ from structlin.fit import fit, relative_error
 from structlin.structure import registered
 from structlin.structures import Kaleidoscope, LowRank, TensorTrain
 
-every_structure = pytest.mark.parametrize("name", sorted(registered()))
+every_structure = pytest.mark.parametrize("name", sorted(registered(sized=True)))
 SHAPES = [(64, 64), (96, 384), (384, 96), (97, 64), (127, 131), (384, 384)]
 # What no member is small enough for: three stages of a K-matrix, n^3 left entries of PHM.
 TOO_SMALL = {
-    (64, 64): [("kmatrix", 0.25), ("kmatrix", 0.1), ("phm", 0.1)],
-    (96, 384): [("kmatrix", 0.1), ("phm", 0.1)],
-    (384, 96): [("kmatrix", 0.1), ("phm", 0.1)],
-    (97, 64): [("kmatrix", 0.25), ("kmatrix", 0.1), ("phm", 0.1)],
-    (127, 131): [("kmatrix", 0.25), ("kmatrix", 0.1), ("phm", 0.1)],
-    (384, 384): [("kmatrix", 0.1)],
-}
+    "kmatrix": {(64, 64): 0.25, (96, 384): 0.1, (384, 96): 0.1, (97, 64): 0.25, (127, 131): 0.25, (384, 384): 0.1},
+    "lowrank+kmatrix": {
+        (64, 64): 0.25, (96, 384): 0.25, (384, 96): 0.25, (97, 64): 0.25, (127, 131): 0.25, (384, 384): 0.1,
+    },
+    "phm": {(64, 64): 0.1, (96, 384): 0.1, (384, 96): 0.1, (97, 64): 0.1, (127, 131): 0.1},
+}  # fmt: skip
 
 
 @every_structure
@@ -31,8 +31,8 @@ TOO_SMALL = {
 def test_budget_is_kept_and_used(name, ratio, in_features, out_features):
     dense = in_features * out_features
     cls = registered()[name]
-    if (name, ratio) in TOO_SMALL.get((in_features, out_features), ()):
-        with pytest.raises(ValueError, match=f"no {name} structure"):
+    if ratio <= TOO_SMALL.get(name, {}).get((in_features, out_features), 0):
+        with pytest.raises(ValueError, match=re.escape(f"no {name} structure")):
             within(cls, in_features, out_features, ratio)
         return
     found = within(cls, in_features, out_features, ratio)
@@ -78,7 +78,7 @@ def test_ratio_too_small():
 def test_refinement_is_never_worse_and_deterministic(name):
     linear = nn.Linear(48, 64)
     fits = [fit(linear.weight, registered()[name], ratio=0.5, refine=steps) for steps in (0, 25, 25)]
-    assert fits[1].error <= fits[0].error
+    assert fits[1].error <= fits[0].error * (1 + 1e-6)  # the start in float32
     assert fits[1].structure == fits[2].structure
     assert all(torch.equal(a, b) for a, b in zip(fits[1].factors, fits[2].factors, strict=True))
 

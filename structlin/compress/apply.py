@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from structlin.compress.plan import CompressionPlan, PlanEntry, by_name, plan_compression, show
+from structlin.budget import Budget
+from structlin.compress.choose import make_plan
+from structlin.compress.evidence import Evidence, gather
+from structlin.compress.observe import Forward
+from structlin.compress.plan import CompressionPlan, PlanEntry, by_name
+from structlin.compress.quality import Evaluate, Judge
 from structlin.compress.report import Coverage, LayerReport, Report
 from structlin.compress.rules import Rules, Value
+from structlin.compress.sequential import groups, shifted
+from structlin.compress.statistics import Statistics
 from structlin.compress.targets import Target, find_targets, module_names, unreached
+from structlin.compress.workers import bar, each
+from structlin.contract import to_dense
 from structlin.embedding import StructuredEmbedding
-from structlin.fit import fit
+from structlin.fit import Fit, fit, relative_error
 from structlin.layer import StructuredLinear, build, from_fit
-
-T = TypeVar("T")
+from structlin.objective import Root
+from structlin.structure import show
 
 _HOOKS = (
     "_forward_hooks",
@@ -40,24 +50,38 @@ def compress_model(
     skip_last: bool = True,
     tied: str = "skip",
     refine: int | None = None,
+    calibration: Statistics | Iterable[Any] | None = None,
+    validation: Iterable[Any] | None = None,
+    forward: Forward | None = None,
+    allocation: str = "uniform",
+    budget: Budget = "parameters",
+    sequential: bool = False,
+    evaluate: Evaluate | None = None,
     dry_run: bool = False,
     progress: bool | None = None,
 ) -> Report:
     """Replace the linear layers of a model, in place, by structured ones fitted to their weights.
 
     All layers are fitted before any is swapped: on an error the model is as it was. Biases, dtype, device,
-    `requires_grad`,
-    the training flag and forward and backward hooks are kept; a module reachable under several names stays one module;
-    layers that share a weight share its factors.
+    `requires_grad`, the training flag and forward and backward hooks are kept; a module reachable under several names
+    stays one module; layers that share a weight share its factors. Fits run on as many threads as torch has.
 
     Args:
         model: any module.
         structure: a plan of `plan_compression`, or its `structure` argument.
-        ratio: see `plan_compression`, as for all other arguments up to `refine`.
+        ratio: see `plan_compression`, as for all other arguments up to `budget`.
         rules: pattern -> structure.
         skip_last: leave the output layer dense unless a rule names it.
         tied: "skip" or "replace".
         refine: refinement steps.
+        calibration: `Statistics` or batches; with a plan too, for the fits that it does not hold.
+        validation: held-back batches.
+        forward: calls the model.
+        allocation: "uniform" or "global".
+        budget: "parameters", "bytes" or "flops".
+        sequential: fit each layer to the inputs that the compressed layers before it produce, towards the original
+            outputs. Needs calibration as batches, of which each group of layers runs all twice.
+        evaluate: a function of the model that measures a task; the report has its value before and after.
         dry_run: fit and report, but leave the model as it is.
         progress: show a progress bar on stderr (needs tqdm); None shows it on a terminal.
     Returns:
@@ -66,31 +90,82 @@ def compress_model(
         ValueError: if an argument, a rule or a weight is bad, naming the layer; nothing is changed.
     Example:
         >>> mlp = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-        >>> report = compress_model(mlp, "lowrank", ratio=0.5)
+        >>> report = compress_model(mlp, "lowrank", ratio=0.5, calibration=[torch.randn(200, 64)])
         >>> mlp[0].structure, report.ratio
         (LowRank(rank=16), 0.5)
     """
-    if isinstance(structure, CompressionPlan):
-        if ratio is not None or rules is not None or refine is not None:
-            raise ValueError(
-                "a plan holds its ratio, rules and refinement; edit the plan instead of passing them again"
-            )
-        plan = structure
-    else:
-        plan = plan_compression(
-            model, structure, ratio=ratio, rules=rules, skip_last=skip_last, tied=tied, refine=refine
-        )
-    targets = find_targets(model, tied=plan.tied)
-    pairs = list(by_name(plan.entries, targets))
-    coverage = _coverage(model, targets, {entry.name for entry in plan.entries if entry.structure})
+    planned = structure if isinstance(structure, CompressionPlan) else None
+    if planned is not None and (ratio is not None or rules is not None or refine is not None):
+        raise ValueError("a plan holds its ratio, rules and refinement; edit the plan instead of passing them again")
+    evidence = gather(model, calibration, validation, forward, tied if planned is None else planned.tied)
+    if sequential and not evidence.batches:
+        raise ValueError("sequential=True runs the model anew for every layer: pass calibration as batches")
+    judge = Judge(model, evidence, evaluate) if evaluate is not None or evidence.held_back else None
+    if planned is None:
+        assert not isinstance(structure, CompressionPlan)
+        planned = make_plan(
+            model, structure, evidence, ratio=ratio, rules=rules, skip_last=skip_last, tied=tied, refine=refine,
+            allocation=allocation, budget=budget, progress=progress,
+        )  # fmt: skip
+    targets = find_targets(model, tied=planned.tied)
+    pairs = list(by_name(planned.entries, targets))
+    coverage = _coverage(model, targets, {entry.name for entry in planned.entries if entry.structure})
+    fit_all = _fit_in_turn if sequential else _fit_at_once
+    rows, swaps = fit_all(model, pairs, evidence, progress)
+    root = model if dry_run else swap_modules(model, swaps)
+    report = Report(root, tuple(rows), coverage, judge=judge)
+    if judge is None:
+        return report
+    return replace(report, qualities=(judge.dense,) if dry_run else (judge.dense, judge(root, "compressed")))
+
+
+Pairs = Sequence[tuple[PlanEntry, Target]]
+Fitted = tuple[LayerReport, dict[nn.Module, nn.Module]]
+
+
+def _fit_at_once(
+    model: nn.Module, pairs: Pairs, evidence: Evidence, progress: bool | None
+) -> tuple[list[LayerReport], dict[nn.Module, nn.Module]]:
+    """Fit every layer to the inputs that it has in the dense model."""
+
+    def work(pair: tuple[PlanEntry, Target]) -> Fitted:
+        entry, target = pair
+        weight = target.linear.weight
+        return _fitted(entry, target, entry.fit_of(weight), weight, *evidence.grams(entry.name))
+
+    return _collected(each(work, pairs, progress, "compress"))
+
+
+def _fit_in_turn(
+    model: nn.Module, pairs: Pairs, evidence: Evidence, progress: bool | None
+) -> tuple[list[LayerReport], dict[nn.Module, nn.Module]]:
+    """Fit group after group of layers to the inputs that the compressed ones before give them."""
+    assert evidence.statistics is not None
+    entries = {target.name: entry for entry, target in pairs if entry.structure}
+    done: dict[str, LayerReport] = {}
+    swaps: dict[nn.Module, nn.Module] = {}
+    chosen = [target for _, target in pairs if target.name in entries]
+    for group in bar(groups(chosen, evidence.statistics), None, progress, "compress"):
+        wanted = shifted(model, group, swaps, evidence)
+
+        def work(target: Target, wanted: dict[str, tuple[Tensor, Root | None]] = wanted) -> Fitted:
+            weight, root = wanted[target.name]
+            return _fitted(entries[target.name], target, None, weight, root, evidence.grams(target.name)[1])
+
+        rows, found = _collected(each(work, group, False, ""))
+        done |= {row.name: row for row in rows}
+        swaps |= found
+    rows = [done.get(entry.name) or _unfitted(entry) for entry, _ in pairs]
+    return rows, swaps
+
+
+def _collected(fits: Iterable[Fitted]) -> tuple[list[LayerReport], dict[nn.Module, nn.Module]]:
     rows: list[LayerReport] = []
     swaps: dict[nn.Module, nn.Module] = {}
-    for entry, target in _bar(pairs, progress):
-        row, replacements = _fitted(entry, target)
+    for row, replacements in fits:
         rows.append(row)
         swaps |= replacements
-    root = model if dry_run else swap_modules(model, swaps)
-    return Report(root, tuple(rows), coverage)
+    return rows, swaps
 
 
 def to_dense_(model: nn.Module) -> nn.Module:
@@ -138,29 +213,38 @@ def _numel(parameter: nn.Parameter) -> int:
     return 0 if isinstance(parameter, nn.parameter.UninitializedParameter) else parameter.numel()
 
 
-def _fitted(entry: PlanEntry, target: Target) -> tuple[LayerReport, dict[nn.Module, nn.Module]]:
-    """Fit one layer and build what takes the place of each module that uses its weight."""
-    base = LayerReport(
+def _unfitted(entry: PlanEntry) -> LayerReport:
+    return LayerReport(
         entry.name, entry.aliases, entry.in_features, entry.out_features, None,
         parameters_before=entry.parameters_before, parameters_after=entry.parameters_before,
         flops_before=2 * entry.parameters_before, flops_after=2 * entry.parameters_before, reason=entry.reason,
     )  # fmt: skip
+
+
+def _fitted(
+    entry: PlanEntry, target: Target, known: Fit | None, wanted: Tensor, gram: Root | None, output_gram: Tensor | None
+) -> Fitted:
+    """Fit one layer (unless the fit is known) and build what takes the place of each module that uses its weight."""
     if entry.structure is None:
-        return base, {}
+        return _unfitted(entry), {}
     start = time.perf_counter()
+    weight = target.linear.weight
     try:
-        fitted = fit(target.linear.weight, entry.structure, refine=entry.refine)
-        replacements = _replacements(target, from_fit(fitted, target.linear))
+        found = known or fit(wanted, entry.structure, gram=gram, output_gram=output_gram, refine=entry.refine)
+        if wanted is not weight:  # another matrix was aimed at: store in the dtype of the weight
+            factors = tuple(factor.to(weight.dtype) for factor in found.factors)
+            error = relative_error(weight, to_dense(found.spec, factors))
+            found = replace(found, factors=factors, error=error)
+        replacements = _replacements(target, from_fit(found, target.linear))
     except Exception as error:
         kind = ValueError if isinstance(error, ValueError) else RuntimeError
         raise kind(f"layer {entry.name!r}: {error}; the model is unchanged") from error
     layer = next(iter(replacements.values()))
     assert isinstance(layer, StructuredLinear)
-    row = LayerReport(
-        entry.name, entry.aliases, entry.in_features, entry.out_features, show(entry.structure),
-        parameters_before=entry.parameters_before, parameters_after=layer.num_parameters,
-        flops_before=2 * entry.parameters_before, flops_after=layer.flops_per_token,
-        error=fitted.error, seconds=time.perf_counter() - start,
+    row = replace(
+        _unfitted(entry), structure=show(entry.structure), reason=None,
+        parameters_after=layer.num_parameters, flops_after=layer.flops_per_token,
+        error=found.error, output_error=found.output_error, seconds=time.perf_counter() - start,
         hooks=sum(len(getattr(m, h)) for m, _ in target.linears for h in _HOOKS if not h.endswith(("kwargs",
         "called"))),
     )  # fmt: skip
@@ -209,14 +293,3 @@ def swap_modules(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> nn.Modu
     for parent, attribute, new in found:  # dictionary entries only: nothing here can fail halfway
         parent._modules[attribute] = new
     return swaps.get(model, model)
-
-
-def _bar(items: Sequence[T], progress: bool | None) -> Iterable[T]:
-    if progress is False:
-        return items
-    try:
-        from tqdm.auto import tqdm  # noqa: PLC0415  # optional, and `import structlin` must not import it
-    except ImportError:
-        return items
-    bar: Iterable[T] = tqdm(items, desc="compress", unit="layer", disable=None if progress is None else False)
-    return bar

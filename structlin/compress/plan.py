@@ -1,20 +1,18 @@
-"""Decide what each layer becomes, without touching the model."""
+"""What each layer of a model becomes, as data."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 
-from structlin.budget import within
 from structlin.compress.report import table
-from structlin.compress.rules import Choice, Rules, Value, choice, describe, matches
-from structlin.compress.targets import Target, find_targets, last_target
-from structlin.fit import check_weight, fit
-from structlin.structure import Structure, from_record, hyperparameters, to_record
+from structlin.compress.targets import Target
+from structlin.fit import Fit
+from structlin.structure import Structure, from_record, show, to_record
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,7 @@ class PlanEntry:
         structure: with all sizes fixed, or None to stay dense.
         reason: why it stays dense.
         refine: refinement steps, None for the structure's default.
+        fitted: the fit that the choice was made by, with the weight's identity and version; not part of the JSON.
     """
 
     name: str
@@ -38,6 +37,13 @@ class PlanEntry:
     structure: Structure | None
     reason: str | None = None
     refine: int | None = None
+    fitted: tuple[int, int, Fit] | None = field(default=None, repr=False, compare=False)
+
+    def fit_of(self, weight: Tensor) -> Fit | None:
+        """Return the fit if it was made for this weight as it is now."""
+        if self.fitted is None or self.fitted[:2] != (id(weight), weight._version):
+            return None
+        return self.fitted[2] if self.fitted[2].structure == self.structure else None
 
     @property
     def parameters_before(self) -> int:
@@ -106,110 +112,6 @@ def _read_entry(layer: dict[str, Any]) -> PlanEntry:
         return PlanEntry(layer["name"], tuple(layer["aliases"]), *sizes, structure, reason, layer["refine"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"layer {layer.get('name')!r} of the plan: {error}") from error
-
-
-def show(structure: Structure) -> str:
-    """A structure with the fields that are set."""
-    fields = ", ".join(f"{name}={value}" for name, value in hyperparameters(structure).items() if value is not None)
-    return f"{structure.name}({fields})"
-
-
-def plan_compression(
-    model: nn.Module,
-    structure: Value,
-    *,
-    ratio: float | None = None,
-    rules: Rules | None = None,
-    skip_last: bool = True,
-    tied: str = "skip",
-    refine: int | None = None,
-) -> CompressionPlan:
-    """Decide what each linear layer of a model becomes; the model is not touched.
-
-    Where a ratio leaves a choice of shape (factor shapes of a Kronecker sum, blocks of a Monarch matrix), the one
-    that fits the weight best is taken.
-
-    Args:
-        model: any module.
-        structure: for layers that no rule names: a registered name (with `ratio`), an instance, or None to stay dense.
-        ratio: parameters kept / dense parameters of each layer.
-        rules: pattern -> structure, name, None, or a mapping with `structure`, `ratio`, `refine`, hyperparameters. A
-            pattern is a glob on the dotted name, a regular expression after `re:`, or a predicate(name, module). First
-            match wins.
-        skip_last: leave the output layer dense unless a rule names it.
-        tied: "skip" leaves a weight that an embedding shares dense; "replace" compresses it for all of its users.
-        refine: refinement steps, None for the structure's default.
-    Returns:
-        The plan, for `compress_model(model, plan)`.
-    Raises:
-        ValueError: if a rule matches no linear layer, a weight is not finite, or an argument is out of range; the
-            message names the layer.
-    Example:
-        >>> mlp = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-        >>> print(plan_compression(mlp, "lowrank", ratio=0.5))
-        layer  shape  becomes                                                               kept
-        0      64x64  lowrank(rank=16)                                                      0.500
-        2      10x64  dense: it is the output layer; pass skip_last=False or name it in a rule  1.000
-        linear weights: 4,736 -> 2,688 parameters
-    """
-    targets = find_targets(model, tied=tied)
-    default = choice(structure, None, ratio, refine)
-    choices = [(pattern, choice(value, default, ratio, refine)) for pattern, value in (rules or {}).items()]
-    last = last_target(model, targets) if skip_last else None
-    for pattern, _ in choices:
-        if not any(matches(pattern, target.names, target.linear) for target in targets):
-            raise ValueError(
-                f"rule {describe(pattern)} matches no linear layer; there are {[t.name for t in targets][:20]}"
-            )
-    return CompressionPlan(tuple(_entry(target, choices, default, target is last) for target in targets), tied)
-
-
-def _entry(
-    target: Target, choices: Sequence[tuple[Any, Choice | None]], default: Choice | None, is_last: bool
-) -> PlanEntry:
-    linear, name = target.linear, target.name
-    dense = PlanEntry(name, target.names[1:], linear.in_features, linear.out_features, None)
-    if target.reason:
-        return replace(dense, reason=target.reason)
-    for pattern, chosen in choices:
-        if matches(pattern, target.names, linear):
-            return _resolved(dense, target, chosen, f"rule {describe(pattern)}")
-    if is_last:
-        return replace(dense, reason="it is the output layer; pass skip_last=False or name it in a rule")
-    return _resolved(dense, target, default, "the default")
-
-
-def _resolved(dense: PlanEntry, target: Target, chosen: Choice | None, source: str) -> PlanEntry:
-    """Fix the sizes of a choice for one layer, or say why it stays dense."""
-    if chosen is None:
-        return replace(dense, reason=f"{source} keeps it dense")
-    weight = target.linear.weight.detach()
-    try:
-        check_weight(weight)
-    except ValueError as error:
-        raise ValueError(f"layer {dense.name!r}: {error}") from error
-    try:
-        structure = _sized(chosen, dense, weight)
-    except ValueError as error:
-        return replace(dense, reason=str(error))
-    entry = replace(dense, structure=structure, refine=chosen.refine)
-    if entry.parameters_after >= entry.parameters_before:
-        return replace(
-            dense,
-            reason=f"{show(structure)} would keep {entry.parameters_after:,} of {entry.parameters_before:,} parameters",
-        )
-    return entry
-
-
-def _sized(chosen: Choice, dense: PlanEntry, weight: Any) -> Structure:
-    sizes = dense.in_features, dense.out_features
-    if isinstance(chosen.structure, Structure):
-        return chosen.structure.resolve(*sizes, weight)
-    assert chosen.ratio is not None
-    options = within(chosen.structure, *sizes, chosen.ratio)
-    if len(options) == 1:
-        return options[0]
-    return fit(weight, chosen.structure, ratio=chosen.ratio, refine=0).structure
 
 
 def by_name(entries: Sequence[PlanEntry], targets: Sequence[Target]) -> Iterator[tuple[PlanEntry, Target]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
+
+from structlin.compress.quality import Judge, Quality
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class LayerReport:
         flops_before: per token, 2 in out.
         flops_after: per token, of the cheaper sequential contraction.
         error: relative Frobenius error of the weight, None where it stayed.
+        output_error: relative error of the outputs on the calibration inputs; None without calibration.
         seconds: time of the fit.
         reason: why it stayed dense, None where it did not.
         hooks: number of forward and backward hooks that were kept.
@@ -70,6 +73,7 @@ class LayerReport:
     flops_before: int
     flops_after: int
     error: float | None = None
+    output_error: float | None = None
     seconds: float = 0.0
     reason: str | None = None
     hooks: int = 0
@@ -83,11 +87,27 @@ class Report:
         model: the compressed model: the argument, or its replacement where the root itself was a linear layer.
         layers: one row per linear map, in module order.
         coverage: every parameter accounted for.
+        qualities: task, fidelity and size of the dense model, the compressed one, and others that `measure` added.
     """
 
     model: nn.Module = field(repr=False)
     layers: tuple[LayerReport, ...]
     coverage: Coverage
+    qualities: tuple[Quality, ...] = ()
+    judge: Judge | None = field(default=None, repr=False, compare=False)
+
+    def measure(self, stage: str = "healed", model: nn.Module | None = None) -> Report:
+        """Return the report with the quality of the model as it is now, after healing, say.
+
+        Args:
+            stage: its name.
+            model: the model to measure, None for `report.model`.
+        Raises:
+            ValueError: if the report knows neither a task nor held-back batches.
+        """
+        if self.judge is None:
+            raise ValueError("the report has nothing to measure by; pass evaluate= or calibration= to compress_model")
+        return replace(self, qualities=(*self.qualities, self.judge(model or self.model, stage)))
 
     @property
     def parameters_before(self) -> int:
@@ -112,12 +132,13 @@ class Report:
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
             "coverage": asdict(self.coverage),
+            "qualities": [asdict(quality) for quality in self.qualities],
             "layers": [asdict(row) for row in self.layers],
         }
         return json.dumps(content, indent=2)
 
     def __str__(self) -> str:
-        head = ("layer", "shape", "structure", "parameters", "kept", "FLOPs", "error", "s")
+        head = ("layer", "shape", "structure", "parameters", "kept", "FLOPs", "error", "output error", "s")
         rows = [head, *(_cells(row) for row in self.layers)]
         hooked = [f"{row.name}: {row.hooks} hooks kept" for row in self.layers if row.hooks]
         return "\n".join(
@@ -128,6 +149,7 @@ class Report:
                 f"model: {self.parameters_before:,} -> {self.parameters_after:,} parameters "
                 f"({self.parameters_after / max(self.parameters_before, 1):.3f}); "
                 f"compressed weights keep {self.ratio:.3f}",
+                *map(str, self.qualities),
             ]
         )
 
@@ -136,7 +158,7 @@ def _cells(row: LayerReport) -> tuple[str, ...]:
     name = (row.name or "(root)") + (f" (+{len(row.aliases)} aliases)" if row.aliases else "")
     shape = f"{row.out_features}x{row.in_features}"
     if row.structure is None:
-        return name, shape, f"dense: {row.reason}", f"{row.parameters_before:,}", "1", "1", "", ""
+        return name, shape, f"dense: {row.reason}", f"{row.parameters_before:,}", "1", "1", "", "", ""
     return (
         name,
         shape,
@@ -145,6 +167,7 @@ def _cells(row: LayerReport) -> tuple[str, ...]:
         f"{row.parameters_after / row.parameters_before:.3f}",
         f"{row.flops_after / row.flops_before:.2f}",
         "" if row.error is None else f"{row.error:.4f}",
+        "" if row.output_error is None else f"{row.output_error:.4f}",
         f"{row.seconds:.2f}",
     )
 

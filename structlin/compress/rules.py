@@ -11,7 +11,13 @@ from typing import Any
 from torch import nn
 
 from structlin.budget import check_ratio
+from structlin.fit import Family
 from structlin.structure import Structure, structure_class
+from structlin.structures import LowRank, LowRankBlast, LowRankKaleidoscope
+
+# What "auto" chooses from: low rank is always solved exactly, so that the choice is never worse; the two sums were best
+# in benchmarks/results/structures_tried.md.
+AUTO: Family = (LowRank, LowRankKaleidoscope, LowRankBlast)
 
 Pattern = str | Callable[[str, nn.Module], bool]
 Value = Structure | str | None | Mapping[str, Any]
@@ -20,9 +26,9 @@ Rules = Mapping[Pattern, Value]
 
 @dataclass(frozen=True)
 class Choice:
-    """What a rule says: a structure with its sizes, or a class and a ratio."""
+    """What a rule says: a structure with its sizes, or one or more classes and a ratio."""
 
-    structure: Structure | type[Structure]
+    structure: Structure | Family
     ratio: float | None = None
     refine: int | None = None
 
@@ -30,7 +36,7 @@ class Choice:
 def choice(value: Value, default: Choice | None, ratio: float | None, refine: int | None) -> Choice | None:
     """Read a rule's value: an instance, a registered name, None (stay dense), or a mapping.
 
-    A mapping may hold `structure` (a name or an instance; the default's where absent), `ratio`, `refine`, and
+    A mapping may hold `structure` (a name, "auto" or an instance; the default's where absent), `ratio`, `refine`, and
     hyperparameters for the named structure.
 
     Raises:
@@ -48,23 +54,29 @@ def choice(value: Value, default: Choice | None, ratio: float | None, refine: in
             check_ratio(ratio)
         if named is None:
             raise ValueError(f"rule {dict(value)} names no structure and there is no default; add structure=")
-        structure = structure_class(named) if isinstance(named, str) else named
-        if fields or (isinstance(structure, type) and ratio is None):
+        structure = _family(named) if isinstance(named, str) else named
+        if fields or (not isinstance(structure, Structure) and ratio is None):
             if ratio is not None or isinstance(structure, Structure):
                 raise ValueError(f"rule {dict(value)} gives hyperparameters besides a ratio or an instance; give one")
+            if not isinstance(structure, type):
+                raise ValueError(f"rule {dict(value)}: 'auto' finds its sizes from a ratio; add ratio=")
             return Choice(_instance(structure, fields), None, refine)
         if isinstance(structure, Structure) and "ratio" in value:
             structure = type(structure)
-        return Choice(structure, ratio if isinstance(structure, type) else None, refine)
+        return Choice(structure, None if isinstance(structure, Structure) else ratio, refine)
     if isinstance(value, str):
         if ratio is None:
             raise ValueError(
                 f"structure {value!r} needs a ratio (or an instance such as LowRank(rank=8) with its sizes)"
             )
-        return Choice(structure_class(value), ratio, refine)
+        return Choice(_family(value), ratio, refine)
     if isinstance(value, Structure):
         return Choice(value, None, refine)
     raise TypeError(f"a rule holds {type(value).__name__}; use a structure, its name, a mapping, or None to stay dense")
+
+
+def _family(name: str) -> Family:
+    return AUTO if name == "auto" else structure_class(name)
 
 
 def _instance(cls: type[Structure], fields: Mapping[str, Any]) -> Structure:

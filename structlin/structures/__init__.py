@@ -1,5 +1,6 @@
 """All structures; importing this package registers them."""
 
+from structlin.structures.blast import Blast, BlastLinear
 from structlin.structures.butterfly import Butterfly, ButterflyLinear
 from structlin.structures.kmatrix import Kaleidoscope, KMatrix
 from structlin.structures.kronecker import Kronecker, KroneckerLinear
@@ -7,10 +8,13 @@ from structlin.structures.lowrank import LowRank, LowRankLinear
 from structlin.structures.monarch import Monarch, MonarchLinear
 from structlin.structures.phm import PHM, PHMLinear
 from structlin.structures.shapeshifter import Shapeshifter, ShapeshifterLinear
+from structlin.structures.sum import LowRankBlast, LowRankKaleidoscope, Sum, SumLinear
 from structlin.structures.tt import TensorTrain, TTLinear
 
 __all__ = [
     "PHM",
+    "Blast",
+    "BlastLinear",
     "Butterfly",
     "ButterflyLinear",
     "KMatrix",
@@ -18,12 +22,16 @@ __all__ = [
     "Kronecker",
     "KroneckerLinear",
     "LowRank",
+    "LowRankBlast",
+    "LowRankKaleidoscope",
     "LowRankLinear",
     "Monarch",
     "MonarchLinear",
     "PHMLinear",
     "Shapeshifter",
     "ShapeshifterLinear",
+    "Sum",
+    "SumLinear",
     "TTLinear",
     "TensorTrain",
 ]

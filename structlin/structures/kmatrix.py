@@ -18,6 +18,7 @@ from structlin.structure import Structure, register
 from structlin.structures.butterfly import Digits, both_modes, chain_equation
 
 _SKEW = 8  # the largest ratio of two digits that the budget search tries
+_WIDTH = 3  # beyond it chains are hard to fit (benchmarks/results/optimisers.md)
 
 
 @register
@@ -87,7 +88,7 @@ class Kaleidoscope(Structure):
 
     @classmethod
     def candidates(cls, in_features: int, out_features: int, budget: int) -> Iterator[Self]:
-        """The largest member over two digits, not too uneven, and all widths; the wider of two equals."""
+        """Members over two digits: the largest, the largest of width 3 at most, and that with the most even digits."""
         out_size, in_size = modes.padded(out_features, 2), modes.padded(in_features, 2)
         pairs = [
             cls(in_modes=(i1, in_size // i1), out_modes=(o1, out_size // o1))
@@ -99,11 +100,13 @@ class Kaleidoscope(Structure):
         for pair in pairs:
             sizes = [replace(pair, width=w).spec(in_features, out_features).num_parameters for w in (1, 2)]
             if sizes[0] <= budget and math.prod(pair.inner_modes()) == smallest:
-                width = 1 + (budget - sizes[0]) // (sizes[1] - sizes[0])
-                options.append((sizes[0] + (width - 1) * (sizes[1] - sizes[0]), width, *pair.digits()))
-        if options:
-            _, width, out_modes, in_modes = max(options)
-            yield cls(width=width, in_modes=in_modes, out_modes=out_modes)
+                step = sizes[1] - sizes[0]
+                widest = 1 + (budget - sizes[0]) // step
+                options += [(sizes[0] + (w - 1) * step, w, *pair.digits()) for w in {widest, min(widest, _WIDTH)}]
+        shallow = [option for option in options if option[1] <= _WIDTH]
+        even = sorted(shallow, key=lambda option: (-max(option[2]) - max(option[3]), option))
+        for option in dict.fromkeys(max(some) for some in (options, shallow) if some) | dict.fromkeys(even[-1:]):
+            yield cls(width=option[1], in_modes=option[3], out_modes=option[2])
 
 
 def _splits(size: int) -> list[int]:

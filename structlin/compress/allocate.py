@@ -1,0 +1,147 @@
+"""How much of a model's budget each layer gets."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from structlin.compress.evidence import Evidence
+from structlin.compress.observe import find_places, swapped
+from structlin.compress.targets import Target
+from structlin.fit import fit
+from structlin.layer import from_fit
+from structlin.objective import make_objective
+from structlin.structures import LowRank
+
+# A layer's ratio stays between these multiples of the given one, and below 1: the model of the errors is local.
+LEAST, MOST, CEILING = 0.4, 1.8, 0.95
+# The squared output error of the sums in "auto" falls like that of low rank to this power
+# (benchmarks/results/structures_tried.md); with low rank itself the exponent hardly changes the allocation.
+EXPONENT = 1.5
+
+
+@dataclass(frozen=True)
+class Share:
+    """One layer's part of the budget: the ratio that it gets when all get the same."""
+
+    target: Target
+    ratio: float
+
+
+def allocate(model: nn.Module, shares: Sequence[Share], evidence: Evidence) -> dict[str, float]:
+    """Find a ratio for each layer, with the same number of parameters in all as the given ratios keep.
+
+    Each layer alone is replaced by its whitened low-rank approximation: how much the model's outputs change per unit of
+    relative error is the layer's sensitivity s. Where the statistics hold output Grams (of a loss gradient), those
+    take its place. Then rank after rank goes to the layer where a parameter lowers sum_layers s (1 - energy kept)^1.5
+    most. Both allocations are tried from end to end on held-back batches with low rank everywhere; the given ratios
+    win unless the new ones are better.
+
+    Time: a forward pass over the held-back batches for each layer, and an eigenproblem of its smaller side.
+
+    Args:
+        model: the dense model; it is not changed.
+        shares: the layers and their ratios.
+        evidence: with held-back batches.
+    Returns:
+        The ratios by name.
+    Raises:
+        ValueError: if there are no held-back batches.
+    """
+    given = {share.target.name: share.ratio for share in shares}
+    if len(given) < 2:
+        return given
+    if not evidence.held_back:
+        raise ValueError(
+            "allocation='global' is checked from end to end: pass calibration as two or more batches, or validation="
+        )
+    reference = evidence.outputs(model)
+    curves = {share.target.name: _curve(share.target, evidence) for share in shares}
+    proxies = {share.target.name: _proxy(share.target, share.ratio, evidence) for share in shares}
+    weights = {}
+    for share in shares:
+        name = share.target.name
+        kept = _rank(share.target, share.ratio)
+        lost = curves[name][min(kept, len(curves[name]) - 1)].item()
+        if evidence.statistics is not None and name in evidence.statistics.output_grams:
+            weights[name] = _loss_energy(share.target, evidence)
+        else:
+            weights[name] = _distance(model, {share.target: proxies[name]}, evidence, reference) / max(lost, 1e-12)
+    found = _filled(shares, curves, weights)
+    uniform = _distance(model, {share.target: proxies[share.target.name] for share in shares}, evidence, reference)
+    other = {share.target: _proxy(share.target, found[share.target.name], evidence) for share in shares}
+    return found if _distance(model, other, evidence, reference) < uniform else given
+
+
+def _rank(target: Target, ratio: float) -> int:
+    linear = target.linear
+    most = min(linear.in_features, linear.out_features)
+    return max(1, min(most, int(ratio * linear.weight.numel() / (linear.in_features + linear.out_features))))
+
+
+def _curve(target: Target, evidence: Evidence) -> Tensor:
+    """The share of the output energy that a low-rank approximation of rank 0, 1, 2, .. loses."""
+    objective, _ = make_objective(target.linear.weight, *evidence.grams(target.name))
+    rows = objective.targets
+    smaller = rows.mH @ rows if rows.shape[0] >= rows.shape[1] else rows @ rows.mH
+    energy = torch.linalg.eigvalsh(smaller).clamp_min(0)  # ascending
+    tails = torch.cat([energy.cumsum(0).flip(0), energy.new_zeros(1)])
+    return (tails / tails[0].clamp_min(1e-300)).cpu()
+
+
+def _proxy(target: Target, ratio: float, evidence: Evidence) -> nn.Module:
+    gram, output_gram = evidence.grams(target.name)
+    weight = target.linear.weight
+    found = fit(weight, LowRank(_rank(target, ratio)), gram=gram, output_gram=output_gram, refine=0)
+    return from_fit(found, target.linear)
+
+
+def _loss_energy(target: Target, evidence: Evidence) -> float:
+    """tr(H W G W^H): the energy of the outputs in the metric of the loss, up to a constant of all layers."""
+    statistics = evidence.statistics
+    assert statistics is not None
+    gram, metric = statistics.grams[target.name], statistics.output_grams[target.name]
+    weight = target.linear.weight.detach().to(gram.dtype)
+    outputs = weight @ gram @ weight.mH
+    total = (torch.diagonal(outputs) * metric).sum() if metric.ndim == 1 else (outputs * metric.mT).sum()
+    return total.real.item() / max(statistics.tokens[target.name], 1)
+
+
+def _distance(
+    model: nn.Module, proxies: Mapping[Target, nn.Module], evidence: Evidence, reference: list[object]
+) -> float:
+    """How far the outputs move when proxies stand in for their layers."""
+    swaps: dict[nn.Module, nn.Module] = {linear: p for target, p in proxies.items() for linear, _ in target.linears}
+    with swapped(find_places(model, swaps), swaps):
+        return evidence.distance(swaps.get(model, model), reference)
+
+
+def _filled(shares: Sequence[Share], curves: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, float]:
+    """Hand out ranks greedily, which is optimal for convex curves, until the budget is spent."""
+    sizes = {share.target.name: share.target.linear.weight.numel() for share in shares}
+    steps = {s.target.name: s.target.linear.in_features + s.target.linear.out_features for s in shares}
+    budget = sum(share.ratio * sizes[share.target.name] for share in shares)
+    ranks = {share.target.name: _rank(share.target, LEAST * share.ratio) for share in shares}
+    most = {s.target.name: min(CEILING, MOST * s.ratio) * sizes[s.target.name] / steps[s.target.name] for s in shares}
+    costs = {name: weights[name] * (curves[name] ** EXPONENT) for name in ranks}
+
+    def gain(name: str) -> float:
+        rank = ranks[name]
+        last = len(costs[name]) - 1
+        return (costs[name][min(rank, last)] - costs[name][min(rank + 1, last)]).item() / steps[name]
+
+    spent = sum(ranks[name] * steps[name] for name in ranks)
+    queue = [(-gain(name), name) for name in ranks]
+    heapq.heapify(queue)
+    while queue:
+        _, name = heapq.heappop(queue)
+        if ranks[name] + 1 <= most[name] and spent + steps[name] <= budget:
+            ranks[name] += 1
+            spent += steps[name]
+            heapq.heappush(queue, (-gain(name), name))
+    spare = (budget - spent) / len(ranks)
+    return {n: min(CEILING, (ranks[n] * steps[n] + spare) / sizes[n]) for n in ranks}

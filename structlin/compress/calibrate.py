@@ -1,0 +1,295 @@
+"""Run a model over calibration data and sum what its linear maps see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from structlin.compress.observe import (
+    Forward,
+    Held,
+    Mask,
+    Sums,
+    as_rows,
+    call,
+    device_of,
+    evaluating,
+    find_places,
+    hooked,
+    kept,
+    moved,
+    not_finite,
+    plainly,
+    run,
+    scalar,
+    swapped,
+    zeros,
+)
+from structlin.compress.statistics import Statistics
+from structlin.compress.targets import Target, find_targets
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+def collect_statistics(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Forward | None = None,
+    names: Iterable[str] | None = None,
+    loss: Loss | None = None,
+    output: str = "full",
+    dtype: torch.dtype = torch.float32,
+    mask: Mask = "auto",
+    tied: str = "skip",
+) -> Statistics:
+    """Run a model over batches and sum x x^H over the inputs x of each linear map.
+
+    The model runs in evaluation mode, and is as it was afterwards, also on an error. Layers that receive one and the
+    same tensor (query, key and value) share one Gram. Layers whose module is never called (its weight is read by other
+    code) have 0 tokens.
+
+    Memory: in^2 * itemsize B for each distinct input, and for the inputs at work once more; with a loss out^2 *
+    itemsize B for each layer, and the activations and output gradients of one batch. Time: the forward passes, and
+    2 in^2 FLOPs per token and distinct input; with a loss the backward passes, and 2 out^2 per token and layer.
+
+    Args:
+        model: any module that `torch.compile` did not wrap.
+        batches: each a mapping (`model(**batch)`), a tuple or list (`model(*batch)`) or a tensor (`model(batch)`),
+            moved to the model's device; or anything that `forward` takes.
+        forward: calls the model on a batch, as `forward(model, batch)`; the batch is passed on as it is.
+        names: dotted names of the layers to watch, any of their aliases, also of those that `compress_model` would
+            skip; None for all that it would not.
+        loss: `loss(output, batch)`, a real scalar whose gradients at the layers' outputs make `output_grams`. With
+            `lambda y, batch: (y * torch.randn_like(y)).sum()` on an embedding y they are the Gauss-Newton (K-FAC)
+            metric of its squared error. Gradients in `.grad` stay untouched.
+        output: "full" for (out, out) output Grams, "diagonal" for their diagonals.
+        dtype: torch.float32 or torch.float64, of the sums and of the products in them, whatever the model computes in
+            (its complex counterpart for complex layers).
+        mask: which tokens count. "auto" takes a 2-D `attention_mask` of a mapping, shape (b, t), for inputs of shape
+            (b, t, in); an input with other leading axes (a pooled vector, flattened tokens, a decoder's other length)
+            takes all rows. None takes all rows; a callable(batch) returns a mask of zeros and ones for inputs whose
+            leading axes have its shape, or None.
+        tied: "skip" or "replace", as in `compress_model`.
+    Returns:
+        The statistics by first dotted name, in module order, on the devices of the inputs.
+    Raises:
+        ValueError: if a name, a mask or an argument is bad, or inputs or gradients are not finite, naming the layer.
+        TypeError: if a batch needs `forward`.
+    Source: second moments as in OBS (Hassibi & Stork 1993), output gradients as in K-FAC (Martens & Grosse 2015).
+    Example:
+        >>> mlp = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> statistics = collect_statistics(mlp, [torch.randn(10, 4), torch.randn(6, 4)])
+        >>> statistics
+        Statistics(tokens={'0': 16, '2': 16})
+        >>> statistics.grams["2"].shape
+        torch.Size([8, 8])
+    """
+    _check(dtype, mask, output)
+    targets = _chosen(model, names, tied)
+    linears = [(linear, target.name) for target in targets for linear, _ in target.linears]
+    sums, output_grams = Sums(dtype), {}
+    with evaluating(model), torch.inference_mode(False), torch.set_grad_enabled(loss is not None):
+        if loss is not None:
+            output_grams = {t.name: zeros(t, t.linear.out_features, dtype, output == "diagonal") for t in targets}
+        for given in batches:
+            batch = given if forward else moved(given, device_of(model))
+            keep = kept(mask, batch)
+            outputs: list[tuple[str, GradientEdge]] = []
+            with hooked(linears, partial(sums.add, keep=keep), None if loss is None else partial(_watch, outputs)):
+                result = call(model, batch, forward)
+            sums.settle()
+            if loss is not None:
+                _add_gradients(output_grams, outputs, loss(result, batch), keep)
+        (grams,), tokens = sums.result(targets, 1)
+    return Statistics(grams, tokens, output_grams)
+
+
+def statistics_by_layer(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    max_bytes: int,
+    forward: Forward | None = None,
+    names: Iterable[str] | None = None,
+    loss: Loss | None = None,
+    output: str = "full",
+    dtype: torch.dtype = torch.float32,
+    mask: Mask = "auto",
+    tied: str = "skip",
+) -> Iterator[Statistics]:
+    """Collect statistics in as many passes over the batches as their memory needs, a few layers in each.
+
+    Memory: at most `max_bytes` for the matrices, or those of one layer, counted as if no input was shared, beside what
+    `collect_statistics` needs while running. Time: one run over all batches for each group of layers.
+
+    Args:
+        model: see `collect_statistics`, as for all other arguments but one.
+        batches: a list or a data loader: something that can be gone through again.
+        max_bytes: for the matrices of one pass, in B.
+        forward: calls the model.
+        names: layers to watch.
+        loss: scalar of the output and the batch.
+        output: "full" or "diagonal".
+        dtype: of the sums.
+        mask: which tokens count.
+        tied: "skip" or "replace".
+    Returns:
+        An iterator over the statistics of consecutive layers; the next pass starts when the next item is asked for.
+    Raises:
+        ValueError: at once, if several passes are needed and `batches` is an iterator; or see `collect_statistics`.
+    Example:
+        >>> mlp = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> [list(part.grams) for part in statistics_by_layer(mlp, [torch.randn(10, 4)], max_bytes=300)]
+        [['0'], ['2']]
+    """
+    _check(dtype, mask, output)
+    groups: list[list[str]] = []
+    size = 0
+    for target in _chosen(model, names, tied):
+        square, outs = target.linear.in_features**2, target.linear.out_features
+        entries = square + (0 if loss is None else outs if output == "diagonal" else outs**2)
+        nbytes = entries * scalar(target, dtype).itemsize
+        if not groups or size + nbytes > max_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(target.name)
+        size += nbytes
+    if len(groups) > 1 and isinstance(batches, Iterator):
+        raise ValueError(
+            f"max_bytes={max_bytes} needs {len(groups)} passes, and batches is an iterator that ends after one; pass a "
+            "list or a data loader, or a larger max_bytes"
+        )
+    return (
+        collect_statistics(
+            model, batches, forward=forward, names=group, loss=loss, output=output, dtype=dtype, mask=mask, tied=tied
+        )
+        for group in groups
+    )
+
+
+def collect_shifted(
+    model: nn.Module,
+    batches: Iterable[Any],
+    swaps: Mapping[nn.Module, nn.Module],
+    names: Iterable[str],
+    *,
+    forward: Forward | None = None,
+    dtype: torch.dtype = torch.float32,
+    mask: Mask = "auto",
+) -> Statistics:
+    """Sum the inputs x' of layers in a partly compressed model, and their products with the original inputs x.
+
+    G = sum x' x'^H goes to `grams` and C = sum x x'^H to `crosses`: the weight with the smallest ||W x - V x'||^2 is
+    V = W C G^-1. Each batch runs twice, as the model is and with the swaps in place, and stops after the last layer of
+    `names` unless the first batch called one of them several times (or not at all). The model is as it was afterwards,
+    also on an error.
+
+    Memory: 2 in^2 * itemsize B for each distinct pair of inputs, for those at work twice, and the original inputs of
+    one batch. Time: two forward passes, and 4 in^2 FLOPs per token and distinct pair.
+
+    Args:
+        model: see `collect_statistics`, as for all other arguments but two.
+        batches: the calibration data.
+        swaps: module of the model -> what takes its place; a layer of `names` may be among them.
+        names: dotted names of the layers to watch, any of their aliases.
+        forward: calls the model.
+        dtype: of the sums.
+        mask: which tokens count.
+    Returns:
+        The statistics by first dotted name, in module order.
+    Raises:
+        ValueError: if `swaps` has a module that the model has not, or a layer gets other numbers of inputs from the two
+            models; or see `collect_statistics`.
+    """
+    _check(dtype, mask, "full")
+    targets = _chosen(model, names, "replace")
+    label: dict[nn.Module, str] = {linear: target.name for target in targets for linear, _ in target.linears}
+    original = {linear: linear for linear in label}
+    compressed = {swaps.get(linear, linear): linear for linear in label}
+    places = find_places(model, swaps)
+    sums, stop = Sums(dtype), False
+    with evaluating(model, *swaps.values()), torch.inference_mode(False), torch.no_grad():
+        for number, given in enumerate(batches):
+            batch = given if forward else moved(given, device_of(model))
+            held = Held(kept(mask, batch), dtype)
+            run(model, batch, forward, original, held.add, stop)
+            with swapped(places, swaps):
+                run(swaps.get(model, model), batch, forward, compressed, partial(_pair, sums, held, label), stop)
+            sums.settle()
+            for linear, name in label.items():
+                if len(held.rows[linear]) != held.taken[linear]:
+                    raise ValueError(
+                        f"layer {name!r}: called {len(held.rows[linear])} times without and {held.taken[linear]} times "
+                        "with the swaps; leave it out of names"
+                    )
+            stop = (stop or number == 0) and all(held.taken[linear] == 1 for linear in label)
+        (grams, crosses), tokens = sums.result(targets, 2)
+    return Statistics(grams, tokens, crosses=crosses)
+
+
+def _pair(sums: Sums, held: Held, label: Mapping[nn.Module, str], linear: nn.Module, x: Tensor) -> None:
+    rows = held.take(linear)
+    if rows is not None:
+        sums.add(label[linear], x, held.keep, rows)
+
+
+# Gradients -----------------------------------------------------------------------------------------------------------
+
+
+def _watch(outputs: list[tuple[str, GradientEdge]], name: str, y: Tensor) -> Tensor:
+    """Note where the gradient by y arrives in the graph, and go on with a copy, which may be written into.
+
+    y itself may be a view of what `addmm` returned: after a write into it (a ReLU in place) the graph leaves it out.
+    """
+    with torch.enable_grad():
+        y = (y if y.requires_grad else y.detach().requires_grad_()).clone()
+    outputs.append((name, get_gradient_edge(y)))
+    return y
+
+
+def _add_gradients(
+    grams: dict[str, Tensor], outputs: Sequence[tuple[str, GradientEdge]], loss: Tensor, keep: Tensor | None
+) -> None:
+    if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad and not loss.is_complex()):
+        raise ValueError("loss must return a real scalar tensor that depends on the model's output differentiably")
+    edges = [edge for _, edge in outputs]
+    gradients = torch.autograd.grad(loss, edges, allow_unused=True) if edges else ()
+    for (name, _), gradient in zip(outputs, gradients, strict=True):
+        if gradient is not None:
+            with plainly(gradient.device):
+                _add_gradient(name, grams[name], as_rows(gradient, keep, grams[name].dtype.to_real()))
+
+
+def _add_gradient(name: str, total: Tensor, rows: Tensor) -> None:
+    total += rows.abs().square().sum(0) if total.ndim == 1 else rows.mT @ rows.conj()
+    if not total.isfinite().all():
+        raise ValueError(not_finite(name, "output gradients", total.dtype))
+
+
+# Arguments -----------------------------------------------------------------------------------------------------------
+
+
+def _check(dtype: torch.dtype, mask: Mask, output: str) -> None:
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype={dtype} is too narrow for sums; use torch.float32 or torch.float64")
+    if mask is not None and mask != "auto" and not callable(mask):
+        raise ValueError(f"mask={mask!r} is unknown; use 'auto', None or a callable(batch)")
+    if output not in ("full", "diagonal"):
+        raise ValueError(f"output={output!r} is unknown; use 'full' or 'diagonal'")
+
+
+def _chosen(model: nn.Module, names: Iterable[str] | None, tied: str) -> list[Target]:
+    targets = find_targets(model, tied=tied)
+    if names is None:
+        return [target for target in targets if not target.reason]
+    wanted = set(names)
+    unknown = sorted(wanted - {name for target in targets for name in target.names})
+    if unknown:
+        raise ValueError(f"names {unknown} are not linear layers; there are {[t.name for t in targets][:20]}")
+    return [target for target in targets if wanted & set(target.names)]

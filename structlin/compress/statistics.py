@@ -1,0 +1,252 @@
+"""What calibration saw of each linear map: second moments of its inputs, and of the gradients at its outputs."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor
+
+from structlin.objective import Root
+
+FIELDS = ("grams", "output_grams", "crosses")
+VERSION = 1
+SHRINKAGE = 0.03
+_KEY = "structlin_statistics"  # in the metadata of the file
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+# Per field and name: shape, dtype, and a number that names with one and the same tensor have in common.
+_Outline = dict[str, dict[str, tuple[tuple[int, ...], str, int]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Hold what calibration saw of each linear map, under the map's first dotted name.
+
+    For a weight W the squared error of the outputs, summed over the tokens, is ||X D^T||^2 = tr(D G D^H) for a change D
+    of the weight. Names whose layers saw the same inputs (query, key and value, say) share one tensor: in memory, in a
+    file, and through `merge` and `all_reduce`.
+
+    Args:
+        grams: G = sum x x^H over the inputs x, shape (in_features, in_features).
+        tokens: number of inputs summed; 0 for a layer that was never called, whose Gram is zero.
+        output_grams: H = sum g g^H over the gradients g of a loss by the layer's output, shape (out_features,
+            out_features), or only its diagonal, (out_features,); empty without a loss.
+        crosses: C = sum x x'^H over the inputs x of the model and x' of the partly compressed model, shape
+            (in_features, in_features); empty but for `collect_shifted`.
+    Example:
+        >>> half = Statistics({"0": torch.eye(2)}, {"0": 3})
+        >>> both = half.merge(half)
+        >>> both.tokens["0"], both.grams["0"].diagonal().tolist(), both.nbytes
+        (6, [2.0, 2.0], 16)
+    """
+
+    grams: Mapping[str, Tensor] = field(repr=False)
+    tokens: Mapping[str, int]
+    output_grams: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    crosses: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    _roots: dict[int, Root | None] = field(default_factory=dict, init=False, repr=False)
+
+    def root(self, name: str) -> Root | None:
+        """Return the root of a layer's shrunken Gram G + SHRINKAGE tr(G) / n I, computed once for each Gram.
+
+        The Gram of a few thousand tokens is noisy where it is small: with 3 % of its mean eigenvalue on all of them,
+        fits of MiniLM's weights get better on held-out text, and converge faster.
+        """
+        gram = self.grams[name]
+        if id(gram) not in self._roots:
+            eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            found = Root.of(gram + SHRINKAGE * gram.diagonal().mean() * eye)
+            self._roots[id(gram)] = None if found is None else Root(found.rows.to(gram.dtype))
+        return self._roots[id(gram)]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all tensors in B, a shared one counted once."""
+        return sum(tensor.nbytes for tensor in self._distinct())
+
+    def merge(self, *others: Statistics) -> Statistics:
+        """Sum statistics of several sets of batches, on the devices of the first.
+
+        Names share a sum where they share a tensor in every part.
+
+        Args:
+            others: statistics of the same layers.
+        Returns:
+            New statistics; the parts stay as they were.
+        Raises:
+            ValueError: if names, shapes or dtypes differ, naming the layer.
+        """
+        parts = (self, *others)
+        outlines = [part._outline() for part in parts]
+        for outline in outlines[1:]:
+            _check_alike(outlines[0], outline, "another")
+
+        def total(what: str, name: str) -> Tensor:
+            result = getattr(self, what)[name].clone()
+            for other in others:
+                result += getattr(other, what)[name].to(result.device)
+            return result
+
+        return self._summed(outlines, total, {name: sum(part.tokens[name] for part in parts) for name in self.tokens})
+
+    def all_reduce(self, group: dist.ProcessGroup | None = None) -> Statistics:
+        """Sum the statistics of all ranks; each must call it, with statistics of the same layers.
+
+        Args:
+            group: process group, None for the default one.
+        Returns:
+            New statistics, the same on every rank.
+        Raises:
+            RuntimeError: if torch.distributed has no process group.
+            ValueError: on every rank, if names, shapes or dtypes differ, naming the layer.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            raise RuntimeError("there is no process group; call torch.distributed.init_process_group first")
+        gathered: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, (self._outline(), dict(self.tokens)), group=group)
+        # Ranks may differ in what is shared: all of them reduce what is shared everywhere, in the order of the first.
+        outlines = [outline for outline, _ in gathered]
+        for rank, outline in enumerate(outlines):
+            _check_alike(outlines[0], outline, f"rank {rank}")
+
+        def total(what: str, name: str) -> Tensor:
+            result = getattr(self, what)[name].clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(result, group=group)
+            return result
+
+        return self._summed(
+            outlines, total, {name: sum(tokens[name] for _, tokens in gathered) for name in self.tokens}
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file; a shared tensor is written once. A file of that name is replaced at the end.
+
+        Args:
+            path: where to; its directory must exist.
+        Raises:
+            ValueError: on a big-endian machine.
+            OSError: if the file cannot be written; what was there stays.
+        """
+        if sys.byteorder != "little":
+            raise ValueError("safetensors files are little-endian and this machine is not; save on another one")
+        keys: dict[int, str] = {}
+        tensors: dict[str, Tensor] = {}
+        for tensor in sorted(self._distinct(), key=lambda t: -t.dtype.itemsize):  # aligned: wide items first
+            keys[id(tensor)] = str(len(keys))
+            tensors[keys[id(tensor)]] = tensor
+        record: dict[str, Any] = {"version": VERSION, "tokens": dict(self.tokens)}
+        record |= {what: {name: keys[id(t)] for name, t in getattr(self, what).items()} for what in FIELDS}
+        record["complex"] = [key for key, tensor in tensors.items() if tensor.is_complex()]
+        target = Path(path).resolve()
+        aside = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
+        try:
+            _write(aside, tensors, {_KEY: json.dumps(record)})
+            os.replace(aside, target)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Statistics:
+        """Read what `save` wrote, on the CPU; what was shared is shared again.
+
+        Args:
+            path: the file.
+        Raises:
+            ValueError: if the file is damaged, not one of `save`, or of another version.
+            OSError: if it cannot be opened.
+        """
+        try:
+            with safe_open(Path(path), framework="pt") as file:
+                record = json.loads((file.metadata() or {}).get(_KEY, "null"))
+                if not isinstance(record, dict):
+                    raise ValueError(f"its metadata lacks {_KEY!r}")
+                if record.get("version") != VERSION:
+                    raise ValueError(f"version {record.get('version')}; this structlin reads version {VERSION}")
+                # A copy: the mapped file must not live on in a tensor's storage.
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors |= {key: torch.view_as_complex(tensors[key]) for key in record["complex"]}
+            parts = {what: {name: tensors[key] for name, key in record[what].items()} for what in FIELDS}
+            if record["tokens"].keys() != parts["grams"].keys():
+                raise ValueError("its tokens and its Gram matrices have different names")
+        except OSError:
+            raise
+        except Exception as error:  # safetensors and torch raise many kinds
+            raise ValueError(f"{path}: not a file of Statistics.save, or damaged: {error}") from error
+        return cls(tokens=record["tokens"], **parts)
+
+    def _distinct(self) -> list[Tensor]:
+        return list({id(tensor): tensor for what in FIELDS for tensor in getattr(self, what).values()}.values())
+
+    def _outline(self) -> _Outline:
+        numbers = {id(tensor): number for number, tensor in enumerate(self._distinct())}
+        return {
+            what: {name: (tuple(t.shape), str(t.dtype), numbers[id(t)]) for name, t in getattr(self, what).items()}
+            for what in FIELDS
+        }
+
+    def _summed(
+        self, outlines: Sequence[_Outline], total: Callable[[str, str], Tensor], tokens: dict[str, int]
+    ) -> Statistics:
+        """Compute `total(field, name)` once for all names that share a tensor in every outline."""
+        parts: dict[str, dict[str, Tensor]] = {what: {} for what in FIELDS}
+        sums: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        for what in FIELDS:
+            for name in outlines[0][what]:
+                shared = what, tuple(outline[what][name][2] for outline in outlines)
+                if shared not in sums:
+                    sums[shared] = total(what, name)
+                parts[what][name] = sums[shared]
+        return Statistics(tokens=tokens, **parts)
+
+
+def _check_alike(first: _Outline, other: _Outline, who: str) -> None:
+    for what in FIELDS:
+        for name in sorted(first[what].keys() ^ other[what].keys()):
+            raise ValueError(
+                f"layer {name!r}: only one part has its {what}, the first or {who}; collect the same layers"
+            )
+        for name, (shape, dtype, _) in first[what].items():
+            if other[what][name][:2] != (shape, dtype):
+                has = "{} {}".format(*other[what][name][:2])
+                raise ValueError(f"layer {name!r}: {what} of {shape} {dtype}, but {who} has {has}; collect them alike")
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, one tensor on the CPU at a time; complex numbers as pairs in a trailing axis.
+
+    `safetensors.torch.save_file` needs numpy and makes the file private (0600).
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    start = 0
+    for key, tensor in tensors.items():
+        dtype, shape = tensor.dtype, [*tensor.shape]
+        if dtype.is_complex:
+            dtype, shape = dtype.to_real(), [*shape, 2]
+        header[key] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [start, start + tensor.nbytes]}
+        start += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for raw in _bytes(tensors.values()):
+            file.write(raw)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _bytes(tensors: Any) -> Iterator[memoryview]:
+    for tensor in tensors:
+        plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        if plain.nbytes:
+            yield memoryview((ctypes.c_ubyte * plain.nbytes).from_address(plain.data_ptr()))

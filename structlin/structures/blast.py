@@ -1,0 +1,113 @@
+"""BLAST: a grid of blocks that share their row and column factors, coupled by a diagonal for each block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from typing_extensions import Self
+
+from structlin import linalg, modes
+from structlin.layer import StructuredLinear, layer_of
+from structlin.spec import Spec, equation
+from structlin.structure import Structure, register
+
+
+@register
+@dataclass(frozen=True)
+class Blast(Structure):
+    """Block (p, q) is left[p] diag(coupling[p, q]) right[q]: low rank, block diagonal and block low rank are members.
+
+    There is no closed form. The start is the truncated SVD (all couplings equal), then refined.
+    """
+
+    name: ClassVar[str] = "blast"
+    refine_steps: ClassVar[int] = 300
+    blocks: int
+    rank: int
+
+    def resolve(self, in_features: int, out_features: int, weight: Tensor | None = None) -> Self:
+        smaller = min(in_features, out_features)
+        if not 1 <= self.blocks <= smaller:
+            raise ValueError(
+                f"blocks={self.blocks} is outside 1..{smaller} for a {out_features} x {in_features} matrix; "
+                "use fewer blocks"
+            )
+        if not 1 <= self.rank <= smaller:
+            raise ValueError(f"rank={self.rank} is outside 1..{smaller}, the smaller side; use a smaller rank")
+        return self
+
+    def _sides(self, in_features: int, out_features: int) -> tuple[int, int]:
+        """Rows and columns of a block, rounded up."""
+        return modes.split(out_features, self.blocks)[1], modes.split(in_features, self.blocks)[1]
+
+    def spec(self, in_features: int, out_features: int) -> Spec:
+        rows, columns = self._sides(in_features, out_features)
+        sizes = {"o1": self.blocks, "o2": rows, "i1": self.blocks, "i2": columns, "r": self.rank}
+        text = "i1 r i2, o1 i1 r, o1 o2 r -> o1 o2 i1 i2"
+        return Spec(in_features, out_features, (equation(text, ("right", "coupling", "left"), sizes),))
+
+    def decompose(self, weight: Tensor) -> list[Tensor]:
+        rows, columns = self._sides(weight.shape[1], weight.shape[0])
+        left, right = linalg.truncated_svd(weight, self.rank)
+        blocks = rearrange(linalg.pad_to(right, self.rank, self.blocks * columns), "r (q i) -> q r i", i=columns)
+        return linalg.balance(
+            [
+                blocks,
+                left.new_ones(self.blocks, self.blocks, self.rank),
+                rearrange(linalg.pad_to(left, self.blocks * rows, self.rank), "(p o) r -> p o r", o=rows),
+            ]
+        )
+
+    @classmethod
+    def candidates(cls, in_features: int, out_features: int, budget: int) -> Iterator[Self]:
+        # More blocks fit better, up to about the square root of the smaller side (results/structures_tried.md).
+        most = 1 << (math.isqrt(min(in_features, out_features)).bit_length() - 1)
+        for blocks in sorted({most, max(1, most // 2)}):
+            rows, columns = cls(blocks, 1)._sides(in_features, out_features)
+            rank = min(budget // (blocks * (rows + columns + blocks)), in_features, out_features)
+            if rank >= 1:
+                yield cls(blocks=blocks, rank=rank)
+
+
+@layer_of(Blast)
+class BlastLinear(StructuredLinear):
+    """Apply W whose block (p, q) is left[p] diag(coupling[p, q]) right[q].
+
+    Cost: rank (in + out + blocks^2) parameters, twice as many FLOPs per token.
+
+    Args:
+        in_features: size of each input row; rounded up to a multiple of blocks.
+        out_features: size of each output row; likewise.
+        bias: learn an additive bias.
+        blocks: blocks per side, 1 <= blocks <= min(in_features, out_features).
+        rank: 1 <= rank <= min(in_features, out_features); a block reaches it although its neighbours share its factors.
+        device: of the parameters.
+        dtype: of the parameters.
+    Raises:
+        ValueError: if blocks or rank is out of range.
+    Source: Lee, Kwon, Qu & Kim 2024, BLAST: block-level adaptive structured matrices for efficient deep neural network
+        inference. They fit by preconditioned gradient descent; we by `structlin.refine`.
+    Example:
+        >>> BlastLinear(64, 64, blocks=4, rank=8).num_parameters
+        1152
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        blocks: int,
+        rank: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        structure = Blast(blocks=blocks, rank=rank)
+        super().__init__(in_features, out_features, bias, structure=structure, device=device, dtype=dtype)

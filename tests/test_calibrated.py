@@ -1,0 +1,320 @@
+"""Compression with calibration: output errors, auto, global budgets, sequential compensation, quality."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import structlin
+from structlin import collect_statistics, compress_model, plan_compression
+from structlin.compress import apply, workers
+from structlin.compress.allocate import Share, allocate
+from structlin.compress.evidence import gather
+from structlin.compress.report import Report
+from structlin.compress.sequential import shifted
+from structlin.compress.targets import find_targets
+from structlin.fit import fit
+from structlin.structures import LowRank
+
+
+@pytest.fixture
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 8)
+    ).eval()
+
+
+def batches(count, seed=1):
+    """Inputs on a few directions, mostly."""
+    torch.manual_seed(7)
+    mixing = torch.randn(32, 32) * torch.logspace(0, -2, 32)
+    torch.manual_seed(seed)
+    return [torch.randn(50, 32) @ mixing.T for _ in range(count)]
+
+
+def changed(report):
+    return [row for row in report.layers if row.structure]
+
+
+def distance(model, other, data):
+    with torch.no_grad():
+        return sum((model(x) - other(x)).square().sum().item() for x in data) ** 0.5
+
+
+# Calibration ---------------------------------------------------------------------------------------------------------
+
+
+def test_calibrated_low_rank_keeps_the_outputs_better(mlp):
+    plain, calibrated = (copy.deepcopy(mlp) for _ in range(2))
+    compress_model(plain, "lowrank", ratio=0.4)
+    report = compress_model(calibrated, "lowrank", ratio=0.4, calibration=batches(10))
+    assert distance(calibrated, mlp, batches(4, seed=2)) < 0.7 * distance(plain, mlp, batches(4, seed=2))
+    statistics = collect_statistics(mlp, batches(10)[:5] + batches(10)[6:])  # one batch is held back
+    for row in changed(report):
+        assert row.output_error is not None
+        target = next(t for t in find_targets(mlp) if t.name == row.name)
+        expected = fit(target.linear.weight, LowRank(rank_of(row)), gram=statistics.root(row.name)).output_error
+        assert row.output_error == pytest.approx(expected, rel=0.05)
+    assert "output error" in str(report)
+
+
+def rank_of(row):
+    return int(row.structure.removeprefix("lowrank(rank=").removesuffix(")"))
+
+
+def test_statistics_and_batches_give_the_same(mlp):
+    data = batches(10)
+    first, second = (copy.deepcopy(mlp) for _ in range(2))
+    compress_model(first, "lowrank", ratio=0.5, calibration=data, validation=data[:1])
+    compress_model(second, "lowrank", ratio=0.5, calibration=collect_statistics(mlp, data))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_roots_are_computed_once(mlp):
+    statistics = collect_statistics(mlp, batches(3))
+    assert statistics.root("2") is statistics.root("2")
+
+
+def test_layers_without_tokens_are_fitted_plainly(mlp):
+    statistics = collect_statistics(mlp, [])
+    report = compress_model(mlp, "lowrank", ratio=0.5, calibration=statistics)
+    assert all(row.output_error is None for row in changed(report))
+
+
+@pytest.mark.parametrize(
+    ("calibration", "error", "message"),
+    [
+        (torch.ones(3, 32), TypeError, "calibration is a Tensor; give Statistics or an iterable of batches"),
+        ([], ValueError, "calibration holds no batch"),
+    ],
+)
+def test_bad_calibration(mlp, calibration, error, message):
+    with pytest.raises(error, match=message):
+        compress_model(mlp, "lowrank", ratio=0.5, calibration=calibration)
+
+
+# Auto ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_auto_is_never_worse_than_low_rank(mlp, calibrated):
+    given = {"calibration": collect_statistics(mlp, batches(10))} if calibrated else {}
+    reports = {
+        name: compress_model(copy.deepcopy(mlp), name, ratio=0.6, refine=60, **given) for name in ("auto", "lowrank")
+    }
+    for auto, low_rank in zip(changed(reports["auto"]), changed(reports["lowrank"]), strict=True):
+        measure = "output_error" if calibrated else "error"
+        assert getattr(auto, measure) <= getattr(low_rank, measure) * (1 + 1e-5)
+        assert auto.parameters_after <= 0.606 * auto.parameters_before
+    assert any("+" in row.structure for row in changed(reports["auto"]))
+
+
+def test_auto_in_a_rule_and_its_errors(mlp):
+    report = compress_model(mlp, None, rules={"2": {"structure": "auto", "ratio": 0.5}}, refine=5)
+    assert [row.name for row in changed(report)] == ["2"]
+    with pytest.raises(ValueError, match="'auto' needs a ratio"):
+        compress_model(mlp, "auto")
+    with pytest.raises(ValueError, match="'auto' finds its sizes from a ratio"):
+        compress_model(mlp, None, rules={"4": {"structure": "auto", "rank": 3}})
+
+
+# Plans ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_keeps_its_fits_until_the_weight_changes(mlp, monkeypatch):
+    plan = plan_compression(mlp, "auto", ratio=0.6, refine=5, calibration=collect_statistics(mlp, batches(4)))
+    assert structlin.CompressionPlan.from_json(plan.to_json()) == plan
+    calls = []
+    monkeypatch.setattr(apply, "fit", lambda *a, **k: calls.append(a) or fit(*a, **k))
+    compress_model(copy.deepcopy(mlp), plan)  # a copy has other tensors
+    assert len(calls) == 3
+    calls.clear()
+    with torch.no_grad():
+        mlp[0].weight += 0.1
+    report = compress_model(mlp, plan)
+    assert len(calls) == 1
+    assert len(changed(report)) == 3
+
+
+# Global budgets ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lowrank", "auto"])
+def test_global_allocation_meets_the_budget(mlp, name):
+    before = copy.deepcopy(mlp.state_dict())
+    plan = plan_compression(mlp, name, ratio=0.5, refine=5, calibration=batches(10), allocation="global")
+    assert all(torch.equal(value, before[key]) for key, value in mlp.state_dict().items())
+    kept = [entry for entry in plan.entries if entry.structure]
+    dense = sum(entry.parameters_before for entry in kept)
+    assert len(kept) == 3
+    assert 0.45 * dense < sum(entry.parameters_after for entry in kept) <= 0.5 * dense
+
+
+def test_allocation_spends_all_and_favours_what_matters(mlp):
+    with torch.no_grad():
+        mlp[4].weight *= 1e-3  # what layer 2 does hardly reaches the output then; layer 4's outputs are near linear
+        mlp[2].weight[1:] = mlp[2].weight[:1]  # rank 1
+    evidence = gather(mlp, batches(10), None, None, "skip")
+    shares = [Share(target, 0.5) for target in find_targets(mlp) if target.name in ("0", "2", "4")]
+    ratios = allocate(mlp, shares, evidence)
+    sizes = {share.target.name: share.target.linear.weight.numel() for share in shares}
+    assert sum(ratios[name] * sizes[name] for name in sizes) == pytest.approx(0.5 * sum(sizes.values()), rel=5e-3)
+    assert ratios["2"] < 0.5 < max(ratios["0"], ratios["4"])
+
+
+def test_loss_gradients_weigh_the_layers(mlp):
+    loss = lambda y, batch: y.square().sum()  # noqa: E731
+    data = batches(10)
+    for output in ("full", "diagonal"):
+        statistics = collect_statistics(mlp, data, loss=loss, output=output)
+        report = compress_model(
+            copy.deepcopy(mlp), "lowrank", ratio=0.5, calibration=statistics, validation=data[:2], allocation="global"
+        )
+        assert report.ratio <= 0.5
+
+
+def test_global_allocation_needs_batches(mlp):
+    with pytest.raises(ValueError, match="allocation='global' is checked from end to end: pass calibration as two"):
+        plan_compression(
+            mlp, "lowrank", ratio=0.5, allocation="global", calibration=collect_statistics(mlp, batches(2))
+        )
+    with pytest.raises(ValueError, match="allocation='best' is unknown; use 'uniform' or 'global'"):
+        plan_compression(mlp, "lowrank", ratio=0.5, allocation="best")
+
+
+@pytest.mark.parametrize("budget", ["flops", "bytes"])
+def test_other_budgets(mlp, budget):
+    report = compress_model(mlp, "kronecker", ratio=0.5, budget=budget)
+    for row in changed(report):
+        assert row.flops_after <= 0.5 * row.flops_before or budget == "bytes"
+        assert row.parameters_after <= 0.5 * row.parameters_before or budget == "flops"
+
+
+# Sequential compensation ---------------------------------------------------------------------------------------------
+
+
+def test_sequential_compensation_is_closer_and_leaves_the_first_layer_alone(mlp):
+    data = batches(20)
+    first, second = (copy.deepcopy(mlp) for _ in range(2))
+    compress_model(first, "lowrank", ratio=0.4, calibration=data)
+    report = compress_model(second, "lowrank", ratio=0.4, calibration=data, sequential=True)
+    assert distance(second, mlp, data) < 0.95 * distance(first, mlp, data)
+    assert [row.name for row in report.layers] == ["0", "2", "4", "6"]
+    assert type(second[6]) is nn.Linear
+    torch.testing.assert_close(second[0].weight, first[0].weight, rtol=1e-3, atol=1e-4)
+
+
+def test_the_shifted_weight_is_the_regression(mlp):
+    data = batches(5)
+    evidence = gather(mlp, data, data[:1], None, "skip")
+    proxy = copy.deepcopy(mlp[0])
+    with torch.no_grad():
+        proxy.weight *= 0.7
+    target = next(t for t in find_targets(mlp) if t.name == "2")
+    wanted, _ = shifted(mlp, [target], {mlp[0]: proxy}, evidence)["2"]
+    x = torch.cat([mlp[1](mlp[0](batch)) for batch in data]).double()
+    other = torch.cat([mlp[1](proxy(batch)) for batch in data]).double()
+    shrinkage = 0.03 * other.square().sum() / 64
+    stacked = torch.cat([other, shrinkage.sqrt() * torch.eye(64)])
+    weight = mlp[2].weight.double()
+    expected = torch.linalg.lstsq(stacked, torch.cat([x, shrinkage.sqrt() * torch.eye(64)]) @ weight.T).solution.T
+    torch.testing.assert_close(wanted.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_sequential_failures_change_nothing(mlp, monkeypatch):
+    before = copy.deepcopy(mlp)
+    with pytest.raises(ValueError, match="pass calibration as batches"):
+        compress_model(mlp, "lowrank", ratio=0.5, sequential=True)
+    count = iter(range(2))
+    monkeypatch.setattr(apply, "fit", lambda *a, **k: [next(count), fit(*a, **k)][1])
+    with pytest.raises(RuntimeError, match="the model is unchanged"):
+        compress_model(mlp, "lowrank", ratio=0.5, calibration=batches(4), sequential=True)
+    assert all(type(a) is type(b) for a, b in zip(mlp, before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(mlp.parameters(), before.parameters(), strict=True))
+
+
+# Quality -------------------------------------------------------------------------------------------------------------
+
+
+def test_report_carries_task_fidelity_and_size_before_and_after_healing(mlp):
+    teacher = copy.deepcopy(mlp)
+    data = batches(20)
+
+    def evaluate(model):
+        return -distance(model, teacher, data[:2])
+
+    report = compress_model(mlp, "lowrank", ratio=0.4, calibration=data, evaluate=evaluate)
+    dense, compressed = report.qualities
+    assert (dense.stage, dense.task, dense.size) == ("dense", 0, 1)
+    assert dense.cosine == pytest.approx(1, abs=1e-5)
+    assert compressed.task < 0
+    assert compressed.cosine < 1
+    assert compressed.size == pytest.approx(report.parameters_after / report.parameters_before)
+    structlin.heal(mlp, teacher, data, steps=100, lr=3e-3, progress=False)
+    healed = report.measure("healed")
+    assert len(healed.qualities) == 3
+    assert healed.qualities[2].task > compressed.task
+    assert healed.qualities[2].cosine > compressed.cosine
+    assert "healed: size" in str(healed)
+    assert '"qualities"' in healed.to_json()
+
+
+class Logits(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x, attention_mask=None):
+        return {"logits": self.body(x)}
+
+
+def test_models_with_logits_get_kl_and_agreement(mlp):
+    model = Logits(mlp)
+    data = [{"x": x.reshape(5, 10, 32), "attention_mask": torch.ones(5, 10)} for x in batches(4)]
+    data[0]["attention_mask"][:, 5:] = 0
+    teacher = copy.deepcopy(model)
+    report = compress_model(model, "lowrank", ratio=0.4, calibration=data, validation=data)
+    quality = report.qualities[1]
+    kl, same, count = 0.0, 0, 0
+    for batch in data:
+        kept = batch["attention_mask"].bool()
+        p, q = (m(batch["x"])["logits"][kept].log_softmax(-1) for m in (teacher, model))
+        kl += (p.exp() * (p - q)).sum().item()
+        same += (p.argmax(-1) == q.argmax(-1)).sum().item()
+        count += int(kept.sum())
+    assert quality.kl == pytest.approx(kl / count, rel=1e-4)
+    assert quality.top1 == pytest.approx(same / count, abs=1e-6)
+    assert quality.cosine is None
+
+
+def test_a_report_without_a_judge(mlp):
+    report = compress_model(mlp, "lowrank", ratio=0.5)
+    assert isinstance(report, Report)
+    assert report.qualities == ()
+    with pytest.raises(ValueError, match="pass evaluate= or calibration="):
+        report.measure()
+
+
+# Threads -------------------------------------------------------------------------------------------------------------
+
+
+def test_threads_change_neither_results_nor_settings(mlp):
+    models = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            models.append(copy.deepcopy(mlp))
+            compress_model(models[-1], "auto", ratio=0.6, refine=20, calibration=collect_statistics(mlp, batches(3)))
+            assert torch.get_num_threads() == count
+        with pytest.raises(ZeroDivisionError):
+            list(workers.each(lambda k: 1 // k, [1, 1, 0, 1], False, ""))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert math.isfinite(distance(*models, batches(1)))

@@ -1,0 +1,285 @@
+"""Fits in the norm of Grams: low rank in closed form, everything else by refinement, sums jointly."""
+
+import json
+import math
+import re
+
+import pytest
+import torch
+
+from structlin import SumLinear
+from structlin.budget import within
+from structlin.contract import to_dense
+from structlin.fit import fit
+from structlin.objective import Root, make_objective
+from structlin.planner import flops_per_token
+from structlin.refine import Refinement, low_rank_summand
+from structlin.structure import from_record, registered, show, to_record
+from structlin.structures import PHM, Blast, Kaleidoscope, Kronecker, LowRank, LowRankKaleidoscope, Monarch, Sum
+
+every_structure = pytest.mark.parametrize("name", sorted(registered(sized=True)))
+
+
+def gram_of(size, rank=None, dtype=torch.float64, seed=0):
+    """A Gram with eigenvalues over six decades, of full or given rank."""
+    torch.manual_seed(seed)
+    rank = size if rank is None else rank
+    x = torch.randn(2 * size, rank, dtype=dtype) * torch.logspace(0, -3, rank, dtype=torch.float64)
+    x = x @ torch.randn(rank, size, dtype=dtype)
+    return x.mT @ x.conj()
+
+
+def output_error(weight, found, gram, metric=None):
+    """sqrt(tr(H D G D^H) / tr(H W G W^H)), as the formula says."""
+    dense = to_dense(found.spec, [factor.to(gram.dtype) for factor in found.factors])
+    weight = weight.to(gram.dtype)
+    metric = torch.eye(len(weight)).to(gram) if metric is None else metric
+    error, total = (torch.trace(metric @ m @ gram @ m.mH).real.item() for m in (weight - dense, weight))
+    return math.sqrt(max(error, 0) / total)
+
+
+# The closed form -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("rank", [None, 20, 5])
+@pytest.mark.parametrize(("rows", "columns"), [(24, 32), (32, 24), (24, 24)])
+def test_low_rank_is_the_singular_value_tail(rows, columns, rank, dtype):
+    gram = gram_of(columns, rank, dtype)
+    torch.manual_seed(1)
+    weight = torch.randn(rows, columns, dtype=dtype)
+    values, vectors = torch.linalg.eigh(gram)
+    singular = torch.linalg.svdvals(weight @ (vectors * values.clamp_min(0).sqrt())).square()
+    found = fit(weight, LowRank(6), gram=gram)
+    expected = math.sqrt(singular[6:].sum().item() / singular.sum().item())
+    assert found.output_error == pytest.approx(expected, abs=2e-6)
+    assert output_error(weight, found, gram) == pytest.approx(expected, abs=2e-6)
+
+
+def test_both_grams_low_rank_is_the_tail_of_both():
+    gram, metric = gram_of(16), gram_of(12, seed=3)
+    torch.manual_seed(1)
+    weight = torch.randn(12, 16, dtype=torch.float64)
+    metric = metric + 1e-3 * metric.diagonal().mean() * torch.eye(12)
+    roots = [(vectors * values.clamp_min(0).sqrt()) for values, vectors in map(torch.linalg.eigh, (gram, metric))]
+    singular = torch.linalg.svdvals(roots[1].mT @ weight @ roots[0]).square()
+    found = fit(weight, LowRank(3), gram=gram, output_gram=metric)
+    assert output_error(weight, found, gram, metric) == pytest.approx(
+        math.sqrt(singular[3:].sum().item() / singular.sum().item()), rel=1e-3
+    )
+    assert found.output_error == pytest.approx(output_error(weight, found, gram, metric), rel=1e-3)
+
+
+def test_row_weights_protect_their_rows_and_equal_a_diagonal_matrix():
+    torch.manual_seed(0)
+    weight = torch.randn(16, 16)
+    weights = torch.ones(16)
+    weights[3] = 1e6
+    found, same = fit(weight, LowRank(2), output_gram=weights), fit(weight, LowRank(2), output_gram=weights.diag())
+    plain = fit(weight, LowRank(2))
+    errors = [(to_dense(f.spec, f.factors) - weight)[3].norm() for f in (found, plain)]
+    assert errors[0] < 1e-2 * errors[1]
+    assert torch.equal(found.factors[0], same.factors[0])
+
+
+# Every structure -----------------------------------------------------------------------------------------------------
+
+
+@every_structure
+def test_output_error_is_what_it_says_and_lower_than_that_of_the_plain_fit(name):
+    gram = gram_of(48)
+    torch.manual_seed(1)
+    weight = torch.randn(64, 48)
+    found = fit(weight, registered()[name], ratio=0.6, gram=gram, refine=100)
+    plain = fit(weight, registered()[name], ratio=0.6, refine=0)
+    assert found.output_error == pytest.approx(output_error(weight, found, gram), rel=1e-4)
+    assert found.output_error < 0.9 * output_error(weight, plain, gram)
+    again = fit(weight, registered()[name], ratio=0.6, gram=gram, refine=100)
+    assert all(torch.equal(a, b) for a, b in zip(found.factors, again.factors, strict=True))
+
+
+@every_structure
+def test_a_wide_range_of_scales_changes_nothing(name):
+    gram = gram_of(32)
+    torch.manual_seed(1)
+    weight = torch.randn(24, 32)
+    plain, other = (fit(weight, registered()[name], ratio=0.7, gram=gram * s, refine=3) for s in (1, 1e-200))
+    assert other.output_error == pytest.approx(plain.output_error, rel=1e-3)
+
+
+def degenerate(k):
+    """One of many bad Grams and weights."""
+    torch.manual_seed(k)
+    rows, columns = (int(size) for size in torch.randint(16, 40, (2,)))
+    gram = [
+        lambda: gram_of(columns, seed=k),
+        lambda: gram_of(columns, 1, seed=k),
+        lambda: gram_of(columns, 3, seed=k) * 1e30,
+        lambda: gram_of(columns, seed=k) * 1e-30,
+        lambda: torch.zeros(columns, columns),
+        lambda: torch.diag((torch.arange(columns) == 2).double()),
+    ][k % 6]()
+    weight = [
+        lambda: torch.randn(rows, columns),
+        lambda: torch.zeros(rows, columns),
+        lambda: torch.randn(rows, 1) @ torch.randn(1, columns),
+        lambda: torch.randn(rows, columns) * 1e30,
+        lambda: torch.randn(rows, columns) * 1e-30,
+    ][k % 5]()
+    return weight, gram
+
+
+@pytest.mark.parametrize("k", range(100))
+def test_degenerate_grams_and_weights(k):
+    weight, gram = degenerate(k)
+    names = sorted(registered(sized=True))
+    for name in (names[k % len(names)], "lowrank"):
+        found = fit(weight, registered()[name], ratio=0.9, gram=gram, refine=5)
+        assert all(torch.isfinite(factor).all() for factor in found.factors)
+        assert math.isfinite(found.error)
+        assert 0 <= (found.output_error or 0) < 1.2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gram": torch.eye(3)}, r"gram has shape \(3, 3\); this weight needs \(8, 8\)"),
+        ({"output_gram": torch.ones(8)}, r"output_gram has shape \(8,\); this weight needs \(6, 6\) or \(6,\)"),
+        ({"gram": torch.full((8, 8), math.nan)}, "gram holds NaN or infinite values; collect it in float64"),
+    ],
+)
+def test_bad_grams(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fit(torch.randn(6, 8), LowRank(2), **arguments)
+
+
+# Refinement ----------------------------------------------------------------------------------------------------------
+
+
+def start(structure, weight, gram=None):
+    out_features, in_features = weight.shape
+    resolved = structure.resolve(in_features, out_features)
+    objective, _ = make_objective(weight, gram)
+    factors = [factor.float() for factor in resolved.decompose(objective.weight)]
+    return resolved.spec(in_features, out_features), factors, objective.to(torch.float32)
+
+
+def test_an_eliminated_low_rank_part_is_at_its_best():
+    torch.manual_seed(0)
+    weight, gram = torch.randn(32, 24), gram_of(24)
+    both = fit(weight, Sum((LowRank(3), LowRank(4))), gram=gram, refine=300)
+    assert both.output_error == pytest.approx(fit(weight, LowRank(7), gram=gram).output_error, rel=1e-2)
+
+
+@pytest.mark.parametrize("rate", [1.0, 1e3])
+def test_whatever_the_learning_rate_it_is_never_worse_than_its_start(rate):
+    torch.manual_seed(0)
+    spec, factors, objective = start(Sum((LowRank(2), Kaleidoscope(width=2))), torch.randn(32, 32), gram_of(32))
+    refinement = Refinement(spec, factors, objective, 40, learning_rate=rate)
+    before = refinement.error
+    after = refinement.advance()
+    assert after <= before
+    dense = to_dense(spec, refinement.result())
+    assert objective.relative_error(dense) <= before * (1 + 1e-4)
+
+
+def test_it_stops_at_the_floor_and_hurries_on_a_plateau():
+    torch.manual_seed(0)
+    left, right = torch.randn(2, 4, 4), torch.randn(2, 4, 4)
+    member = torch.einsum("tab,tcd->acbd", left, right).reshape(16, 16)
+    refinement = Refinement(*start(Kronecker(terms=2, shape=((4, 4), (4, 4))), member), 1000)
+    refinement.advance()
+    assert refinement.steps_taken < 10
+    refinement = Refinement(*start(Kronecker(terms=1, shape=((4, 4), (4, 4))), torch.randn(16, 16)), 1000)
+    refinement.advance()
+    assert refinement.steps_taken < 500
+
+
+def test_low_rank_summands_are_recognised():
+    def summand(structure, size=16):
+        return low_rank_summand(structure.resolve(size, size).spec(size, size))
+
+    assert summand(LowRank(2)) == 0
+    assert summand(Sum((Kaleidoscope(), LowRank(2)))) == 1
+    assert summand(Sum((Kaleidoscope(), Monarch(blocks=2)))) is None
+    assert summand(Kronecker(terms=2)) is None
+
+
+def test_a_root_saves_the_eigendecomposition():
+    gram = gram_of(16)
+    weight = torch.randn(8, 16)
+    by_root, by_gram = (fit(weight, LowRank(3), gram=given) for given in (Root.of(gram), gram))
+    assert torch.equal(by_root.factors[0], by_gram.factors[0])
+
+
+# Sums ----------------------------------------------------------------------------------------------------------------
+
+
+def test_low_rank_and_kmatrix_beats_both_on_noise_plus_low_rank():
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64) + torch.randn(64, 3) @ torch.randn(3, 64)
+    errors = {name: fit(weight, registered()[name], ratio=0.6).error for name in ("lowrank", "kmatrix")}
+    assert fit(weight, LowRankKaleidoscope, ratio=0.6).error < min(errors.values())
+
+
+def test_a_sum_of_three_with_padding_recovers_its_members():
+    torch.manual_seed(0)
+    parts = (LowRank(1), Monarch(blocks=2), Kronecker(terms=1))
+    layer = SumLinear(13, 9, parts=parts)
+    found = fit(layer.to_dense().detach(), Sum(parts), refine=1500)
+    assert found.error < 0.05
+
+
+def test_several_classes_give_the_best_of_them():
+    torch.manual_seed(0)
+    weight = torch.kron(torch.randn(8, 8), torch.randn(8, 8))
+    found = fit(weight, [LowRank, Kronecker], ratio=0.5)
+    assert found.structure.name == "kronecker"
+    assert found.error < 1e-6
+
+
+def test_sums_as_records_and_in_words():
+    structure = Sum((LowRank(3), Kaleidoscope(width=2))).resolve(16, 16)
+    assert from_record(json.loads(json.dumps(to_record(structure)))) == structure
+    assert show(structure) == ("lowrank(rank=3) + kmatrix(width=2, expansion=1, in_modes=(4, 4), out_modes=(4, 4))")
+    assert registered()["sum"] is Sum
+    assert "sum" not in registered(sized=True)
+
+
+def test_bad_sums():
+    with pytest.raises(ValueError, match="fewer than two structures"):
+        Sum((LowRank(1),)).resolve(8, 8)
+    with pytest.raises(ValueError, match="has no sizes to find; give parts="):
+        within(Sum, 64, 64, 0.5)
+    with pytest.raises(TypeError, match="parts="):
+        Sum(("lowrank", "kmatrix"))
+
+
+@pytest.mark.parametrize(("blocks", "rank"), [(0, 1), (9, 1), (2, 0), (2, 9)])
+def test_bad_blast(blocks, rank):
+    with pytest.raises(ValueError, match=r"is outside 1\.\.8"):
+        Blast(blocks=blocks, rank=rank).resolve(8, 12)
+
+
+# Budgets -------------------------------------------------------------------------------------------------------------
+
+
+@every_structure
+@pytest.mark.parametrize("ratio", [0.4, 0.8])
+def test_budget_of_flops(name, ratio):
+    try:
+        found = within(registered()[name], 96, 128, ratio, "flops")
+    except ValueError as error:
+        assert re.search("of its flops or fewer", str(error))  # noqa: PT017
+        assert name in ("phm", "tt", "kmatrix", "lowrank+kmatrix")
+        return
+    flops = [flops_per_token(structure.spec(96, 128)) for structure in found]
+    assert max(flops) <= 2 * ratio * 96 * 128
+    assert max(flops) > ratio * 96 * 128 or name == "phm"
+
+
+def test_budget_of_bytes_counts_constants():
+    assert within(PHM, 64, 64, 0.3)
+    assert within(LowRank, 64, 64, 0.5, "bytes") == within(LowRank, 64, 64, 0.5)
+    with pytest.raises(ValueError, match="budget='time' is unknown; use one of"):
+        within(LowRank, 64, 64, 0.5, "time")
