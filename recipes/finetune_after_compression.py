@@ -75,7 +75,8 @@ def summary(name: str, runs: Sequence[dict[str, float]]) -> dict[str, object]:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--structures", nargs="+", choices=sorted(registered()), default=sorted(registered()))
+    names = sorted(registered(sized=True))
+    parser.add_argument("--structures", nargs="+", choices=names, default=names)
     parser.add_argument("--ratio", type=float, default=0.25, help="parameters kept of each large layer")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--dense-epochs", type=int, default=30, help="training of the dense network")

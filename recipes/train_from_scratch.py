@@ -80,7 +80,8 @@ def run(name: str, args: argparse.Namespace) -> dict[str, object]:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--structures", nargs="+", choices=sorted(registered()), default=sorted(registered()))
+    names = sorted(registered(sized=True))
+    parser.add_argument("--structures", nargs="+", choices=names, default=names)
     parser.add_argument("--ratio", type=float, default=0.25, help="parameters kept of each large layer")
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=30)

@@ -15,13 +15,14 @@ from structlin.planner import Plan
 from structlin.spec import Spec
 
 # Chosen by benchmarks/optimisers.py.
-LEARNING_RATE = 1.0  # relative to the root mean square entry of a factor
+LEARNING_RATE = 2.0  # relative to the root mean square entry of a factor ...
+FACTORS = 5  # ... and less by FACTORS / number where there are more, whose relative changes add up in their product
 BETAS = (0.9, 0.95)
 WARM_UP = 20  # steps
 HALVINGS = 12  # of the learning rate, before a diverging refinement ends
 DIVERGED = 1.1  # relative error, or multiple of the start's
 FLOOR = 1e-7  # relative error in float32 below which nothing is left to gain
-WINDOW, PLATEAU = 50, 2e-3  # a relative gain below PLATEAU over WINDOW steps ...
+WINDOW, PLATEAU = 50, 2e-4  # a relative gain below PLATEAU over WINDOW steps ...
 HURRY = 4.0  # ... makes the rest of the schedule this much shorter
 
 
@@ -53,7 +54,7 @@ class Refinement:
         factors: the start, in the order of `spec`.
         objective: what is minimised, in the dtype to compute in.
         steps: the length of the schedule: a warm-up, then a cosine decay of the learning rate to zero.
-        learning_rate: at its peak, relative to each factor's root mean square entry.
+        learning_rate: at its peak, relative to each factor's root mean square entry; None chooses it.
 
     Attributes:
         error: the least relative error so far, at first that of the start.
@@ -62,15 +63,17 @@ class Refinement:
 
     def __init__(
         self, spec: Spec, factors: Sequence[Tensor], objective: Objective, steps: int,
-        *, learning_rate: float = LEARNING_RATE,
+        *, learning_rate: float | None = None,
     ) -> None:  # fmt: skip
-        self.spec, self.objective, self.steps, self.learning_rate = spec, objective, steps, learning_rate
+        self.spec, self.objective, self.steps = spec, objective, steps
         self.steps_taken = 0
         self._progress, self._speed, self._halvings = 0.0, 1.0, 0
         self._marks: list[float] = []
         self._low = low_rank_summand(spec)
         others = tuple(eq for k, eq in enumerate(spec.equations) if k != self._low)
         self._rest = Spec(spec.in_features, spec.out_features, others)
+        longest = max((len(eq.factors) for eq in others), default=1)
+        self.learning_rate = learning_rate or LEARNING_RATE * min(1.0, FACTORS / longest)
         self._work = [
             factors[j].detach().clone() for k, slot in enumerate(_slots(spec)) if k != self._low for j in slot
         ]

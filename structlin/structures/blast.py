@@ -68,7 +68,7 @@ class Blast(Structure):
     def candidates(cls, in_features: int, out_features: int, budget: int) -> Iterator[Self]:
         # More blocks fit better, up to about the square root of the smaller side (results/structures_tried.md).
         most = 1 << (math.isqrt(min(in_features, out_features)).bit_length() - 1)
-        for blocks in sorted({most, max(1, most // 2)}):
+        for blocks in dict.fromkeys((most, max(1, most // 2))):
             rows, columns = cls(blocks, 1)._sides(in_features, out_features)
             rank = min(budget // (blocks * (rows + columns + blocks)), in_features, out_features)
             if rank >= 1:

@@ -34,7 +34,7 @@ class Kaleidoscope(Structure):
     """
 
     name: ClassVar[str] = "kmatrix"
-    refine_steps: ClassVar[int] = 300
+    refine_steps: ClassVar[int] = 500
     width: int = 1
     expansion: int = 1
     radix: int | None = None
@@ -88,7 +88,7 @@ class Kaleidoscope(Structure):
 
     @classmethod
     def candidates(cls, in_features: int, out_features: int, budget: int) -> Iterator[Self]:
-        """Members over two digits: the largest, the largest of width 3 at most, and that with the most even digits."""
+        """Members over two digits: the one of the most even digits and the largest, of width 3 at most and of any."""
         out_size, in_size = modes.padded(out_features, 2), modes.padded(in_features, 2)
         pairs = [
             cls(in_modes=(i1, in_size // i1), out_modes=(o1, out_size // o1))
@@ -104,8 +104,12 @@ class Kaleidoscope(Structure):
                 widest = 1 + (budget - sizes[0]) // step
                 options += [(sizes[0] + (w - 1) * step, w, *pair.digits()) for w in {widest, min(widest, _WIDTH)}]
         shallow = [option for option in options if option[1] <= _WIDTH]
-        even = sorted(shallow, key=lambda option: (-max(option[2]) - max(option[3]), option))
-        for option in dict.fromkeys(max(some) for some in (options, shallow) if some) | dict.fromkeys(even[-1:]):
+        chosen = []
+        for some in (shallow, options):
+            chosen += (
+                [max(some, key=lambda option: (-max(option[2]) - max(option[3]), option)), max(some)] if some else []
+            )
+        for option in dict.fromkeys(chosen):
             yield cls(width=option[1], in_modes=option[3], out_modes=option[2])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import ClassVar
 
 import torch
@@ -16,6 +17,8 @@ from structlin.structure import Structure, register
 from structlin.structures.blast import Blast
 from structlin.structures.kmatrix import Kaleidoscope
 from structlin.structures.lowrank import LowRank
+
+_OPTIONS = 2  # candidates of each family but the first that the budget search tries
 
 
 @register
@@ -30,7 +33,7 @@ class Sum(Structure):
 
     name: ClassVar[str] = "sum"
     sized: ClassVar[bool] = False
-    refine_steps: ClassVar[int] = 300
+    refine_steps: ClassVar[int] = 400
     families: ClassVar[tuple[type[Structure], ...]] = ()
     # The least share of the budget that the budget search gives to the first family.
     share: ClassVar[float] = 0.5
@@ -60,7 +63,7 @@ class Sum(Structure):
 
     @classmethod
     def candidates(cls, in_features: int, out_features: int, budget: int) -> Iterator[Sum]:
-        """Give the other families what the first one's share leaves, then the first what they leave."""
+        """Members whose other families get what the first one's share leaves, and the first what they leave."""
         if not cls.families:
             raise ValueError("a sum of unnamed parts has no sizes to find; give parts=, or use a sum with a name")
         first, *others = cls.families
@@ -77,7 +80,7 @@ def _joined(
     if not families:
         yield ()
         return
-    for part in families[0].candidates(in_features, out_features, budget // len(families)):
+    for part in islice(families[0].candidates(in_features, out_features, budget // len(families)), _OPTIONS):
         resolved = part.resolve(in_features, out_features)
         used = resolved.spec(in_features, out_features).num_parameters
         for rest in _joined(families[1:], in_features, out_features, budget - used):
@@ -93,7 +96,6 @@ class LowRankKaleidoscope(Sum):
     sized: ClassVar[bool] = True
     families: ClassVar[tuple[type[Structure], ...]] = (LowRank, Kaleidoscope)
     share: ClassVar[float] = 0.1
-    refine_steps: ClassVar[int] = 500
 
 
 @register
