@@ -12,6 +12,8 @@ from structlin.spec import Equation, Factor, Modes, Spec
 
 # Weights up to this many entries are measured and scaled exactly; above it chance averages out.
 EXACT = 1 << 16
+# The summands of a tiny weight may cancel: then another draw is made, rather than that both are scaled up.
+CANCELLED, DRAWS = 3.0, 32
 
 
 def initial_factors(spec: Spec, *, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -29,10 +31,16 @@ def initial_factors(spec: Spec, *, dtype: torch.dtype = torch.float32) -> list[T
         One tensor per factor; constants are returned as they are.
     """
     std = 1 / math.sqrt(3 * spec.in_features * len(spec.equations))
-    factors = [factor for eq in spec.equations for factor in _equation_factors(eq, std, dtype)]
-    if spec.in_features * spec.out_features <= EXACT:
-        actual = torch.linalg.vector_norm(to_dense(spec, factors)) / math.sqrt(spec.in_features * spec.out_features)
-        correction = 1 / (actual.item() * math.sqrt(3 * spec.in_features)) if actual > 0 else 1.0
+    exact = spec.in_features * spec.out_features <= EXACT
+    correction = 0.0
+    for _ in range(DRAWS if exact and len(spec.equations) > 1 else 1):
+        factors = [factor for eq in spec.equations for factor in _equation_factors(eq, std, dtype)]
+        if exact:
+            norm = torch.linalg.vector_norm(to_dense(spec, factors)).item()
+            correction = math.sqrt(spec.out_features / 3) / norm if norm > 0 else math.inf
+        if correction < CANCELLED:
+            break
+    if exact and correction < math.inf:
         # Scale each equation once, evenly over its learned factors.
         start = 0
         for eq in spec.equations:

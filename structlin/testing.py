@@ -87,10 +87,13 @@ def gradients_match_dense(layer: StructuredLinear) -> None:
     inputs = [x, *layer.parameters()]
     expected = torch.autograd.grad(_dense_path(layer, x), inputs, seed)
     names = ["input", *(name for name, _ in layer.named_parameters())]
+    # The summands of a small weight may cancel: the gradient of the input is then rounding.
+    uncancelled = torch.linalg.vector_norm(seed).item() / math.sqrt(3 * layer.in_features)
     for order in _orders(layer, 3):
         layer.use_plan(order)
         for name, actual, wanted in zip(names, torch.autograd.grad(layer(x), inputs, seed), expected, strict=True):
-            assert_close(actual, wanted, f"gradient of {name}, order={order}")
+            scale = uncancelled if name == "input" else 0.0
+            assert_close(actual, wanted, f"gradient of {name}, order={order}", scale=scale)
 
 
 def derivatives_match_differences(layer: StructuredLinear) -> None:

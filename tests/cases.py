@@ -73,7 +73,7 @@ CASES = {
         small=(Monarch(blocks=4, rank=2),),
         nested=False,
     ),
-    "blast": Case((lambda k: Blast(blocks=1, rank=k), lambda k: Blast(blocks=k, rank=2)), nested=False),
+    "blast": Case((lambda k: Blast(blocks=1, rank=k), lambda k: Blast(blocks=k, rank=1)), nested=False),
     "lowrank+kmatrix": Case(fixed=(LowRankKaleidoscope((LowRank(rank=1), Kaleidoscope())),)),
     "lowrank+blast": Case(fixed=(LowRankBlast((LowRank(rank=1), Blast(blocks=1, rank=1))),)),
     "sum": Case(

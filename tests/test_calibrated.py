@@ -129,9 +129,8 @@ def test_a_plan_keeps_its_fits_until_the_weight_changes(mlp, monkeypatch):
     assert structlin.CompressionPlan.from_json(plan.to_json()) == plan
     calls = []
     monkeypatch.setattr(apply, "fit", lambda *a, **k: calls.append(a) or fit(*a, **k))
-    compress_model(copy.deepcopy(mlp), plan)  # a copy has other tensors
-    assert len(calls) == 3
-    calls.clear()
+    compress_model(copy.deepcopy(mlp), plan)
+    assert not calls
     with torch.no_grad():
         mlp[0].weight += 0.1
     report = compress_model(mlp, plan)

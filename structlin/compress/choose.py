@@ -12,7 +12,7 @@ from structlin.budget import Budget, within
 from structlin.compress.allocate import Share, allocate
 from structlin.compress.evidence import Evidence, gather
 from structlin.compress.observe import Forward
-from structlin.compress.plan import CompressionPlan, PlanEntry
+from structlin.compress.plan import CompressionPlan, PlanEntry, fingerprint
 from structlin.compress.rules import Choice, Rules, Value, choice, describe, matches
 from structlin.compress.statistics import Statistics
 from structlin.compress.targets import Target, find_targets, last_target
@@ -169,7 +169,7 @@ def _sized(chosen: Choice, dense: PlanEntry, weight: Tensor, evidence: Evidence,
         weight, chosen.structure, ratio=chosen.ratio, gram=gram, output_gram=output_gram, refine=chosen.refine,
         budget=budget,
     )  # fmt: skip
-    return replace(dense, structure=found.structure, fitted=(id(weight), weight._version, found))
+    return replace(dense, structure=found.structure, fitted=(fingerprint(weight), found))
 
 
 def _shared_out(

@@ -7,12 +7,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from structlin.compress.report import table
 from structlin.compress.targets import Target
 from structlin.fit import Fit
 from structlin.structure import Structure, from_record, show, to_record
+
+
+def fingerprint(weight: Tensor) -> tuple[float, float]:
+    """Sum and norm of a weight: two weights that agree in both to the last bit are the same."""
+    entries = torch.view_as_real(weight.detach()) if weight.is_complex() else weight.detach()
+    return entries.sum(dtype=torch.float64).item(), torch.linalg.vector_norm(entries, dtype=torch.float64).item()
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class PlanEntry:
         structure: with all sizes fixed, or None to stay dense.
         reason: why it stays dense.
         refine: refinement steps, None for the structure's default.
-        fitted: the fit that the choice was made by, with the weight's identity and version; not part of the JSON.
+        fitted: the fit that the choice was made by, with the fingerprint of its weight; not part of the JSON.
     """
 
     name: str
@@ -37,13 +44,13 @@ class PlanEntry:
     structure: Structure | None
     reason: str | None = None
     refine: int | None = None
-    fitted: tuple[int, int, Fit] | None = field(default=None, repr=False, compare=False)
+    fitted: tuple[tuple[float, float], Fit] | None = field(default=None, repr=False, compare=False)
 
     def fit_of(self, weight: Tensor) -> Fit | None:
         """Return the fit if it was made for this weight as it is now."""
-        if self.fitted is None or self.fitted[:2] != (id(weight), weight._version):
+        if self.fitted is None or self.fitted[1].structure != self.structure:
             return None
-        return self.fitted[2] if self.fitted[2].structure == self.structure else None
+        return self.fitted[1] if self.fitted[0] == fingerprint(weight) else None
 
     @property
     def parameters_before(self) -> int:

@@ -57,7 +57,8 @@ class LayerReport:
         flops_before: per token, 2 in out.
         flops_after: per token, of the cheaper sequential contraction.
         error: relative Frobenius error of the weight, None where it stayed.
-        output_error: relative error of the outputs on the calibration inputs; None without calibration.
+        output_error: relative error of the outputs on the calibration inputs (in the norm of the shrunken Gram, see
+            `Statistics.root`); None without calibration.
         seconds: time of the fit.
         reason: why it stayed dense, None where it did not.
         hooks: number of forward and backward hooks that were kept.
