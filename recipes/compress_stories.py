@@ -131,7 +131,7 @@ def heal(
 ) -> dict[str, Any]:
     """Train a compressed model towards the dense one, and sum up the report."""
     healing = structlin.heal(
-        model, dense, training, validation=validation, seconds=60 * args.minutes, lr=args.learning_rate,
+        model, dense, training, validation=validation, steps=args.steps, lr=args.learning_rate,
         every=args.every, forward=lambda model, batch: model(**batch, use_cache=False),
     )  # fmt: skip
     return {"steps": healing.steps, "divergence": healing.loss_after, "seconds_healing": healing.seconds}
@@ -154,7 +154,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="tokens after which a story is cut")
     parser.add_argument("--batch", type=int, default=4, help="stories of a healing step")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak of the healing")
-    parser.add_argument("--minutes", type=float, default=1, help="time of the healing of one structure")
+    parser.add_argument("--steps", type=int, default=200, help="of the healing of one structure")
     parser.add_argument("--every", type=int, default=100, help="steps between measurements on the held-back stories")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table")
@@ -163,7 +163,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def described(args: argparse.Namespace, argv: Sequence[str], without: Sequence[str]) -> dict[str, Any]:
     """What the table says about the run."""
-    names = ("ratio", "calibration", "batch", "learning_rate", "minutes")
+    names = ("ratio", "calibration", "batch", "learning_rate", "steps")
     model = {"language model": Path(args.model).name, **{name: getattr(args, name) for name in names}}
     if without:
         model["no layer can be made that small by"] = ", ".join(without)

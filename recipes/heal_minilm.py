@@ -175,6 +175,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--structure", default="auto", help="auto, or the name of a registered structure")
     parser.add_argument("--ratio", type=float, default=0.4, help="parameters kept of each compressed layer")
     parser.add_argument("--calibration", type=int, default=400, help="docstring sentences to calibrate on, 0 for none")
+    parser.add_argument(
+        "--allocation", choices=("uniform", "global"), default="global", help="of the ratio, calibrated"
+    )
     parser.add_argument("--refine", type=int, help="steps of refinement of a layer (default: the structure's own)")
     parser.add_argument("--sentences", type=int, default=512, help="docstring sentences to measure on")
     parser.add_argument("--text", nargs="+", type=Path, default=[], help="text files, plain or .gz, to heal on")
@@ -195,7 +198,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def described(args: argparse.Namespace, argv: Sequence[str], sizes: list[int], healing: Any) -> dict[str, Any]:
     """What the table says about the run."""
     model = PACKAGE if args.model is None else args.model
-    names = ("structure", "ratio", "calibration", "sentences", "learning_rate", "batch", "minutes")
+    names = ("structure", "ratio", "allocation", "calibration", "sentences", "learning_rate", "batch", "minutes")
     return {
         "encoder": Path(model).name if Path(model).is_dir() else model,
         **{name: getattr(args, name) for name in names},
@@ -252,7 +255,7 @@ def compress(
     """Compress a model in place, with calibration where there are sentences for it."""
     options: dict[str, Any] = {"ratio": args.ratio, "refine": args.refine}
     if texts:
-        options["calibration"] = batches(tokenizer, texts, limit, args.batch)
+        options |= {"calibration": batches(tokenizer, texts, limit, args.batch), "allocation": args.allocation}
     report = structlin.compress_model(model, args.structure, **options)
     if all(layer.structure is None for layer in report.layers):
         sys.exit(f"no layer can be made that small:\n{report}")

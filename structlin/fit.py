@@ -83,8 +83,9 @@ def fit(
     Example:
         >>> from structlin.structures import LowRank
         >>> inputs, weight = torch.randn(100, 64), torch.randn(32, 64)
-        >>> fit(weight, LowRank, ratio=0.5, gram=inputs.T @ inputs).output_error < 0.5
-        True
+        >>> found = fit(weight, LowRank, ratio=0.5, gram=inputs.T @ inputs)
+        >>> found.structure, found.output_error < found.error
+        (LowRank(rank=10), True)
     """
     check_weight(weight)
     if isinstance(structure, Structure) == (ratio is not None):

@@ -194,7 +194,7 @@ def stories(tmp_path) -> Path:
 def test_compress_stories(tmp_path, tiny_llama, stories):
     done = run(
         "compress_stories.py", "--model", tiny_llama, "--data", stories, "--structures", "svd", "lowrank", "monarch",
-        "phm", "--ratio", "0.1", "--calibration", "10", "--held", "6", "--minutes", "0.02", "--every", "10",
+        "phm", "--ratio", "0.1", "--calibration", "10", "--held", "6", "--steps", "3", "--every", "10",
         "--refine", "5", "--results", tmp_path / "results",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -89,6 +89,7 @@ def compress_model(
     Raises:
         ValueError: if an argument, a rule or a weight is bad, naming the layer; nothing is changed.
     Example:
+        >>> import torch
         >>> mlp = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
         >>> report = compress_model(mlp, "lowrank", ratio=0.5, calibration=[torch.randn(200, 64)])
         >>> mlp[0].structure, report.ratio
