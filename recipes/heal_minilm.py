@@ -176,7 +176,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ratio", type=float, default=0.4, help="parameters kept of each compressed layer")
     parser.add_argument("--calibration", type=int, default=400, help="docstring sentences to calibrate on, 0 for none")
     parser.add_argument(
-        "--allocation", choices=("uniform", "global"), default="uniform", help="of the ratio, calibrated"
+        "--allocation", choices=("uniform", "global"), default="global", help="of the ratio, calibrated"
     )
     parser.add_argument("--refine", type=int, help="steps of refinement of a layer (default: the structure's own)")
     parser.add_argument("--sentences", type=int, default=512, help="docstring sentences to measure on")
