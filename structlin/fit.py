@@ -109,6 +109,30 @@ def fit(
     return min(fits, key=lambda fit: fit.minimised)
 
 
+def extend(
+    found: Fit,
+    structure: Structure,
+    weight: Tensor,
+    *,
+    gram: Tensor | Root | None = None,
+    output_gram: Tensor | None = None,
+) -> Fit:
+    """Fit a structure that differs from that of a fit by the rank of its low-rank summand only, which is found anew.
+
+    The other factors stay, so that this takes a closed form instead of a refinement.
+
+    Args:
+        found: of the same weight and Grams.
+        structure: resolved, with a low-rank summand.
+        weight: as for `fit`, like all that follows.
+        gram: G.
+        output_gram: H.
+    Returns:
+        The Fit; with a rank that is not smaller its error is not larger.
+    """
+    return _Problem(weight.detach(), *make_objective(weight, gram, output_gram)).extended(found, structure)
+
+
 @dataclass(frozen=True)
 class _Problem:
     """One weight and what is minimised, in float64; the objective's weight is that of the layer divided by `scale`."""
@@ -148,6 +172,16 @@ class _Problem:
             refinement = Refinement(spec, [f.to(dtype) for f in factors], self.objective.to(dtype), steps)
             refinement.advance()
             factors = refinement.result()
+        return self.measured(structure, spec, factors)
+
+    def extended(self, found: Fit, structure: Structure) -> Fit:
+        """Take the low-rank summand anew, the other factors from a fit."""
+        spec = structure.spec(self.weight.shape[1], self.weight.shape[0])
+        known = _rescaled(found.spec, found.factors, 1 / self.scale, self.objective.weight.dtype)
+        return self.measured(structure, spec, Refinement(spec, known, self.objective, 0).result())
+
+    def measured(self, structure: Structure, spec: Spec, factors: Sequence[Tensor]) -> Fit:
+        """Store factors as the layer will, and measure them."""
         stored = _rescaled(spec, factors, self.scale, self.weight.dtype)
         dense = to_dense(spec, [factor.to(self.objective.weight.dtype) for factor in stored])
         error = relative_error(self.weight.to(dense.dtype), dense)

@@ -12,11 +12,14 @@ from structlin import collect_statistics, compress_model, plan_compression
 from structlin.compress import apply, workers
 from structlin.compress.allocate import Share, allocate
 from structlin.compress.evidence import gather
+from structlin.compress.plan import PlanEntry, fingerprint
 from structlin.compress.report import Report
 from structlin.compress.sequential import shifted
+from structlin.compress.spend import spend
 from structlin.compress.targets import find_targets
+from structlin.contract import to_dense
 from structlin.fit import fit
-from structlin.structures import LowRank
+from structlin.structures import LowRank, Monarch, Sum
 
 
 @pytest.fixture
@@ -149,7 +152,35 @@ def test_global_allocation_meets_the_budget(mlp, name):
     kept = [entry for entry in plan.entries if entry.structure]
     dense = sum(entry.parameters_before for entry in kept)
     assert len(kept) == 3
-    assert 0.45 * dense < sum(entry.parameters_after for entry in kept) <= 0.5 * dense
+    smallest = min(entry.in_features + entry.out_features for entry in kept)  # what one rank more costs
+    assert 0.5 * dense - smallest < sum(entry.parameters_after for entry in kept) <= 0.5 * dense
+
+
+def test_what_is_left_of_the_budget_buys_ranks(mlp):
+    evidence = gather(mlp, batches(10), None, None, "skip")
+    targets = find_targets(mlp)[:3]
+    given = {"0": 0.5, "2": 0.5, "4": 0.5}
+    entries = []
+    for target, structure in zip(
+        targets, (LowRank(2), Sum(parts=(LowRank(3), LowRank(1))), Monarch(blocks=4, rank=1)), strict=True
+    ):
+        weight, gram = target.linear.weight, evidence.grams(target.name)[0]
+        found = fit(weight, structure.resolve(weight.shape[1], weight.shape[0]), gram=gram)
+        sizes = target.linear.in_features, target.linear.out_features
+        entries.append(PlanEntry(target.name, (), *sizes, found.structure, fitted=(fingerprint(weight), found)))
+    spent = spend(entries, given, targets, evidence)
+    total = sum(0.5 * entry.parameters_before for entry in entries)
+    assert total - 96 < sum(entry.parameters_after for entry in spent) <= total
+    assert spent[2] == entries[2]  # a Monarch matrix has no rank to raise
+    for before, after, target in zip(entries[:2], spent, targets, strict=False):
+        known = after.fit_of(target.linear.weight)
+        assert known.structure == after.structure
+        assert known.output_error < before.fitted[1].output_error
+        rows, weight = evidence.grams(target.name)[0].rows.double(), target.linear.weight.detach().double()
+        difference = weight - to_dense(known.spec, known.factors)
+        error = (rows @ difference.mT).norm() / (rows @ weight.mT).norm()
+        assert error.item() == pytest.approx(known.output_error, rel=1e-4)
+    assert spend(entries, {}, targets, evidence) == entries
 
 
 def test_allocation_spends_all_and_favours_what_matters(mlp):

@@ -14,6 +14,7 @@ from structlin.compress.evidence import Evidence, gather
 from structlin.compress.observe import Forward
 from structlin.compress.plan import CompressionPlan, PlanEntry, fingerprint
 from structlin.compress.rules import Choice, Rules, Value, choice, describe, matches
+from structlin.compress.spend import spend
 from structlin.compress.statistics import Statistics
 from structlin.compress.targets import Target, find_targets, last_target
 from structlin.compress.workers import each
@@ -113,17 +114,22 @@ def make_plan(
                 check_weight(target.linear.weight.detach())
             except ValueError as error:
                 raise ValueError(f"layer {target.name!r}: {error}") from error
+    ratios: dict[str, float] = {}
     if allocation == "global":
-        chosen |= _shared_out(model, targets, chosen, evidence)
+        ratios = _shared_out(model, targets, chosen, evidence)
 
     def entry(target: Target) -> PlanEntry:
         found = chosen[target.name]
         dense = PlanEntry(target.name, target.names[1:], target.linear.in_features, target.linear.out_features, None)
         if isinstance(found, str):
             return replace(dense, reason=found)
+        found = replace(found, ratio=ratios.get(target.name, found.ratio))
         return _resolved(dense, target.linear.weight, found, evidence, budget)
 
-    return CompressionPlan(tuple(each(entry, targets, progress, "plan")), tied)
+    entries = list(each(entry, targets, progress, "plan"))
+    if budget != "flops":
+        entries = spend(entries, ratios, targets, evidence)
+    return CompressionPlan(tuple(entries), tied)
 
 
 def _choice(
@@ -174,16 +180,11 @@ def _sized(chosen: Choice, dense: PlanEntry, weight: Tensor, evidence: Evidence,
 
 def _shared_out(
     model: nn.Module, targets: Sequence[Target], chosen: Mapping[str, Choice | str], evidence: Evidence
-) -> dict[str, Choice | str]:
-    """Choices with ratios that differ by layer but keep the same share in all."""
+) -> dict[str, float]:
+    """Ratios that differ by layer but keep the same share in all."""
     shares = [
         Share(target, found.ratio)
         for target in targets
         if isinstance(found := chosen[target.name], Choice) and found.ratio is not None
     ]
-    ratios = allocate(model, shares, evidence)
-    return {
-        name: replace(found, ratio=ratios[name])
-        for name, found in chosen.items()
-        if isinstance(found, Choice) and name in ratios
-    }
+    return allocate(model, shares, evidence)
