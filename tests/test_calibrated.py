@@ -176,6 +176,7 @@ def test_what_is_left_of_the_budget_buys_ranks(mlp):
         known = after.fit_of(target.linear.weight)
         assert known.structure == after.structure
         assert known.output_error < before.fitted[1].output_error
+        assert all(map(torch.allclose, known.factors[2:], before.fitted[1].factors[2:]))  # those of the second part
         rows, weight = evidence.grams(target.name)[0].rows.double(), target.linear.weight.detach().double()
         difference = weight - to_dense(known.spec, known.factors)
         error = (rows @ difference.mT).norm() / (rows @ weight.mT).norm()
