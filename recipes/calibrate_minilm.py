@@ -108,6 +108,7 @@ def main(argv: Sequence[str]) -> int:
             row["stsb_750"] = spearman(cosines[:750], stsb.scores[:750])
         return row
 
+    title = "all-MiniLM-L6-v2 compressed with calibration, without fine-tuning"
     rows: list[dict[str, Any]] = [{"method": "dense", **judged(dense)}]
     for ratio in args.ratios:
         for method in args.methods:
@@ -123,9 +124,8 @@ def main(argv: Sequence[str]) -> int:
             row["output_error"] = statistics.mean(errors) if errors else None
             rows.append(row | judged(report.model))
             say(f"{method} at {ratio}: cosine {rows[-1]['cosine']:.4f}, {row['seconds']:.0f} s")
-    about["peak memory"] = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB, all of the process"
-    title = "all-MiniLM-L6-v2 compressed with calibration, without fine-tuning"
-    store(args.results, args.name, title, NOTES, about, rows, COLUMNS)
+        about["peak memory"] = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB, all of the process"
+        store(args.results, args.name, title, NOTES, about, rows, COLUMNS)
     return 0
 
 
