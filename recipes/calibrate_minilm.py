@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import random
 import resource
 import statistics
 import sys
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 import transformers
-from _minilm import Stsb, docstring_sentences, embed, length, model_path, spearman, tokenise
+from _minilm import Stsb, docstring_sentences, embed, length, model_path, read_stsb, spearman, tokenise
 from _results import RESULTS, environment, say, store
 from torch import nn
 
@@ -65,6 +66,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.75, 0.5, 0.48, 0.25])
     parser.add_argument("--sentences", type=int, default=300, help="for calibration; as many others are measured on")
+    parser.add_argument("--pairs", type=Path, help="STS-B file whose sentences to calibrate on, in place of docstrings")
     parser.add_argument("--max-length", type=int, default=256, help="tokens after which a sentence is cut")
     parser.add_argument("--stsb", type=Path, help="STS-B file, for example sts-dev.csv")
     parser.add_argument("--refine", type=int, help="steps of refinement (default: the structures' own)")
@@ -82,19 +84,28 @@ def described(report: structlin.Report) -> str:
     return ", ".join(f"{count} {name}" for name, count in Counter(names).most_common())
 
 
+def pair_sentences(path: Path, count: int) -> list[str]:
+    """Draw distinct sentences of an STS-B file, the same ones each time; its scores are not read."""
+    _, first, second = read_stsb(path)
+    found = list(dict.fromkeys((*first, *second)))
+    return random.Random(0).sample(found, min(count, len(found)))
+
+
 def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    about = {"calibration sentences": args.sentences, **environment(argv)}
+    text = "docstrings" if args.pairs is None else args.pairs.name
+    about = {"calibration": f"{args.sentences} sentences of {text}", **environment(argv)}
     path = model_path(args.model)
     dense = transformers.AutoModel.from_pretrained(path, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     limit = length(args.max_length, dense)
     sentences = docstring_sentences(2 * args.sentences)
-    calibration = [inputs for _, inputs in tokenise(tokenizer, sentences[: args.sentences], limit)]
+    seen = sentences[: args.sentences] if args.pairs is None else pair_sentences(args.pairs, args.sentences)
+    calibration = [inputs for _, inputs in tokenise(tokenizer, seen, limit)]
     others = tokenise(tokenizer, sentences[args.sentences :], limit)
     reference = embed(dense, others)
     stsb = Stsb(args.stsb, tokenizer, limit) if args.stsb is not None else None
@@ -124,7 +135,9 @@ def main(argv: Sequence[str]) -> int:
             row["output_error"] = statistics.mean(errors) if errors else None
             rows.append(row | judged(report.model))
             say(f"{method} at {ratio}: cosine {rows[-1]['cosine']:.4f}, {row['seconds']:.0f} s")
-        about["peak memory"] = f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB, all of the process"
+        about["peak memory"] = (
+            f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB, all of the process"
+        )
         store(args.results, args.name, title, NOTES, about, rows, COLUMNS)
     return 0
 
