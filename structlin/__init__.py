@@ -1,6 +1,6 @@
 """Structured linear layers for PyTorch."""
 
-from structlin import structures
+from structlin import kernels, structures
 from structlin.checkpoint import CheckpointError, load, save, verify
 from structlin.compress import (
     CompressionPlan,
@@ -49,6 +49,7 @@ __all__ = [
     "collect_statistics",
     "compress_model",
     "heal",
+    "kernels",
     "load",
     "plan_compression",
     "save",

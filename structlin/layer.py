@@ -8,18 +8,21 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from structlin import contract, planner
+from structlin import contract, kernels, planner
 from structlin.fit import Family, Fit, fit
 from structlin.init import initial_factors
+from structlin.kernels.chain import Chain, chain_of, plain, suits, unobserved
 from structlin.objective import Root
 from structlin.planner import Order, Plan
 from structlin.structure import Structure, hyperparameters
 
 # torch.compile gets one plan for all numbers of tokens: a plan per number would recompile for each.
 COMPILED_TOKENS = 256
+DENSE_GAIN = 0.9  # the dense matrix is kept in eval where its predicted time is below this share of every other's
 
 L = TypeVar("L", bound="type[StructuredLinear]")
 
@@ -87,6 +90,9 @@ class StructuredLinear(nn.Module):
                 self.register_parameter(factor.name, nn.Parameter(empty))
             else:
                 self.register_buffer(factor.name, empty)
+        # Names of the parameters where all factors are learned: a dictionary is quicker to read than attributes.
+        names = tuple(factor.name for factor in self.spec.factors if factor.learned)
+        self._learned = names if len(names) == len(self.spec.factors) else None
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         else:
@@ -175,6 +181,12 @@ class StructuredLinear(nn.Module):
     @property
     def factors(self) -> tuple[Tensor, ...]:
         """The tensors of the equation, in its order."""
+        parameters = self._parameters
+        if self._learned is not None:
+            try:
+                return tuple([parameters[name] for name in self._learned])  # type: ignore[misc]
+            except KeyError:  # parametrised
+                pass
         return tuple(getattr(self, factor.name) for factor in self.spec.factors)
 
     def to_dense(self) -> Tensor:
@@ -247,6 +259,10 @@ class StructuredLinear(nn.Module):
         else:
             compiled = self.plan(COMPILED_TOKENS, plan)
             self._plans, self._order, self._compiled_plan = {}, plan, compiled
+        self._seen: tuple[Tensor, ...] = ()  # the parameters at the last forward
+        self._is_plain = self._suits = False
+        self._ways: dict[tuple[int, bool, bool], Plan | Chain | None] = {}
+        self._dense: tuple[list[tuple[int, int]], list[Tensor], Tensor] | None = None
 
     def _plan_for(self, tokens: int) -> Plan:
         if self._order is None or torch.compiler.is_compiling():
@@ -256,16 +272,99 @@ class StructuredLinear(nn.Module):
             self._plans[bucket] = self.plan(bucket, self._order)
         return self._plans[bucket]
 
+    def _way(self, tokens: int, native: bool, frozen: bool) -> Plan | Chain | None:
+        """What is predicted to be fastest: a plan, the native kernel, or None for the dense matrix, kept."""
+        key = planner.bucket(tokens), native, frozen
+        if key not in self._ways:
+            options = self._options(key[0], native, frozen)
+            self._ways[key] = min(options, key=lambda option: option[0])[1]
+        return self._ways[key]
+
+    def _options(self, tokens: int, native: bool, frozen: bool) -> list[tuple[float, Plan | Chain | None]]:
+        plan = self.plan(tokens)
+        options: list[tuple[float, Plan | Chain | None]] = [(plan.seconds, plan)]
+        if native:
+            options.append((chain_of(self.spec).seconds(tokens), chain_of(self.spec)))
+        if frozen:
+            itemsize = self.factors[0].element_size()
+            dense = planner.dense_seconds(self.in_features, self.out_features, tokens, itemsize)
+            options.append((dense / DENSE_GAIN, None))
+        return options
+
+    def _plain(self, factors: Sequence[Tensor], bias: Tensor | None) -> bool:
+        """Whether the parameters are plain tensors, and (noted) of a kind that the native kernel takes."""
+        given = factors if bias is None else (*factors, bias)
+        if len(given) != len(self._seen) or not all(map(operator.is_, given, self._seen)):
+            self._seen, self._is_plain = tuple(given), plain(given)
+            self._suits = self._is_plain and suits(given)
+        return self._is_plain
+
+    def _frozen(self, x: Tensor, factors: Sequence[Tensor]) -> bool:
+        """Whether the factors are constant for now: no gradients are asked for; on a CPU, at the layer's dtype."""
+        return (
+            x.is_cpu
+            and x.dtype is factors[0].dtype
+            and not (torch.is_grad_enabled() and any(factor.requires_grad for factor in factors))
+            and not any(factor.is_inference() for factor in factors)
+        )
+
+    def explain(self, tokens: int) -> str:
+        """Say how forward runs for this many rows on a CPU, in training and in eval, with the predicted times."""
+        native = kernels.available() and self.factors[0].dtype is torch.float32
+        lines = []
+        for mode, frozen in (("training", False), ("eval", True)):
+            seconds, way = min(self._options(planner.bucket(tokens), native, frozen), key=lambda option: option[0])
+            name = "native kernel" if isinstance(way, Chain) else "the dense matrix, kept" if way is None else "plan"
+            lines.append(f"{mode}: {name}, {seconds * 1e6:.3g} us predicted for {tokens} rows")
+        return "\n".join([*lines, str(self.plan(tokens))])
+
+    def _kept_dense(self, factors: Sequence[Tensor]) -> Tensor:
+        """The dense matrix, built when the factors have changed since the last time."""
+        key = [(factor.data_ptr(), factor._version) for factor in factors]
+        if self._dense is None or self._dense[0] != key:
+            # The aliases keep the storages alive, so that no other tensor can come to stand at their addresses.
+            self._dense = key, [factor.detach() for factor in factors], self.to_dense().detach()
+        return self._dense[2]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._seen, self._dense = (), None  # dtype and device may change inside the same parameters
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, as every module does, and forget the dense matrix that eval may have kept."""
+        self._dense = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is found anew: the plans for each number of rows, and the kept dense matrix."""
+        return {**self.__dict__, "_plans": {}, "_ways": {}, "_dense": None, "_seen": ()}
+
     def forward(self, x: Tensor) -> Tensor:
         """Compute x W^T + b for x of shape (..., in_features); the result is never a view."""
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"input has shape {tuple(x.shape)}; its last axis must be in_features={self.in_features}")
+        factors, bias = self.factors, self.bias
         tokens = math.prod(x.shape[:-1])
+        if (
+            self._order == "auto"
+            and not torch.compiler.is_compiling()
+            and plain((x,))
+            and self._plain(factors, bias)
+            and unobserved()
+        ):
+            fast = self._suits and suits((x,)) and kernels.available()
+            way = self._way(tokens, fast, not self.training)
+            if way is None and not self._frozen(x, factors):
+                way = self._way(tokens, fast, False)
+            if way is None:
+                return F.linear(x, self._kept_dense(factors), bias)
+            if isinstance(way, Chain):
+                return way(x, factors, bias)
         rows = x.reshape(tokens, self.in_features)
-        y = contract.apply(self.spec, self.factors, rows, self._plan_for(tokens))
+        y = contract.apply(self.spec, factors, rows, self._plan_for(tokens))
         y = y.reshape(*x.shape[:-1], self.out_features)
         # Under autocast the product is in low precision and the bias is not: nn.Linear returns the former.
-        return y.clone() if self.bias is None else y + self.bias.to(y.dtype)
+        return y.clone() if bias is None else y + bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         """Sizes, hyperparameters and the share of the dense parameters that is kept."""

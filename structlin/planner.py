@@ -62,6 +62,24 @@ def thinness(batch: int, rows: int, columns: int) -> float:
 CPU = Machine("cpu, 1 thread, float32", flops=90e9, bandwidth=28e9, op=8e-6)
 
 
+# The native kernel on the same core: all stages in one op, tiles of tokens in cache.
+NATIVE = Machine("native cpu kernel, 1 thread, float32", flops=140e9, bandwidth=40e9, op=5e-6)
+NATIVE_ROWS = 3  # up to so many tokens it goes row by row, along the factors
+
+
+# A dense product on the same core: bytes from the last cache or beyond it, and rates with few and with many tokens.
+_NEAR, _NEAR_BANDWIDTH, _FAR_BANDWIDTH = 16 << 20, 55e9, 21e9
+_FEW_TOKENS, _FEW_FLOPS = 16, 60e9
+
+
+def dense_seconds(in_features: int, out_features: int, tokens: int, itemsize: int = 4) -> float:
+    """Predict the time of `F.linear` in s: its bytes or its FLOPs, whichever take longer, and an op."""
+    nbytes = itemsize * (in_features * out_features + tokens * (in_features + out_features))
+    rate = _FEW_FLOPS if tokens < _FEW_TOKENS else CPU.flops
+    moved = nbytes / (_NEAR_BANDWIDTH if nbytes <= _NEAR else _FAR_BANDWIDTH)
+    return max(2 * in_features * out_features * tokens / rate, moved) + 3e-6
+
+
 @dataclass(frozen=True)
 class View:
     """How an operand becomes a (batch, rows, columns) stack; sizes below 0 stand for that many times the tokens."""

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from structlin import planner
+from structlin import kernels, planner
 from structlin.contract import apply, to_dense
+from structlin.kernels.chain import Chain, chain_of, plain, suits, unobserved
 from structlin.objective import Objective, leading_basis
 from structlin.planner import Plan
 from structlin.spec import Spec
@@ -78,9 +79,13 @@ class Refinement:
             factors[j].detach().clone() for k, slot in enumerate(_slots(spec)) if k != self._low for j in slot
         ]
         self._plan: Plan | None = None
+        self._chain: Chain | None = None
         if objective.inputs is not None and others:
             rows = objective.inputs
             self._plan = planner.find_plan(self._rest, rows.shape[0], itemsize=rows.element_size())
+            if kernels.available() and unobserved() and plain(self._work) and suits((rows, *self._work)):
+                chain = chain_of(self._rest)
+                self._chain = chain if chain.seconds(rows.shape[0]) < self._plan.seconds else None
         self._basis: Tensor | None = None
         if self._low is not None:
             with torch.no_grad():
@@ -131,7 +136,10 @@ class Refinement:
         if self._plan is None:
             return self.objective.error(self.objective.weight - to_dense(self._rest, self._work))
         assert self.objective.inputs is not None
-        rows = apply(self._rest, self._work, self.objective.inputs, self._plan)
+        if self._chain is not None:
+            rows = self._chain(self.objective.inputs, self._work, None)
+        else:
+            rows = apply(self._rest, self._work, self.objective.inputs, self._plan)
         return self.objective.targets - (rows if self.objective.outputs is None else rows @ self.objective.outputs)
 
     def _residual(self) -> Tensor:

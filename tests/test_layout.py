@@ -19,7 +19,7 @@ LEVELS = {
     "planner": 1,
     "linalg": 1,
     "contract": 2,
-    "kernels": 2,
+    "kernels": 3,
     "structure": 2,
     "init": 3,
     "budget": 3,

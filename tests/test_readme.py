@@ -1,6 +1,8 @@
 """The README's Python runs, and its tables are those that were measured."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,8 @@ def test_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for block in blocks:
+        if "kernels.build" in block and shutil.which(os.environ.get("CXX", "c++")) is None:
+            continue  # it says that it needs a compiler
         exec(compile(block, "README.md", "exec"), names)
     assert (tmp_path / "out" / "model" / "structlin.json").is_file()
 

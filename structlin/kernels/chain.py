@@ -1,0 +1,114 @@
+"""Run a structured layer by the native kernel: all stages and the bias in one operator, forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from structlin import contract, planner
+from structlin.kernels.program import flops, program
+from structlin.spec import Spec
+
+_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+class Chain:
+    """The program of a structured matrix for the native kernel.
+
+    Args:
+        spec: the structured matrix.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+
+    @cached_property
+    def program(self) -> Tensor:
+        """What the kernel reads."""
+        return torch.tensor(program(self.spec), dtype=torch.int32, device="cpu")
+
+    def seconds(self, tokens: int) -> float:
+        """Predict the time of a forward pass in s."""
+        done = flops(self.spec) * tokens
+        if tokens <= planner.NATIVE_ROWS:
+            return planner.NATIVE.seconds(4 * done, 4 * tokens * self.spec.num_parameters, 1)
+        moved = 4 * tokens * (self.spec.in_features + self.spec.out_features)
+        return planner.NATIVE.seconds(done, moved, 1)
+
+    def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        """Compute x W^T + bias for x of shape (..., in_features), all tensors such as `suits` says."""
+        if torch.is_grad_enabled() and (
+            x.requires_grad or (bias is not None and bias.requires_grad) or any(f.requires_grad for f in factors)
+        ):
+            return _Function.apply(self, x, bias, *factors)
+        return torch.ops.structlin.chain.default(x, factors, bias, self.program)
+
+
+@lru_cache(maxsize=1024)
+def chain_of(spec: Spec) -> Chain:
+    """Return the program of a spec, written once."""
+    return Chain(spec)
+
+
+def plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether these are tensors or parameters, none of a subclass."""
+    return all(type(tensor) in _TENSORS for tensor in tensors)
+
+
+def unobserved() -> bool:
+    """Whether nothing watches or transforms what is done to tensors: no mode, transform, tracer or autocast."""
+    return (
+        not torch.is_autocast_enabled("cpu")
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and not torch._C._is_tracing()
+    )
+
+
+def suits(tensors: Sequence[Tensor]) -> bool:
+    """Whether the kernel can take these (plain) tensors, where it is available: float32 on the CPU."""
+    return all(tensor.dtype is torch.float32 and tensor.is_cpu for tensor in tensors)
+
+
+class _Function(torch.autograd.Function):
+    """Saves the input and the factors only; the backward pass computes the activations of a tile of tokens anew."""
+
+    @staticmethod
+    def forward(ctx: Any, chain: Chain, x: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
+        ctx.chain = chain
+        ctx.save_for_backward(x, *factors)
+        return torch.ops.structlin.chain(x, factors, bias, chain.program)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, *factors = ctx.saved_tensors
+        _, of_input, of_bias, *of_factors = ctx.needs_input_grad
+        bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if of_bias else None
+        wanted = [k for k, needed in enumerate(of_factors) if needed]
+        if torch.is_grad_enabled():  # create_graph=True: the gradients must be differentiable themselves
+            found = _differentiable(ctx.chain.spec, x, factors, gradient, of_input, wanted)
+        else:
+            found = torch.ops.structlin.chain_backward(gradient, x, factors, ctx.chain.program, of_input, wanted)
+        return None, found[0], bias, *found[1:]
+
+
+def _differentiable(
+    spec: Spec, x: Tensor, factors: Sequence[Tensor], gradient: Tensor, of_input: bool, wanted: Sequence[int]
+) -> list[Tensor | None]:
+    """The same gradients through `contract`, with their graph."""
+    operands = [x, *factors]
+    places = [0] * of_input + [1 + k for k in wanted]
+    result: list[Tensor | None] = [None] * len(operands)
+    rows = x.reshape(-1, spec.in_features)
+    y = contract.apply(spec, factors, rows, planner.find_plan(spec, planner.bucket(len(rows))))
+    gradient = gradient.reshape(-1, spec.out_features)
+    found = torch.autograd.grad(y, [operands[k] for k in places], gradient, create_graph=True)
+    for place, value in zip(places, found, strict=True):
+        result[place] = value
+    return result

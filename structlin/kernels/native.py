@@ -1,0 +1,108 @@
+"""Build and load the native kernel: C++, compiled once for each machine and version of torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("chain.cpp")
+SWITCH = "STRUCTLIN_KERNELS"  # "off": not used; "build": built when first needed; else: used where it is built
+
+
+def build() -> Path:
+    """Compile the native kernel for this CPU and this torch, into the user's cache; 10 to 20 s, once.
+
+    From then on every structured layer in float32 on a CPU runs by it, in this process and later ones. Set the
+    environment variable STRUCTLIN_KERNELS to `off` to do without, or to `build` to have this done when first needed;
+    $CXXFLAGS is passed on.
+
+    Returns:
+        The library's path: under $STRUCTLIN_CACHE, else $XDG_CACHE_HOME/structlin, else ~/.cache/structlin.
+    Raises:
+        RuntimeError: if there is no C++ compiler ($CXX, else c++), or it fails, with what it says.
+    """
+    target = _path()
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / target.name
+            _compile(made)
+            made.replace(target)
+    _State.usable = None
+    return target
+
+
+def available() -> bool:
+    """Whether the native kernel is built, loads, and is not switched off."""
+    if _State.usable is None:
+        _State.usable = _load(os.environ.get(SWITCH, ""))
+    return _State.usable
+
+
+class _State:
+    usable: bool | None = None  # not found out yet
+
+
+def _load(switch: str) -> bool:
+    if switch == "off":
+        return False
+    if switch == "build":
+        build()
+    path = _path()
+    if not path.exists():
+        return False
+    if not _loaded():
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            warnings.warn(f"the native kernel {path} does not load: {error}; layers run without it", stacklevel=2)
+            return False
+    return True
+
+
+def _loaded() -> bool:
+    return hasattr(torch.ops.structlin, "chain")
+
+
+def _compiler() -> str:
+    found = shutil.which(os.environ.get("CXX", "c++"))
+    if found is None:
+        raise RuntimeError("the native kernel needs a C++ compiler; install one, or set $CXX; layers work without it")
+    return found
+
+
+def _flags() -> list[str]:
+    root = Path(torch.__file__).parent
+    tune = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    link = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
+    include = [f"-isystem{root / 'include'}", f"-isystem{root / 'include/torch/csrc/api/include'}"]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    libraries = [f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", *link]
+    own = os.environ.get("CXXFLAGS", "").split()
+    return ["-O3", tune, "-std=c++20", "-shared", "-fPIC", *own, abi, *include, *libraries]
+
+
+def _path() -> Path:
+    """Where the library of this source, torch and CPU is or would be."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("STRUCTLIN_CACHE") or Path(base) / "structlin")
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    facts = [SOURCE.read_text(encoding="utf-8"), torch.__version__, platform.machine(), features, *_flags()]
+    return folder / f"chain-{hashlib.sha256(chr(10).join(facts).encode()).hexdigest()[:16]}.so"
+
+
+def _compile(target: Path) -> None:
+    command = [_compiler(), str(SOURCE), "-o", str(target), *_flags()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")

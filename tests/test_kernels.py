@@ -1,0 +1,314 @@
+"""The native kernel gives what `contract` gives, forward and backward, and stays out of the way where it cannot run."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES
+from torch.func import functional_call, vmap
+from torch.utils.flop_counter import FlopCounterMode
+
+from structlin import contract, kernels, planner
+from structlin.fit import fit
+from structlin.kernels import native
+from structlin.kernels.chain import chain_of
+from structlin.kernels.program import flops, program, stages
+from structlin.layer import build
+from structlin.structures import Kaleidoscope, Kronecker, LowRank, LowRankKaleidoscope, Sum
+from structlin.testing import assert_close
+
+SIZES = [(16, 20), (33, 48), (64, 64), (17, 5), (1, 7), (96, 130)]
+
+
+@pytest.fixture(autouse=True)
+def built(monkeypatch):
+    """Build the kernel (once) and switch it on; a machine without a compiler has nothing to test here."""
+    monkeypatch.setenv(native.SWITCH, "")
+    monkeypatch.setattr(native._State, "usable", None)
+    try:
+        kernels.build()
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+    assert kernels.available()
+
+
+def layers(name, sizes=SIZES):
+    for in_features, out_features in sizes:
+        for structure in CASES[name].at(in_features, out_features):
+            yield build(structure, in_features, out_features)
+
+
+def gradients(layer, y, x, slope):
+    learned = [p for p in layer.parameters() if p.requires_grad]
+    return torch.autograd.grad(y, [x, *learned], slope, allow_unused=True)
+
+
+def dense(layer, x):
+    return F.linear(x, layer.to_dense(), layer.bias)
+
+
+# Results -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("tokens", [0, 1, 2, 3, 4, 7, 9, 17, 32, 33, 70])
+def test_forward(name, tokens):
+    for layer in layers(name):
+        x = torch.randn(tokens, layer.in_features)
+        with torch.no_grad():
+            y = chain_of(layer.spec)(x, layer.factors, layer.bias)
+        assert_close(y, dense(layer, x).detach(), str(layer), 1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("tokens", [1, 5, 33, 150])
+def test_backward(name, tokens):
+    for layer in layers(name):
+        x = torch.randn(tokens, layer.in_features, requires_grad=True)
+        slope = torch.randn(tokens, layer.out_features)
+        found = gradients(layer, chain_of(layer.spec)(x, layer.factors, layer.bias), x, slope)
+        expected = gradients(layer, dense(layer, x), x, slope)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert_close(ours, theirs, str(layer), 1e-4)  # sums of 150 terms that may cancel
+
+
+def test_threads_give_the_same():
+    layer = build(Kaleidoscope(width=2), 48, 64)
+    x = torch.randn(300, 48, requires_grad=True)
+    slope = torch.randn(300, 64)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            y = chain_of(layer.spec)(x, layer.factors, layer.bias)
+            results.append([y, *gradients(layer, y, x, slope)])
+    finally:
+        torch.set_num_threads(before)
+    for one, two, again in zip(*results, strict=True):
+        assert_close(two, one, "two threads", 1e-6)
+        assert torch.equal(two, again)
+
+
+def test_any_leading_dimensions_and_strides():
+    layer = build(LowRank(rank=3), 16, 20)
+    with torch.no_grad():
+        for x in (torch.randn(16), torch.randn(2, 3, 16), torch.randn(16, 5).T, torch.randn(4, 32)[:, ::2]):
+            y = layer(x)
+            assert y.shape == (*x.shape[:-1], 20)
+            assert y._base is None
+            assert_close(y, dense(layer, x), "forward", 1e-5)
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    layer = build(Kronecker(terms=2), 16, 20)
+    first, second = layer.factors
+    first.requires_grad_(False)
+    layer(torch.randn(40, 16)).sum().backward()
+    assert first.grad is None
+    assert second.grad is not None
+    assert layer.bias.grad is not None
+
+
+def test_double_backward():
+    layer = build(Sum(parts=(LowRank(rank=2), Kaleidoscope())), 16, 20)
+    x = torch.randn(40, 16, requires_grad=True)
+    norms = []
+    for y in (layer(x), dense(layer, x)):
+        (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        norms.append(torch.autograd.grad(slope.square().sum(), [x, *layer.factors]))
+    for ours, theirs in zip(*norms, strict=True):
+        assert_close(ours, theirs, "second derivative", 1e-4)
+
+
+def test_only_the_input_is_saved():
+    layer = build(Kaleidoscope(width=2), 64, 64)
+    x = torch.randn(100, 64, requires_grad=True)
+    own = {x.data_ptr(), *(factor.data_ptr() for factor in layer.factors)}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        layer(x)
+    assert set(saved) == own
+
+
+def test_not_a_number_stays():
+    layer = build(LowRank(rank=3), 16, 20)
+    for tokens in (1, 40):
+        x = torch.zeros(tokens, 16)
+        x[0, 3] = torch.nan
+        y = layer(x)
+        assert y[0].isnan().all()
+        assert y[1:].isfinite().all()
+
+
+def test_fits_refine_by_it(monkeypatch):
+    weight, inputs = torch.randn(48, 64), torch.randn(100, 64) * torch.logspace(0, -1, 64)
+    gram = inputs.T @ inputs
+    with monkeypatch.context() as patch:
+        patch.setattr("structlin.refine.apply", lambda *_: pytest.fail("torch ran"))
+        fast = fit(weight, LowRankKaleidoscope, ratio=0.5, gram=gram, refine=30)
+    monkeypatch.setattr(native._State, "usable", False)
+    slow = fit(weight, LowRankKaleidoscope, ratio=0.5, gram=gram, refine=30)
+    assert fast.structure == slow.structure
+    assert fast.output_error == pytest.approx(slow.output_error, rel=1e-3)
+
+
+# Programs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_flops_are_those_of_the_cheaper_order(name):
+    for layer in layers(name):
+        assert flops(layer.spec) == sum(stage.flops for stage in stages(layer.spec)) == layer.flops_per_token
+
+
+def test_a_long_chain_has_a_small_program():
+    layer = build(Kaleidoscope(width=2, radix=2), 1024, 1024)
+    assert len(program(layer.spec)) < 200_000  # the other direction would have 2^30 offsets
+
+
+# When it runs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Counts the calls of `contract.apply`, which the kernel makes unnecessary."""
+    calls = []
+    apply = contract.apply
+    monkeypatch.setattr(contract, "apply", lambda *args: calls.append(1) or apply(*args))
+    return calls
+
+
+def test_layers_use_it_by_themselves(counted):
+    layer = build(Kaleidoscope(width=2), 64, 64)
+    layer(torch.randn(40, 64)).sum().backward()
+    assert not counted
+
+
+def test_it_does_not_run_where_dense_is_faster(counted):
+    layer = build(Kronecker(terms=60), 64, 64)  # more FLOPs than the dense matrix
+    assert flops(layer.spec) > 2 * 64 * 64
+    layer(torch.randn(4096, 64))
+    assert counted
+
+
+@pytest.mark.parametrize("order", ["forward", "backward", "materialise"])
+def test_a_plan_that_was_asked_for_is_used(counted, order):
+    layer = build(Kaleidoscope(width=2), 64, 64)
+    layer.use_plan(order)
+    layer(torch.randn(40, 64))
+    assert counted
+
+
+def test_switched_off(counted, monkeypatch):
+    monkeypatch.setenv(native.SWITCH, "off")
+    monkeypatch.setattr(native._State, "usable", None)
+    build(Kaleidoscope(width=2), 64, 64)(torch.randn(40, 64))
+    assert counted
+
+
+def test_elsewhere_torch_runs(counted):
+    layer = build(LowRank(rank=3), 16, 20)
+    x = torch.randn(40, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype is torch.bfloat16
+    assert len(counted) == 1
+    copy.deepcopy(layer).double()(x.double())
+    copy.deepcopy(layer).bfloat16()(x.bfloat16())
+    assert len(counted) == 3
+    batched = vmap(lambda row: functional_call(layer, dict(layer.named_parameters()), row))(x)
+    assert_close(batched, layer(x), "vmap", 1e-5)
+    assert len(counted) == 4
+    with FlopCounterMode(display=False) as counter:
+        layer(x)
+    assert counter.get_total_flops() == 40 * layer.flops_per_token
+    with torch.device("meta"):
+        assert layer.to("meta")(torch.empty(3, 16)).is_meta
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_forward_mode_derivatives():
+    layer = build(LowRank(rank=3), 16, 20)
+    x, direction = torch.randn(40, 16), torch.randn(40, 16)
+    _, found = torch.func.jvp(layer, (x,), (direction,))
+    assert_close(found, F.linear(direction, layer.to_dense()), "jvp", 1e-5)
+
+
+def test_copies_and_pickles_leave_the_plans_behind():
+    layer = build(Kaleidoscope(), 64, 64)
+    x = torch.randn(40, 64)
+    y = layer(x)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert not twin._ways
+        assert torch.equal(twin(x), y)
+
+
+def test_under_compile():
+    layer = build(LowRank(rank=3), 16, 20)
+    x = torch.randn(40, 16)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(x), layer(x), "compiled", 1e-5)
+
+
+# Building ------------------------------------------------------------------------------------------------------------
+
+
+NARROW = """
+import torch
+import torch.nn.functional as F
+from structlin import BlastLinear, KMatrix, kernels
+kernels.build()
+assert kernels.available()
+for layer in (KMatrix(48, 64, width=2), BlastLinear(33, 20, blocks=3, rank=7)):
+    for tokens in (1, 3, 6, 50):
+        x = torch.randn(tokens, layer.in_features, requires_grad=True)
+        pull = torch.randn(tokens, layer.out_features)
+        leaves = [x, *layer.parameters()]
+        ours = torch.autograd.grad(layer(x), leaves, pull)
+        theirs = torch.autograd.grad(F.linear(x, layer.to_dense(), layer.bias), leaves, pull)
+        assert torch.allclose(layer(x), F.linear(x, layer.to_dense(), layer.bias), atol=1e-5)
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(ours, theirs))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names x86 vectors")
+@pytest.mark.parametrize("level", ["x86-64", "x86-64-v3"])
+def test_narrower_vectors(level, tmp_path):
+    """What runs on machines with SSE or AVX2 only; NEON takes the same path as SSE."""
+    options = {"CXXFLAGS": f"-march={level}", "STRUCTLIN_CACHE": str(tmp_path), native.SWITCH: ""}
+    subprocess.run([sys.executable, "-c", NARROW], env={**os.environ, **options}, check=True)
+
+
+def test_build_without_a_compiler_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("STRUCTLIN_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(RuntimeError, match=r"needs a C\+\+ compiler"):
+        native.build()
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(RuntimeError, match="failed"):
+        native.build()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_library_that_does_not_load_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("STRUCTLIN_CACHE", str(tmp_path))
+    native._path().write_bytes(b"not a library")
+    monkeypatch.setattr(native, "_loaded", lambda: False)
+    monkeypatch.setattr(native._State, "usable", None)
+    with pytest.warns(UserWarning, match="does not load"):
+        assert not native.available()
+
+
+def test_predictions_order_the_sizes():
+    small, large = (chain_of(build(LowRank(rank=r), 512, 512).spec) for r in (8, 128))
+    assert small.seconds(64) < large.seconds(64) < large.seconds(512)
+    assert planner.NATIVE.flops > planner.CPU.flops
