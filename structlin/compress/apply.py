@@ -18,6 +18,7 @@ from structlin.compress.quality import Evaluate, Judge
 from structlin.compress.report import Coverage, LayerReport, Report
 from structlin.compress.rules import Rules, Value
 from structlin.compress.sequential import groups, shifted
+from structlin.compress.speed import only_faster
 from structlin.compress.statistics import Statistics
 from structlin.compress.targets import Target, find_targets, module_names, unreached
 from structlin.compress.workers import bar, each
@@ -56,6 +57,7 @@ def compress_model(
     allocation: str = "uniform",
     budget: Budget = "parameters",
     sequential: bool = False,
+    require_speedup: bool = False,
     evaluate: Evaluate | None = None,
     dry_run: bool = False,
     progress: bool | None = None,
@@ -81,6 +83,8 @@ def compress_model(
         budget: "parameters", "bytes" or "flops".
         sequential: fit each layer to the inputs that the compressed layers before it produce, towards the original
             outputs. Needs calibration as batches, of which each group of layers runs all twice.
+        require_speedup: leave layers dense whose replacement, timed here in eval on one sentence's and on a batch's
+            number of rows (`compress.speed.TOKENS`), is not faster; the report has the ratios.
         evaluate: a function of the model that measures a task; the report has its value before and after.
         dry_run: fit and report, but leave the model as it is.
         progress: show a progress bar on stderr (needs tqdm); None shows it on a terminal.
@@ -110,9 +114,11 @@ def compress_model(
         )  # fmt: skip
     targets = find_targets(model, tied=planned.tied)
     pairs = list(by_name(planned.entries, targets))
-    coverage = _coverage(model, targets, {entry.name for entry in planned.entries if entry.structure})
     fit_all = _fit_in_turn if sequential else _fit_at_once
     rows, swaps = fit_all(model, pairs, evidence, progress)
+    if require_speedup:
+        rows, swaps = only_faster(rows, swaps, targets)
+    coverage = _coverage(model, targets, {row.name for row in rows if row.structure})
     root = model if dry_run else swap_modules(model, swaps)
     report = Report(root, tuple(rows), coverage, judge=judge)
     if judge is None:

@@ -62,6 +62,7 @@ class LayerReport:
         seconds: time of the fit.
         reason: why it stayed dense, None where it did not.
         hooks: number of forward and backward hooks that were kept.
+        speed: with `require_speedup`, the worst measured time of the replacement / that of the dense layer.
     """
 
     name: str
@@ -78,6 +79,7 @@ class LayerReport:
     seconds: float = 0.0
     reason: str | None = None
     hooks: int = 0
+    speed: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,101 @@
+"""Keep dense what would not be faster."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from structlin import planner
+from structlin.compress.report import LayerReport
+from structlin.compress.targets import Target
+from structlin.layer import StructuredLinear
+
+TOKENS = (16, 512)  # rows of the inputs that are timed: a sentence, and a batch of them
+_SAMPLES, _SECONDS = 9, 2e-3  # of each layer, and what one takes at least
+
+
+def time_ratio(layer: nn.Module, dense: nn.Linear, tokens: int) -> float:
+    """Measure the time of a layer in eval / that of the dense one, on random input of so many rows.
+
+    Samples of both alternate, and the median of their ratios counts.
+    """
+    x = torch.randn(tokens, dense.in_features).to(dense.weight)
+    modes = layer.training, dense.training
+    try:
+        layer.eval()
+        dense.eval()
+        with torch.no_grad():
+            calls = _calls(dense, x)
+            ratios = [_seconds(layer, x, calls) / _seconds(dense, x, calls) for _ in range(_SAMPLES)]
+    finally:
+        layer.train(modes[0])
+        dense.train(modes[1])
+    return statistics.median(ratios)
+
+
+def _calls(module: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """How many calls fill a sample."""
+    module(x)
+    return max(1, round(_SECONDS / max(_seconds(module, x, 3), 1e-9)))
+
+
+def _seconds(module: Callable[[Tensor], Tensor], x: Tensor, calls: int) -> float:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        module(x)
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return (time.perf_counter() - start) / calls
+
+
+def only_faster(
+    rows: Sequence[LayerReport], swaps: dict[nn.Module, nn.Module], targets: Sequence[Target]
+) -> tuple[list[LayerReport], dict[nn.Module, nn.Module]]:
+    """Take back the replacements that are not faster than their dense layers, at any of the numbers of rows.
+
+    Args:
+        rows: of the report.
+        swaps: dense module -> new module.
+        targets: all linear maps.
+    Returns:
+        Rows with the worst measured ratio in `speed` (and the reason, where the layer stays dense), and the
+        swaps that remain.
+    """
+    kept = dict(swaps)
+    found = []
+    by_name = {target.name: target for target in targets}
+    for row in rows:
+        target = by_name[row.name]
+        layer = swaps.get(target.linear)
+        if not isinstance(layer, StructuredLinear):
+            found.append(row)
+            continue
+        ratios = {tokens: time_ratio(layer, target.linear, tokens) for tokens in TOKENS}
+        slowest = max(ratios, key=lambda tokens: ratios[tokens])
+        measured = replace(row, speed=ratios[slowest])
+        if ratios[slowest] >= 1:
+            measured = _taken_back(measured, layer, slowest)
+            for module, _ in (*target.linears, *target.embeddings):
+                kept.pop(module, None)
+        found.append(measured)
+    return found, kept
+
+
+def _taken_back(row: LayerReport, layer: StructuredLinear, tokens: int) -> LayerReport:
+    dense = planner.dense_seconds(row.in_features, row.out_features, tokens)
+    predicted = layer.plan(tokens).seconds / dense
+    reason = (
+        f"{row.structure} takes {row.speed:.2f} of the dense time at {tokens} rows (predicted {predicted:.2f}), "
+        "and require_speedup was asked for"
+    )
+    return replace(
+        row, structure=None, reason=reason, parameters_after=row.parameters_before, flops_after=row.flops_before,
+        error=None, output_error=None,
+    )  # fmt: skip

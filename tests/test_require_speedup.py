@@ -1,0 +1,60 @@
+"""`require_speedup` keeps dense what is measured to be slower, and says so."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from structlin import compress_model
+from structlin.compress import speed
+from structlin.compress.speed import time_ratio
+from structlin.structures import LowRank
+
+
+@pytest.fixture
+def model():
+    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 8))
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.5])
+def test_slower_layers_stay_dense(model, monkeypatch, ratio):
+    monkeypatch.setattr(speed, "time_ratio", lambda layer, dense, tokens: ratio if dense.in_features == 32 else 0.9)
+    before = copy.deepcopy(model)
+    report = compress_model(model, "lowrank", ratio=0.5, require_speedup=True)
+    first, second, last = report.layers
+    assert second.structure is not None
+    assert second.speed == 0.9
+    assert last.speed is None
+    assert first.speed == max(ratio, 0.5)
+    total = sum(parameter.numel() for parameter in before.parameters())
+    assert report.coverage.total == total
+    if ratio < 1:
+        assert first.structure is not None
+        assert not isinstance(model[0], nn.Linear)
+    else:
+        assert first.structure is None
+        assert "takes 1.50 of the dense time" in first.reason
+        assert first.parameters_after == first.parameters_before
+        assert model[0].weight is not None
+        assert torch.equal(model[0].weight, before[0].weight)
+        assert report.coverage.compressed == before[2].weight.numel() + 48
+
+
+def test_shared_weights_are_taken_back_together(monkeypatch):
+    model = nn.ModuleDict({"a": nn.Linear(32, 32), "b": nn.Linear(32, 32), "c": nn.Linear(32, 4)})
+    model["b"].weight = model["a"].weight
+    monkeypatch.setattr(speed, "time_ratio", lambda layer, dense, tokens: 2.0)
+    compress_model(model, LowRank(rank=4), skip_last=False, require_speedup=True)
+    assert all(isinstance(module, nn.Linear) for module in model.values())
+
+
+def test_time_ratio_tells_fast_from_slow():
+    dense = nn.Linear(512, 512).train()
+    small, large = nn.Linear(512, 512, bias=False), nn.Sequential(*[nn.Linear(512, 512) for _ in range(8)])
+    small.forward = lambda x: x
+    assert time_ratio(small, dense, 64) < 0.5
+    assert time_ratio(large, dense, 64) > 2
+    assert dense.training
