@@ -15,7 +15,7 @@ from typing_extensions import Self
 from structlin import contract, kernels, planner
 from structlin.fit import Family, Fit, fit
 from structlin.init import initial_factors
-from structlin.kernels.chain import Chain, chain_of, plain, suits, unobserved
+from structlin.kernels.chain import TENSORS, Chain, chain_of, plain, suits, unobserved
 from structlin.objective import Root
 from structlin.planner import Order, Plan
 from structlin.structure import Structure, hyperparameters
@@ -348,11 +348,11 @@ class StructuredLinear(nn.Module):
         if (
             self._order == "auto"
             and not torch.compiler.is_compiling()
-            and plain((x,))
+            and type(x) in TENSORS
             and self._plain(factors, bias)
             and unobserved()
         ):
-            fast = self._suits and suits((x,)) and kernels.available()
+            fast = self._suits and x.dtype is torch.float32 and x.is_cpu and kernels.available()
             way = self._way(tokens, fast, not self.training)
             if way is None and not self._frozen(x, factors):
                 way = self._way(tokens, fast, False)

@@ -64,7 +64,9 @@ CPU = Machine("cpu, 1 thread, float32", flops=90e9, bandwidth=28e9, op=8e-6)
 
 # The native kernel on the same core: all stages in one op, tiles of tokens in cache.
 NATIVE = Machine("native cpu kernel, 1 thread, float32", flops=140e9, bandwidth=40e9, op=5e-6)
-NATIVE_ROWS = 3  # up to so many tokens it goes row by row, along the factors
+# Up to so many tokens it goes row by row, along the factors.
+NATIVE_ROWS = 3
+NATIVE_FEW = Machine("native cpu kernel, few tokens", flops=35e9, bandwidth=55e9, op=5e-6)
 
 
 # A dense product on the same core: bytes from the last cache or beyond it, and rates with few and with many tokens.

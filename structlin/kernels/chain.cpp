@@ -325,34 +325,65 @@ void run_token(const Program& p, const Factors& factors, const float* bias, cons
 
 // Backward ----------------------------------------------------------------------------------------------------------
 
-// dw[v(i) + m(j) + n(q)] += sum over tokens of g[o(i) + r(j)] a[x(i) + c(q)].
-template <int L> void factor_gradient(const Stage& s, int64_t T, const float* a, const float* g, const float* zeros, float* dw) {
-  constexpr int B = 4;  // rows and columns of a register tile
-  for (int i = 0; i < s.outer; ++i) {
-    const float *from = a + int64_t(s.x[i]) * T, *gradient = g + int64_t(s.o[i]) * T;
-    float* to = dw + s.v[i];
-    for (int j = 0; j < s.rows; j += B)
-      for (int q = 0; q < s.columns; q += B) {
-        const float *left[B], *right[B];
-        for (int p = 0; p < B; ++p) {
-          left[p] = j + p < s.rows ? gradient + s.r[j + p] * T : zeros;
-          right[p] = q + p < s.columns ? from + s.c[q + p] * T : zeros;
-        }
-        Vector<L> sum[B * B] = {};
-        for (int64_t t = 0; t < T; t += L) {
-          Vector<L> value[B];
-          for (int p = 0; p < B; ++p) value[p] = load<L>(right[p] + t);
-          for (int p = 0; p < B; ++p) {
-            const Vector<L> scale = load<L>(left[p] + t);
-            for (int u = 0; u < B; ++u) sum[p * B + u] += scale * value[u];
-          }
-        }
-        float entry[B * B];
-        for (int p = 0; p < B * B; p += L) store<L>(entry + p, sums<L>(sum + p));
-        for (int p = 0; p < std::min(B, s.rows - j); ++p)
-          for (int u = 0; u < std::min(B, s.columns - q); ++u) to[s.m[j + p] + s.n[q + u]] += entry[p * B + u];
-      }
+// MT rows and NV vectors of columns of one outer index: dw += sum over tokens of g[r(j)] a, a transposed to T x stride.
+template <int L, int NV, int MT>
+inline void gradient_tile(const Stage& s, int64_t T, const float* a, int64_t stride, const float* g, float* dw, int j, int q) {
+  const float* row[MT];
+  for (int p = 0; p < MT; ++p) row[p] = g + s.r[j + p] * T;
+  Vector<L> sum[MT][NV] = {};
+  for (int64_t t = 0; t < T; ++t) {
+    Vector<L> value[NV];
+    for (int u = 0; u < NV; ++u) value[u] = load<L>(a + t * stride + u * L);
+    for (int p = 0; p < MT; ++p) {
+      const float slope = row[p][t];
+      for (int u = 0; u < NV; ++u) sum[p][u] += slope * value[u];
+    }
   }
+  for (int p = 0; p < MT; ++p) {
+    float* to = dw + s.m[j + p];
+    for (int u = 0; u < NV; ++u) {
+      const int first = q + u * L, count = std::min(L, s.columns - first);
+      if (s.unit && count == L) {
+        store<L>(to + first, load<L>(to + first) + sum[p][u]);
+      } else {
+        float entry[L];
+        store<L>(entry, sum[p][u]);
+        for (int d = 0; d < count; ++d) to[s.n[first + d]] += entry[d];
+      }
+    }
+  }
+}
+
+template <int L, int NV, int MT = 8>
+inline void gradient_tiles(const Stage& s, int64_t T, const float* a, int64_t stride, const float* g, float* dw, int q, int j = 0) {
+  for (; j + MT <= s.rows; j += MT) gradient_tile<L, NV, MT>(s, T, a, stride, g, dw, j, q);
+  if constexpr (MT > 1) gradient_tiles<L, NV, MT / 2>(s, T, a, stride, g, dw, q, j);
+}
+
+// dw[v(i) + m(j) + n(q)] += sum over tokens of g[o(i) + r(j)] a[x(i) + c(q)].
+template <int L> void factor_gradient(const Stage& s, int64_t T, const float* a, const float* g, float* turned, float* dw) {
+  const int64_t stride = (s.columns + L - 1) / L * L;
+  for (int i = 0; i < s.outer; ++i) {
+    const float* from = a + s.x[i] * T;
+    for (int q = 0; q < stride; q += L)
+      for (int64_t t = 0; t < T; t += L) {
+        Vector<L> part[L];
+        for (int p = 0; p < L; ++p) part[p] = q + p < s.columns ? load<L>(from + s.c[q + p] * T + t) : Vector<L>{};
+        transpose<L>(part);
+        for (int p = 0; p < L; ++p) store<L>(turned + (t + p) * stride + q, part[p]);
+      }
+    int q = 0;
+    for (; q + 2 * L <= stride; q += 2 * L)
+      gradient_tiles<L, 2>(s, T, turned + q, stride, g + s.o[i] * T, dw + s.v[i], q);
+    if (q < stride) gradient_tiles<L, 1>(s, T, turned + q, stride, g + s.o[i] * T, dw + s.v[i], q);
+  }
+}
+
+// By vectors that waste little of few columns, and divide the tile.
+template <int L> void any_factor_gradient(const Stage& s, int64_t T, const float* a, const float* g, float* turned, float* dw) {
+  if constexpr (L > 4)
+    if (s.columns <= L / 2) return any_factor_gradient<L / 2>(s, T, a, g, turned, dw);
+  factor_gradient<L>(s, T, a, g, turned, dw);
 }
 
 // Rows of the output of each stage but the last ones of the equations, which go to y.
@@ -368,12 +399,11 @@ template <int L, int NV>
 void run_tile_backward(const Program& p, const Factors& factors, const float* x, const float* dy, float* dx,
                        const std::vector<float*>& gradients, int64_t tokens, int T) {
   const int64_t in = int64_t(p.in_rows()) * T, out = int64_t(p.out_rows()) * T, inner = int64_t(p.rows()) * T;
-  float* memory = scratch(2 * in + out + kept_rows(p) * T + 2 * inner + T);
+  float* memory = scratch(2 * in + out + kept_rows(p) * T + 2 * inner + (p.widest() + L) * int64_t(T));
   float *input = memory, *d_input = input + in, *d_output = d_input + in, *ping = d_output + out, *pong = ping + inner;
-  float* zeros = pong + inner;
-  std::fill(zeros, zeros + T, 0.0f);
+  float* turned = pong + inner;
   std::vector<float*> outputs(p.stages());
-  float* next = zeros + T;
+  float* next = turned + (p.widest() + L) * int64_t(T);
   read_tile<L>(x, tokens, p.in_features(), p.in_rows(), T, input);
   read_tile<L>(dy, tokens, p.out_features(), p.out_rows(), T, d_output);
   for (int k = 0; k < p.stages(); ++k) {
@@ -389,7 +419,7 @@ void run_tile_backward(const Program& p, const Factors& factors, const float* x,
     const Stage s = p.stage(k);
     if (s.target == 1) gradient = d_output;
     if (gradients[s.factor])
-      factor_gradient<L>(s, T, s.source == 0 ? input : outputs[k - 1], gradient, zeros, gradients[s.factor]);
+      any_factor_gradient<L>(s, T, s.source == 0 ? input : outputs[k - 1], gradient, turned, gradients[s.factor]);
     if (s.source == 0) {
       if (dx) run_stage<L, NV>(s.transposed(written), T, factors[s.factor], gradient, d_input);
       written = true;
@@ -456,7 +486,8 @@ std::vector<at::Tensor> chain_backward(const at::Tensor& dy, const at::Tensor& x
   for (const int64_t k : wanted) total += factors[k].numel();
   // Tiles as long as the intermediates leave room in a cache, so that sums over tokens pay.
   const int64_t floats = 2 * int64_t(p.in_rows()) + p.out_rows() + kept_rows(p) + 2 * int64_t(p.rows());
-  int T = 2 * WIDEST;
+  const int L = tokens > NARROW ? WIDEST : tokens > 4 ? NARROW : 4;
+  int T = tokens > L ? 2 * L : L;
   while (T < 8 * WIDEST && T < tokens && 2 * T * floats * int64_t(sizeof(float)) <= CACHE) T *= 2;
   const int64_t tiles = (tokens + T - 1) / T;
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), tiles));
@@ -473,8 +504,12 @@ std::vector<at::Tensor> chain_backward(const at::Tensor& dy, const at::Tensor& x
       }
       for (int64_t tile = part * tiles / parts; tile < (part + 1) * tiles / parts; ++tile) {
         const int64_t t = tile * T;
-        run_tile_backward<WIDEST, 2>(p, operands.pointers, from + t * in, slope + t * out, to ? to + t * in : nullptr,
-                                     gradients, std::min<int64_t>(T, tokens - t), T);
+        const auto run = T >= 2 * WIDEST ? run_tile_backward<WIDEST, 2>
+                         : L == WIDEST   ? run_tile_backward<WIDEST, 1>
+                         : L == NARROW   ? run_tile_backward<NARROW, 1>
+                                         : run_tile_backward<4, 1>;
+        run(p, operands.pointers, from + t * in, slope + t * out, to ? to + t * in : nullptr,
+            gradients, std::min<int64_t>(T, tokens - t), T);
       }
     }
   });

@@ -14,7 +14,7 @@ from structlin import contract, planner
 from structlin.kernels.program import flops, program
 from structlin.spec import Spec
 
-_TENSORS = (Tensor, torch.nn.Parameter)
+TENSORS = (Tensor, torch.nn.Parameter)  # no subclasses
 
 
 class Chain:
@@ -36,7 +36,8 @@ class Chain:
         """Predict the time of a forward pass in s."""
         done = flops(self.spec) * tokens
         if tokens <= planner.NATIVE_ROWS:
-            return planner.NATIVE.seconds(4 * done, 4 * tokens * self.spec.num_parameters, 1)
+            machine = planner.NATIVE_FEW
+            return max(done / machine.flops, 4 * tokens * self.spec.num_parameters / machine.bandwidth) + machine.op
         moved = 4 * tokens * (self.spec.in_features + self.spec.out_features)
         return planner.NATIVE.seconds(done, moved, 1)
 
@@ -57,7 +58,7 @@ def chain_of(spec: Spec) -> Chain:
 
 def plain(tensors: Sequence[Tensor]) -> bool:
     """Whether these are tensors or parameters, none of a subclass."""
-    return all(type(tensor) in _TENSORS for tensor in tensors)
+    return all(type(tensor) in TENSORS for tensor in tensors)
 
 
 def unobserved() -> bool:
