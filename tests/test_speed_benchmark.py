@@ -118,12 +118,12 @@ def test_script(tmp_path):
     command = [
         sys.executable, "-W", "error", str(BENCHMARKS / "speed.py"), "--suite", "butterfly", "overhead",
         "--only", "lowrank at 0.5", "--quick", "--rounds", "3", "--tokens", "1", "--mode", "inference", "training",
-        "--results", str(results),
+        "--kernel", "off", "--results", str(results),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "no case of butterfly contains 'lowrank at 0.5'" in done.stderr
-    lines = (results / "speed_overhead.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (results / "speed_overhead_torch.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     assert [row["mode"] for row in rows] == ["inference", "training"]
     for row in rows:
@@ -135,6 +135,11 @@ def test_script(tmp_path):
         assert row["flop_ratio"] == row["parameters_ratio"] == 0.5
         assert row["ratio"] > 0
         assert row["break_even"] == pytest.approx(0.5 / row["ratio"])
-    table = (results / "speed_overhead.md").read_text(encoding="utf-8")
+    table = (results / "speed_overhead_torch.md").read_text(encoding="utf-8")
     assert sum(line.startswith("|") for line in table.splitlines()) == len(rows) + 2
-    assert not (results / "speed_butterfly.md").exists()
+    assert not (results / "speed_butterfly_torch.md").exists()
+    subprocess.run([sys.executable, str(BENCHMARKS / "speed_report.py"), "--results", str(results)], check=True)
+    short = (results / "speed_overhead_torch_ratios.md").read_text(encoding="utf-8")
+    assert "| out x in                | FLOPs | parameters | inference, 1 | training, 1 |" in short
+    assert f"{rows[0]['ratio']:.2f} | " in short
+    assert f"{rows[1]['ratio']:.2f} |\n" in short
