@@ -66,6 +66,7 @@ CPU = Machine("cpu, 1 thread, float32", flops=90e9, bandwidth=28e9, op=8e-6)
 NATIVE = Machine("native cpu kernel, 1 thread, float32", flops=140e9, bandwidth=40e9, op=5e-6)
 # Up to so many tokens it goes row by row, along the factors.
 NATIVE_ROWS = 3
+TURNED = 15  # how many times longer it takes to read an entry of a factor that is not stored in the order of its sums
 NATIVE_FEW = Machine("native cpu kernel, few tokens", flops=35e9, bandwidth=55e9, op=5e-6)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from structlin import contract, planner
-from structlin.kernels.program import flops, program
+from structlin.kernels.program import cost, program
 from structlin.spec import Spec
 
 TENSORS = (Tensor, torch.nn.Parameter)  # no subclasses
@@ -34,10 +34,12 @@ class Chain:
 
     def seconds(self, tokens: int) -> float:
         """Predict the time of a forward pass in s."""
-        done = flops(self.spec) * tokens
+        flops, turned = cost(self.spec)
+        done = flops * tokens
         if tokens <= planner.NATIVE_ROWS:
             machine = planner.NATIVE_FEW
-            return max(done / machine.flops, 4 * tokens * self.spec.num_parameters / machine.bandwidth) + machine.op
+            read = 4 * tokens * (self.spec.num_parameters + planner.TURNED * turned)
+            return max(done / machine.flops, read / machine.bandwidth) + machine.op
         moved = 4 * tokens * (self.spec.in_features + self.spec.out_features)
         return planner.NATIVE.seconds(done, moved, 1)
 
