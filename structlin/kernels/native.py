@@ -79,15 +79,18 @@ def _compiler() -> str:
     return found
 
 
-def _flags() -> list[str]:
+def _flags() -> tuple[list[str], list[str]]:
+    """Flags to compile by, and to link by."""
     root = Path(torch.__file__).parent
+    mac = platform.system() == "Darwin"
     tune = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    link = ["-undefined", "dynamic_lookup"] if platform.system() == "Darwin" else []
     include = [f"-isystem{root / 'include'}", f"-isystem{root / 'include/torch/csrc/api/include'}"]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    libraries = [f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", *link]
+    # at::parallel_for is compiled here. Linking goes without -fopenmp: the runtime must be torch's own, not a second.
+    threads = [] if mac else ["-fopenmp"]
     own = os.environ.get("CXXFLAGS", "").split()
-    return ["-O3", tune, "-std=c++20", "-shared", "-fPIC", *own, abi, *include, *libraries]
+    link = ["-shared", f"-L{root / 'lib'}", "-lc10", "-ltorch_cpu", *(["-undefined", "dynamic_lookup"] if mac else [])]
+    return ["-O3", tune, "-std=c++20", "-fPIC", *threads, *own, abi, *include], link
 
 
 def _path() -> Path:
@@ -97,12 +100,18 @@ def _path() -> Path:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    facts = [SOURCE.read_text(encoding="utf-8"), torch.__version__, platform.machine(), features, *_flags()]
+    flags, link = _flags()
+    facts = [SOURCE.read_text(encoding="utf-8"), torch.__version__, platform.machine(), features, *flags, *link]
     return folder / f"chain-{hashlib.sha256(chr(10).join(facts).encode()).hexdigest()[:16]}.so"
 
 
 def _compile(target: Path) -> None:
-    command = [_compiler(), str(SOURCE), "-o", str(target), *_flags()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+    flags, link = _flags()
+    part = target.with_suffix(".o")
+    for command in (
+        [_compiler(), *flags, "-c", str(SOURCE), "-o", str(part)],
+        [_compiler(), str(part), "-o", str(target), *link],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
