@@ -35,6 +35,7 @@ constexpr int ROWS = 8;
 #endif
 
 constexpr int NARROW = WIDEST > 4 ? WIDEST / 2 : 4;
+constexpr int64_t FEW = 3;  // tokens that go one by one
 constexpr int64_t CACHE = 1 << 23;  // bytes of intermediates that a tile may have
 
 template <int L> struct Lanes;
@@ -432,6 +433,75 @@ void run_tile_backward(const Program& p, const Factors& factors, const float* x,
   if (dx) write_tile<L>(dx, tokens, p.in_features(), T, d_input, nullptr);
 }
 
+// One token of one stage: da = w^T g and dw += g a, row by row of the factor.
+void run_row_backward(const Stage& s, const float* w, const float* a, const float* g, float* da, bool accumulate,
+                      float* dw, const Row& row) {
+  for (int i = 0; i < s.outer; ++i) {
+    const float* value = a + s.x[i];
+    if (!s.packed) {
+      for (int q = 0; q < s.columns; ++q) row.values[q] = value[s.c[q]];
+      value = row.values;
+    }
+    float* __restrict__ sum = row.results;
+    if (da) std::fill(sum, sum + s.columns, 0.0f);
+    for (int j = 0; j < s.rows; ++j) {
+      const float slope = g[s.o[i] + s.r[j]];
+      const float* weight = w + s.v[i] + s.m[j];
+      if (s.unit) {
+        if (da)
+          for (int q = 0; q < s.columns; ++q) sum[q] += slope * weight[q];
+        if (float* __restrict__ to = dw ? dw + s.v[i] + s.m[j] : nullptr)
+          for (int q = 0; q < s.columns; ++q) to[q] += slope * value[q];
+      } else {
+        if (da)
+          for (int q = 0; q < s.columns; ++q) sum[q] += slope * weight[s.n[q]];
+        if (dw)
+          for (int q = 0; q < s.columns; ++q) dw[s.v[i] + s.m[j] + s.n[q]] += slope * value[q];
+      }
+    }
+    if (!da) continue;
+    float* to = da + s.x[i];
+    if (accumulate)
+      for (int q = 0; q < s.columns; ++q) to[s.c[q]] += sum[q];
+    else
+      for (int q = 0; q < s.columns; ++q) to[s.c[q]] = sum[q];
+  }
+}
+
+void run_token_backward(const Program& p, const Factors& factors, const float* x, const float* dy, float* dx,
+                        const std::vector<float*>& gradients) {
+  const int64_t widest = p.widest();
+  float* input = scratch(2 * int64_t(p.in_rows()) + p.out_rows() + 2 * p.rows() + kept_rows(p) + 3 * widest + p.block());
+  float *d_input = input + p.in_rows(), *d_output = d_input + p.in_rows(), *ping = d_output + p.out_rows();
+  float *pong = ping + p.rows(), *rest = pong + p.rows();
+  const Row row{rest, rest + widest, rest + 3 * widest, reinterpret_cast<int32_t*>(rest + 2 * widest)};
+  std::vector<float*> outputs(p.stages());
+  float* next = row.block + p.block();
+  std::copy(x, x + p.in_features(), input);
+  std::fill(input + p.in_features(), d_input, 0.0f);
+  std::copy(dy, dy + p.out_features(), d_output);
+  std::fill(d_output + p.out_features(), ping, 0.0f);
+  for (int k = 0; k < p.stages(); ++k) {
+    const Stage s = p.stage(k);
+    if (s.target == 1) continue;
+    outputs[k] = next;
+    next += p.rows();
+    run_row(s, factors[s.factor], s.source == 0 ? input : outputs[k - 1], outputs[k], row);
+  }
+  bool written = false;
+  const float* gradient = d_output;
+  for (int k = p.stages() - 1; k >= 0; --k) {
+    const Stage s = p.stage(k);
+    if (s.target == 1) gradient = d_output;
+    float* to = s.source == 0 ? (dx ? d_input : nullptr) : gradient == ping ? pong : ping;
+    run_row_backward(s, factors[s.factor], s.source == 0 ? input : outputs[k - 1], gradient, to,
+                     s.source == 0 && written, gradients[s.factor], row);
+    if (s.source == 0) written = true;
+    else gradient = to;
+  }
+  if (dx) std::copy(d_input, d_input + p.in_features(), dx);
+}
+
 // The operators -----------------------------------------------------------------------------------------------------
 
 struct Operands {
@@ -459,7 +529,7 @@ at::Tensor chain(const at::Tensor& x, at::TensorList factors, const std::optiona
   at::Tensor y = at::empty(sizes, x.options());
   const float* from = rows.const_data_ptr<float>();
   float* to = y.mutable_data_ptr<float>();
-  if (tokens <= 3) {
+  if (tokens <= FEW) {
     for (int64_t t = 0; t < tokens; ++t) run_token(p, operands.pointers, shift, from + t * in, to + t * out);
     return y;
   }
@@ -501,6 +571,11 @@ std::vector<at::Tensor> chain_backward(const at::Tensor& dy, const at::Tensor& x
       for (const int64_t k : wanted) {
         gradients[k] = next;
         next += factors[k].numel();
+      }
+      if (tokens <= FEW) {
+        for (int64_t t = 0; t < tokens; ++t)
+          run_token_backward(p, operands.pointers, from + t * in, slope + t * out, to ? to + t * in : nullptr, gradients);
+        continue;
       }
       for (int64_t tile = part * tiles / parts; tile < (part + 1) * tiles / parts; ++tile) {
         const int64_t t = tile * T;
