@@ -35,13 +35,11 @@ class Chain:
     def seconds(self, tokens: int) -> float:
         """Predict the time of a forward pass in s."""
         flops, turned = cost(self.spec)
-        done = flops * tokens
+        machine, nbytes = planner.NATIVE, 4 * tokens * (self.spec.in_features + self.spec.out_features)
         if tokens <= planner.NATIVE_ROWS:
-            machine = planner.NATIVE_FEW
-            read = 4 * tokens * (self.spec.num_parameters + planner.TURNED * turned)
-            return max(done / machine.flops, read / machine.bandwidth) + machine.op
-        moved = 4 * tokens * (self.spec.in_features + self.spec.out_features)
-        return planner.NATIVE.seconds(done, moved, 1)
+            machine, nbytes = planner.NATIVE_FEW, 4 * tokens * (self.spec.num_parameters + planner.TURNED * turned)
+            return max(flops * tokens / machine.flops, nbytes / machine.bandwidth) + machine.op
+        return flops * tokens / machine.flops + nbytes / machine.bandwidth + machine.op
 
     def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         """Compute x W^T + bias for x of shape (..., in_features), all tensors such as `suits` says."""
@@ -94,24 +92,12 @@ class _Function(torch.autograd.Function):
         _, of_input, of_bias, *of_factors = ctx.needs_input_grad
         bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if of_bias else None
         wanted = [k for k, needed in enumerate(of_factors) if needed]
+        spec = ctx.chain.spec
         if torch.is_grad_enabled():  # create_graph=True: the gradients must be differentiable themselves
-            found = _differentiable(ctx.chain.spec, x, factors, gradient, of_input, wanted)
-        else:
-            found = torch.ops.structlin.chain_backward(gradient, x, factors, ctx.chain.program, of_input, wanted)
+            rows, slopes = x.reshape(-1, spec.in_features), gradient.reshape(-1, spec.out_features)
+            plan = planner.find_plan(spec, planner.bucket(len(rows)))
+            each = iter(contract.gradients(spec, rows, factors, slopes, of_input, wanted, plan))
+            of_x = next(each).reshape(x.shape) if of_input else None
+            return None, of_x, bias, *(next(each) if needed else None for needed in of_factors)
+        found = torch.ops.structlin.chain_backward(gradient, x, factors, ctx.chain.program, of_input, wanted)
         return None, found[0], bias, *found[1:]
-
-
-def _differentiable(
-    spec: Spec, x: Tensor, factors: Sequence[Tensor], gradient: Tensor, of_input: bool, wanted: Sequence[int]
-) -> list[Tensor | None]:
-    """The same gradients through `contract`, with their graph."""
-    operands = [x, *factors]
-    places = [0] * of_input + [1 + k for k in wanted]
-    result: list[Tensor | None] = [None] * len(operands)
-    rows = x.reshape(-1, spec.in_features)
-    y = contract.apply(spec, factors, rows, planner.find_plan(spec, planner.bucket(len(rows))))
-    gradient = gradient.reshape(-1, spec.out_features)
-    found = torch.autograd.grad(y, [operands[k] for k in places], gradient, create_graph=True)
-    for place, value in zip(places, found, strict=True):
-        result[place] = value
-    return result
