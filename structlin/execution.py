@@ -27,7 +27,7 @@ COMPILED_TOKENS = 256
 MOST_TOKENS = 1024  # to plan for: more of them go by the same plan
 DENSE_GAIN = 0.9  # the dense matrix is kept in eval where its predicted time is below this share of every other's
 
-_SMALL = 1 << 20  # bytes of activations that are not worth computing anew
+_SMALL = 4 << 20  # bytes of activations that are not worth computing anew
 
 _ROUNDS = 5  # of samples, when ways are measured
 _SAMPLE = 5e-4  # s, of one

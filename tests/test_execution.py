@@ -67,7 +67,7 @@ def test_recomputed_gradients(name, tokens):
 
 
 def large(structure=None, sizes=(64, 64)):
-    """A layer whose activations are worth computing anew at 3000 tokens."""
+    """A layer whose activations are worth computing anew at 9000 tokens."""
     return build(structure or TensorTrain(rank=4, in_modes=(4, 4, 4), out_modes=(4, 4, 4)), *sizes)
 
 
@@ -80,22 +80,22 @@ def saved(layer, x):
 
 def test_only_the_input_is_saved_where_more_would_be_large():
     layer = large()
-    x = torch.randn(3000, 64, requires_grad=True)
+    x = torch.randn(9000, 64, requires_grad=True)
     own = {x.data_ptr(), *(factor.data_ptr() for factor in layer.factors)}
     assert {t.data_ptr() for t in saved(layer, x)} == own
     assert not {t.data_ptr() for t in saved(layer, x[:30])} <= own
-    assert x.shape == gradients(layer(x), x, layer, torch.ones(3000, 64))[0].shape
+    assert x.shape == gradients(layer(x), x, layer, torch.ones(9000, 64))[0].shape
 
 
 def test_recomputation_of_some_gradients_any_shape_and_twice():
     layer = large(Sum(parts=(LowRank(rank=2), Kaleidoscope(width=2)))).double()
-    x = torch.randn(50, 60, 64, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(90, 100, 64, dtype=torch.float64, requires_grad=True)
     dense = F.linear(x, layer.to_dense(), layer.bias)
     layer.factors[1].requires_grad_(False)
     learned = [layer.factors[0], *layer.factors[2:], x]
     norms = []
     for y in (layer(x), dense):
-        assert y.shape == (50, 60, 64)
+        assert y.shape == (90, 100, 64)
         first = torch.autograd.grad(y.square().sum(), learned, create_graph=True)
         norms.append([*first, *torch.autograd.grad(first[-1].square().sum(), learned)])
     for ours, theirs in zip(*norms, strict=True):

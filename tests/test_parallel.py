@@ -33,7 +33,7 @@ assert kernels.available() == (kernel == "on")
 torch.manual_seed(0)
 train = TTLinear(64, 64, rank=4, in_modes=(4, 4, 4), out_modes=(4, 4, 4))
 model = nn.Sequential(KMatrix(64, 64, width=2), nn.GELU(), train, nn.GELU(), LowRankLinear(64, 8, rank=4))
-x, y = torch.randn(2, 5000, 64), torch.randn(2, 5000, 8)
+x, y = torch.randn(2, 9000, 64), torch.randn(2, 9000, 8)
 
 def steps(model, x, y, eval_x):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -102,7 +102,7 @@ def test_activation_checkpoints(kernel, reentrant, monkeypatch):
     tt = TensorTrain(rank=4, in_modes=(4, 4, 4), out_modes=(4, 4, 4))
     best = Sum(parts=(LowRank(rank=4), Kaleidoscope(width=2)))
     model = nn.Sequential(build(tt, 64, 64), nn.GELU(), build(best, 64, 64))
-    x = torch.randn(3000, 64, requires_grad=True)
+    x = torch.randn(9000, 64, requires_grad=True)
     found = []
     for y in (model(x), checkpoint(model, x, use_reentrant=reentrant)):
         model.zero_grad()

@@ -10,7 +10,7 @@ from structlin.spec import Equation
 
 TOKENS = "n"  # the name of the token axis in a plan; mode names of equations must differ from it
 
-CHUNK_STEP = 16  # tokens
+CHUNK, CHUNK_STEP = 64, 16  # tokens that a chunk should have, and what it has a multiple of
 
 Shape = tuple[int, ...]  # of activations: -1 is the axis with the tokens
 
@@ -103,7 +103,7 @@ class EquationPlan:
         steps: products with the activations.
         result: how the last of them is read as (tokens, outputs).
         inner: entries per token that stand between input and output: results of steps, and copies of them.
-        widest: entries per token of the largest activations.
+        widest: entries per token of the largest of these.
         seconds: predicted time.
     """
 
@@ -186,7 +186,7 @@ class Plan:
 
     @property
     def widest(self) -> int:
-        """Entries per token of the largest activations."""
+        """Entries per token of the largest activations between input and output."""
         return max(part.widest for part in self.parts)
 
     @property
@@ -196,10 +196,10 @@ class Plan:
 
     @cached_property
     def chunk(self) -> int:
-        """Tokens at a time for which the activations stay in a core's own cache, in steps of 16."""
+        """Tokens at a time: activations stay in a core's own cache, or close to it where that would be few tokens."""
         widest = max(1, *(part.widest * part.itemsize for part in self.parts))
-        steps = min(self.parts[0].machine.core_cache / (CHUNK_STEP * widest), 1 << 30)
-        return max(1, int(steps)) * CHUNK_STEP
+        room = min(self.parts[0].machine.core_cache / widest, 1 << 30)
+        return max(1, int(max(room, min(CHUNK, 4 * room))) // CHUNK_STEP) * CHUNK_STEP
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.parts))

@@ -227,7 +227,7 @@ class _Search:
     def plan(self, state: _State) -> EquationPlan:
         slots = _Slots([self.encoded(factor.modes) for factor in self.eq.factors], [])
         steps: list[Step] = []
-        inner = widest = 0
+        inner: list[int] = []  # entries per token
         modes: Modes = (TOKENS, *self.eq.inputs)
         shape: Shape = (-1, self.eq.padded_in)
         for lo, hi, product in state.absorbed:
@@ -236,17 +236,16 @@ class _Search:
             operand, side = (left, right) if product.swapped else (right, left)
             factor_view, view = self.view(*operand, slots.shapes[factor]), self.view(*side, shape)
             steps.append(Step(factor, factor_view, view, product.swapped, product.broadcast, product.cost))
-            widths = self.numel(modes) // max(1, self.tokens), self.numel(product.out) // max(1, self.tokens)
-            inner += view.copy * widths[0] + widths[1]
-            widest = max(widest, *widths)
+            copied, made = (self.numel(some) // max(1, self.tokens) for some in (modes, product.out))
+            inner += [copied, made] if view.copy else [made]
             modes, shape = product.out, self.shape_of(product)
         ordered = (TOKENS, *self.eq.outputs)
         if modes == ordered:
-            inner -= self.eq.padded_out  # the output itself
+            inner.pop()  # the output itself
         result = self.view(modes, ((), (TOKENS,), self.eq.outputs), modes != ordered, shape)
         return EquationPlan(
             self.eq, self.tokens, self.itemsize, self.machine, self.folded, tuple(slots.merges), tuple(steps), result,
-            inner, widest, state.cost,
+            sum(inner), max(inner, default=0), state.cost,
         )  # fmt: skip
 
     def write_merges(self, lo: int, hi: int, slots: _Slots) -> int:
