@@ -15,6 +15,7 @@ from structlin.kernels.program import cost, program
 from structlin.spec import Spec
 
 TENSORS = (Tensor, torch.nn.Parameter)  # no subclasses
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Chain:
@@ -32,15 +33,17 @@ class Chain:
         """What the kernel reads."""
         return torch.tensor(program(self.spec), dtype=torch.int32, device="cpu")
 
-    def seconds(self, tokens: int) -> float:
-        """Predict the time of a forward pass in s."""
+    def seconds(self, tokens: int, itemsize: int = 4) -> float:
+        """Predict the time of a forward pass in s, for elements of so many bytes."""
         flops, turned = cost(self.spec)
         done = flops * tokens
         if tokens <= planner.NATIVE_ROWS:
             machine = planner.NATIVE_FEW
-            read = 4 * tokens * (self.spec.num_parameters + planner.TURNED * turned)
+            read = itemsize * tokens * (self.spec.num_parameters + planner.TURNED * turned)
             return max(done / machine.flops, read / machine.bandwidth) + machine.op
-        moved = 4 * tokens * (self.spec.in_features + self.spec.out_features)
+        moved = itemsize * tokens * (self.spec.in_features + self.spec.out_features)
+        if itemsize < 4:  # the factors are converted first
+            moved += itemsize * self.spec.num_parameters
         return planner.NATIVE.seconds(done, moved, 1)
 
     def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
@@ -75,8 +78,9 @@ def unobserved() -> bool:
 
 
 def suits(tensors: Sequence[Tensor]) -> bool:
-    """Whether the kernel can take these (plain) tensors, where it is available: float32 on the CPU."""
-    return all(tensor.dtype is torch.float32 and tensor.is_cpu for tensor in tensors)
+    """Whether the kernel can take these (plain) tensors, where it is available: all of one of DTYPES, on the CPU."""
+    dtype = tensors[0].dtype
+    return dtype in DTYPES and all(tensor.dtype is dtype and tensor.is_cpu for tensor in tensors)
 
 
 class _Function(torch.autograd.Function):
@@ -98,20 +102,17 @@ class _Function(torch.autograd.Function):
             found = _differentiable(ctx.chain.spec, x, factors, gradient, of_input, wanted)
         else:
             found = torch.ops.structlin.chain_backward(gradient, x, factors, ctx.chain.program, of_input, wanted)
-        return None, found[0], bias, *found[1:]
+        each = iter(found)
+        of_x = next(each) if of_input else None
+        return None, of_x, bias, *(next(each) if needed else None for needed in of_factors)
 
 
 def _differentiable(
     spec: Spec, x: Tensor, factors: Sequence[Tensor], gradient: Tensor, of_input: bool, wanted: Sequence[int]
-) -> list[Tensor | None]:
+) -> tuple[Tensor, ...]:
     """The same gradients through `contract`, with their graph."""
-    operands = [x, *factors]
-    places = [0] * of_input + [1 + k for k in wanted]
-    result: list[Tensor | None] = [None] * len(operands)
+    operands = [x] * of_input + [factors[k] for k in wanted]
     rows = x.reshape(-1, spec.in_features)
     y = contract.apply(spec, factors, rows, planner.find_plan(spec, planner.bucket(len(rows))))
     gradient = gradient.reshape(-1, spec.out_features)
-    found = torch.autograd.grad(y, [operands[k] for k in places], gradient, create_graph=True)
-    for place, value in zip(places, found, strict=True):
-        result[place] = value
-    return result
+    return torch.autograd.grad(y, operands, gradient, create_graph=True)
