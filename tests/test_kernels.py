@@ -146,9 +146,9 @@ def test_dtypes_are_not_mixed():
     with pytest.raises(RuntimeError, match="x is Double; the kernel takes Float or BFloat16"):
         call(x.double(), half.factors, half.bias)
     with pytest.raises(RuntimeError, match="x is BFloat16, dy is Float;"):
-        torch.ops.structlin.chain_backward(torch.randn(40, 20), x, half.factors, call.program, True, [])
+        torch.ops.structlin.chain_backward(torch.randn(40, 20), x, half.factors, call.program.table, True, [])
     with pytest.raises(RuntimeError, match="do not fit the program"):
-        torch.ops.structlin.chain_backward(torch.randn(39, 20), same, layer.factors, call.program, True, [])
+        torch.ops.structlin.chain_backward(torch.randn(39, 20), same, layer.factors, call.program.table, True, [])
 
 
 def test_what_suits():
@@ -351,9 +351,11 @@ def test_under_compile():
 
 
 NARROW = """
+import copy
 import torch
 import torch.nn.functional as F
 from structlin import BlastLinear, KMatrix, kernels
+from structlin.kernels import chain_of
 kernels.build()
 assert kernels.available()
 for layer in (KMatrix(48, 64, width=2), BlastLinear(33, 20, blocks=3, rank=7)):
@@ -365,6 +367,11 @@ for layer in (KMatrix(48, 64, width=2), BlastLinear(33, 20, blocks=3, rank=7)):
         theirs = torch.autograd.grad(F.linear(x, layer.to_dense(), layer.bias), leaves, pull)
         assert torch.allclose(layer(x), F.linear(x, layer.to_dense(), layer.bias), atol=1e-5)
         assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(ours, theirs))
+        half = copy.deepcopy(layer).bfloat16()
+        wide = copy.deepcopy(half).float()
+        with torch.no_grad():
+            low = chain_of(layer.spec)(x.bfloat16(), half.factors, half.bias)
+            assert torch.allclose(low.float(), wide(x.bfloat16().float()), rtol=2.0**-8, atol=1e-5)
 """
 
 

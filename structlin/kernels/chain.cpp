@@ -608,10 +608,12 @@ void run_chain(const Program& p, at::TensorList factors, const S* bias, const S*
   });
 }
 
+// out_features is there for the fake kernel in traced.py, which cannot read the program.
 at::Tensor chain(const at::Tensor& x, at::TensorList factors, const std::optional<at::Tensor>& bias,
-                 const at::Tensor& program) {
+                 const at::Tensor& program, int64_t out_features) {
   const Program p{program.const_data_ptr<int32_t>()};
-  TORCH_CHECK(x.dim() > 0 && x.size(-1) == p.in_features(), "structlin::chain: the input does not fit the program");
+  TORCH_CHECK(x.dim() > 0 && x.size(-1) == p.in_features() && out_features == p.out_features(),
+              "structlin::chain: the input does not fit the program");
   const at::Tensor shift = bias.has_value() ? bias->contiguous() : at::Tensor();
   const bool half = halves(x, factors, "bias", shift);
   const at::Tensor rows = x.contiguous();
@@ -709,7 +711,7 @@ std::vector<at::Tensor> chain_backward(const at::Tensor& dy, const at::Tensor& x
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(structlin, library) {
-  library.def("chain(Tensor x, Tensor[] factors, Tensor? bias, Tensor program) -> Tensor");
+  library.def("chain(Tensor x, Tensor[] factors, Tensor? bias, Tensor program, int out_features) -> Tensor");
   library.def(
       "chain_backward(Tensor dy, Tensor x, Tensor[] factors, Tensor program, bool input_gradient, int[] wanted) -> "
       "Tensor[]");

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from structlin import contract, planner
+from structlin.kernels.constant import constant
 from structlin.kernels.program import cost, program
 from structlin.spec import Spec
 
 TENSORS = (Tensor, torch.nn.Parameter)  # no subclasses
 DTYPES = (torch.float32, torch.bfloat16)
+
+
+class Program(NamedTuple):
+    """What the kernel reads, the size of its output, and the matrix it is for (unknown while traced)."""
+
+    table: Tensor
+    out_features: int
+    spec: Spec | None
 
 
 class Chain:
@@ -29,9 +38,10 @@ class Chain:
         self.spec = spec
 
     @cached_property
-    def program(self) -> Tensor:
-        """What the kernel reads."""
-        return torch.tensor(program(self.spec), dtype=torch.int32, device="cpu")
+    def program(self) -> Program:
+        """The program, written when first needed."""
+        table = torch.tensor(program(self.spec), dtype=torch.int32, device="cpu")
+        return Program(table, self.spec.out_features, self.spec)
 
     def seconds(self, tokens: int, itemsize: int = 4) -> float:
         """Predict the time of a forward pass in s, for elements of so many bytes."""
@@ -48,17 +58,40 @@ class Chain:
 
     def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         """Compute x W^T + bias for x of shape (..., in_features), all tensors such as `suits` says."""
-        if torch.is_grad_enabled() and (
-            x.requires_grad or (bias is not None and bias.requires_grad) or any(f.requires_grad for f in factors)
-        ):
-            return _Function.apply(self, x, bias, *factors)
-        return torch.ops.structlin.chain.default(x, factors, bias, self.program)
+        return run(self.program, x, factors, bias)
+
+    def traces(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether code that torch.compile is tracing may call `traced` for these."""
+        return self._prepare() and plain(tensors) and suits(tensors)
+
+    def traced(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        """Compute the same in code that torch.compile is tracing, after `traces` has said yes."""
+        written = self.program
+        result: Tensor = torch.ops.structlin.traced_chain(x, factors, bias, written.table, written.out_features)
+        return result
+
+    @constant
+    def _prepare(self) -> bool:
+        """Write the program before tracing comes to it: it shall be an input of the graph, not computed there."""
+        return unobserved() and len(self.program.table) > 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return chain_of, (self.spec,)  # copies have the same program
 
 
 @lru_cache(maxsize=1024)
 def chain_of(spec: Spec) -> Chain:
     """Return the program of a spec, written once."""
     return Chain(spec)
+
+
+def run(program: Program, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """Call the kernel, noting what a backward pass will need where there will be one."""
+    if torch.is_grad_enabled() and (
+        x.requires_grad or (bias is not None and bias.requires_grad) or any(f.requires_grad for f in factors)
+    ):
+        return _Function.apply(program, x, bias, *factors)
+    return torch.ops.structlin.chain.default(x, factors, bias, program.table, program.out_features)
 
 
 def plain(tensors: Sequence[Tensor]) -> bool:
@@ -87,10 +120,10 @@ class _Function(torch.autograd.Function):
     """Saves the input and the factors only; the backward pass computes the activations of a tile of tokens anew."""
 
     @staticmethod
-    def forward(ctx: Any, chain: Chain, x: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
-        ctx.chain = chain
+    def forward(ctx: Any, program: Program, x: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
+        ctx.program = program
         ctx.save_for_backward(x, *factors)
-        return torch.ops.structlin.chain(x, factors, bias, chain.program)
+        return torch.ops.structlin.chain.default(x, factors, bias, program.table, program.out_features)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -99,18 +132,23 @@ class _Function(torch.autograd.Function):
         bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if of_bias else None
         wanted = [k for k, needed in enumerate(of_factors) if needed]
         if torch.is_grad_enabled():  # create_graph=True: the gradients must be differentiable themselves
-            found = _differentiable(ctx.chain.spec, x, factors, gradient, of_input, wanted)
+            found = _differentiable(ctx.program.spec, x, factors, gradient, of_input, wanted)
         else:
-            found = torch.ops.structlin.chain_backward(gradient, x, factors, ctx.chain.program, of_input, wanted)
+            found = torch.ops.structlin.chain_backward(gradient, x, factors, ctx.program.table, of_input, wanted)
         each = iter(found)
         of_x = next(each) if of_input else None
         return None, of_x, bias, *(next(each) if needed else None for needed in of_factors)
 
 
 def _differentiable(
-    spec: Spec, x: Tensor, factors: Sequence[Tensor], gradient: Tensor, of_input: bool, wanted: Sequence[int]
+    spec: Spec | None, x: Tensor, factors: Sequence[Tensor], gradient: Tensor, of_input: bool, wanted: Sequence[int]
 ) -> tuple[Tensor, ...]:
     """The same gradients through `contract`, with their graph."""
+    if spec is None:
+        raise RuntimeError(
+            "the native kernel under torch.compile has no second derivatives; compile without it "
+            "(STRUCTLIN_KERNELS=off), or do not compile what create_graph=True goes through"
+        )
     operands = [x] * of_input + [factors[k] for k in wanted]
     rows = x.reshape(-1, spec.in_features)
     y = contract.apply(spec, factors, rows, planner.find_plan(spec, planner.bucket(len(rows))))

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import torch
 
+from structlin.kernels import traced
+from structlin.kernels.constant import constant
+
 SOURCE = Path(__file__).with_name("chain.cpp")
 SWITCH = "STRUCTLIN_KERNELS"  # "off": not used; "build": built when first needed; else: used where it is built
 
@@ -40,6 +43,7 @@ def build() -> Path:
     return target
 
 
+@constant
 def available() -> bool:
     """Whether the native kernel is built, loads, and is not switched off."""
     if _State.usable is None:
@@ -49,6 +53,7 @@ def available() -> bool:
 
 class _State:
     usable: bool | None = None  # not found out yet
+    library: torch.library.Library | None = None  # what torch was told of the kernel, while this is kept
 
 
 def _load(switch: str) -> bool:
@@ -62,6 +67,7 @@ def _load(switch: str) -> bool:
     if not _loaded():
         try:
             torch.ops.load_library(path)
+            _State.library = traced.register()
         except OSError as error:
             warnings.warn(f"the native kernel {path} does not load: {error}; layers run without it", stacklevel=2)
             return False
