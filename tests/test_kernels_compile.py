@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from structlin.kernels.chain import chain_of
 from structlin.layer import build
-from structlin.structures import Kaleidoscope, Kronecker, LowRank, Shapeshifter, Sum
+from structlin.structures import PHM, Butterfly, Kaleidoscope, Kronecker, LowRank, Sum
 from structlin.testing import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -92,14 +92,15 @@ def test_another_number_of_tokens_is_not_compiled_again(backend):
             assert_same([y, *gradients(module, y, x, slope)], tensors(module, module, x, slope)[1:])
 
 
-def test_layers_with_the_same_shapes_keep_their_programs():
-    modules = [Holder(Kronecker(terms=2, shape=((4, 4), (4, 4))), 16, 16), Holder(Shapeshifter(rank=2), 16, 16)]
-    shapes = [[factor.shape for factor in module.layer.factors] for module in modules]
-    assert shapes[0] == shapes[1]
-    compiled = torch.compile(lambda module, x: module(x), fullgraph=True, backend="aot_eager")
-    x = torch.randn(5, 16)
-    for module in modules:
-        assert_close(compiled(module, x), module(x), str(module.layer), 1e-6)
+def test_factors_of_the_same_shapes_keep_their_programs():
+    def call(chain, x, *factors):
+        return chain.traced(x, factors, None) if chain.traces((x, *factors)) else None
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    x, *factors = torch.randn(5, 16), torch.randn(4, 4, 4), torch.randn(4, 4, 4)
+    for structure in (Butterfly(radix=4), PHM(n=4)):
+        chain = chain_of(build(structure, 16, 16).spec)
+        assert_close(compiled(chain, x, *factors), chain(x, factors, None), str(structure), 1e-6)
 
 
 def test_only_what_needs_a_gradient_gets_one():
