@@ -549,6 +549,8 @@ template <class W> struct Operands {
   std::vector<at::Tensor> kept;
 
   Operands(at::TensorList factors, bool half) {
+    kept.reserve(factors.size());
+    pointers.reserve(factors.size());
     for (const at::Tensor& factor : factors) kept.push_back(factor.contiguous());
     if constexpr (std::is_same_v<W, float>)
       if (half) {

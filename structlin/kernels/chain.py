@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -20,11 +20,16 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Program(NamedTuple):
-    """What the kernel reads, the size of its output, and the matrix it is for (unknown while traced)."""
+    """What the kernel reads, the size of its output, the matrix it is for (unknown while traced), and the kernel."""
 
     table: Tensor
     out_features: int
     spec: Spec | None
+    kernel: Callable[..., Tensor]  # torch.ops.structlin.chain.default, whose look-up takes longer than its arguments
+
+    @classmethod
+    def of(cls, table: Tensor, out_features: int, spec: Spec | None) -> Program:
+        return cls(table, out_features, spec, torch.ops.structlin.chain.default)
 
 
 class Chain:
@@ -41,7 +46,7 @@ class Chain:
     def program(self) -> Program:
         """The program, written when first needed."""
         table = torch.tensor(program(self.spec), dtype=torch.int32, device="cpu")
-        return Program(table, self.spec.out_features, self.spec)
+        return Program.of(table, self.spec.out_features, self.spec)
 
     def seconds(self, tokens: int, itemsize: int = 4) -> float:
         """Predict the time of a forward pass in s, for elements of so many bytes."""
@@ -91,7 +96,7 @@ def run(program: Program, x: Tensor, factors: Sequence[Tensor], bias: Tensor | N
         x.requires_grad or (bias is not None and bias.requires_grad) or any(f.requires_grad for f in factors)
     ):
         return _Function.apply(program, x, bias, *factors)
-    return torch.ops.structlin.chain.default(x, factors, bias, program.table, program.out_features)
+    return program.kernel(x, factors, bias, program.table, program.out_features)
 
 
 def plain(tensors: Sequence[Tensor]) -> bool:
@@ -123,7 +128,7 @@ class _Function(torch.autograd.Function):
     def forward(ctx: Any, program: Program, x: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
         ctx.program = program
         ctx.save_for_backward(x, *factors)
-        return torch.ops.structlin.chain.default(x, factors, bias, program.table, program.out_features)
+        return program.kernel(x, factors, bias, program.table, program.out_features)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

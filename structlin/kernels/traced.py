@@ -28,7 +28,7 @@ def register() -> torch.library.Library:
 def _traced_chain(
     x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, program: Tensor, out_features: int
 ) -> Tensor:
-    return run(Program(program, out_features, None), x, factors, bias)
+    return run(Program.of(program, out_features, None), x, factors, bias)
 
 
 def _chain(x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, program: Tensor, out_features: int) -> Tensor:
