@@ -199,6 +199,13 @@ def test_activation_checkpointing_compiled():
     assert_same(tensors(module, call, x, slope), tensors(module, module, x, slope))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_is_exported_does_without(strict):
+    module = Asked(LowRank(rank=3), 16, 20)
+    exported = torch.export.export(module, (torch.randn(5, 16),), strict=strict)
+    assert (exported.module()(torch.randn(5, 16)) == -1).all()
+
+
 def test_copies_have_the_same_program():
     chain = chain_of(build(Kaleidoscope(), 64, 64).spec)
     assert copy.deepcopy(chain) is chain

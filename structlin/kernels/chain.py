@@ -78,7 +78,8 @@ class Chain:
     @constant
     def _prepare(self) -> bool:
         """Write the program before tracing comes to it: it shall be an input of the graph, not computed there."""
-        return unobserved() and len(self.program.table) > 0
+        exporting = getattr(torch.compiler, "is_exporting", bool)()  # from torch 2.7 on; what is exported has no kernel
+        return not exporting and unobserved() and len(self.program.table) > 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return chain_of, (self.spec,)  # copies have the same program
