@@ -22,7 +22,7 @@ from structlin.kernels import native
 from structlin.kernels.chain import chain_of, suits
 from structlin.kernels.program import cost, program, stages
 from structlin.layer import build
-from structlin.structures import PHM, Kaleidoscope, Kronecker, LowRank, LowRankKaleidoscope, Sum
+from structlin.structures import PHM, Blast, Kaleidoscope, Kronecker, LowRank, LowRankKaleidoscope, Sum
 from structlin.testing import assert_close
 
 SIZES = [(16, 20), (33, 48), (64, 64), (17, 5), (1, 7), (96, 130)]
@@ -176,6 +176,31 @@ def test_threads_give_the_same():
     for one, two, again in zip(*results, strict=True):
         assert_close(two, one, "two threads", 1e-6)
         assert torch.equal(two, again)
+
+
+LARGE = [
+    (LowRank(rank=1024), 2048),  # shared out by rows
+    (Blast(blocks=4, rank=1024), 2048),  # by outer indices
+    (Kronecker(terms=64), 1024),  # a factor out of order
+    (Sum(parts=(LowRank(rank=1024), Blast(blocks=4, rank=1024))), 2048),  # added to what is there
+]
+
+
+@pytest.mark.parametrize(("structure", "size"), LARGE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_of_a_large_layer_by_threads(structure, size, dtype):
+    layer = build(structure, size, size, dtype=dtype)
+    x = torch.randn(2, size).to(dtype)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with torch.no_grad():
+                results.append(chain_of(layer.spec)(x, layer.factors, layer.bias))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_any_leading_dimensions_and_strides():

@@ -38,6 +38,7 @@ constexpr int ROWS = 8;
 
 constexpr int NARROW = WIDEST > 4 ? WIDEST / 2 : 4;
 constexpr int64_t FEW = 3;  // tokens that go one by one
+constexpr int64_t MANY = 1 << 21;  // multiplications for one token in a stage that are worth waking threads
 constexpr int64_t CACHE = 1 << 23;  // bytes of intermediates that a tile may have
 
 template <int L> struct Lanes;
@@ -127,6 +128,14 @@ struct Stage {
   // The stage from the gradient of its output to that of its input.
   Stage transposed(bool accumulate) const {
     return {factor, target, source, accumulate, outer, columns, rows, false, 0, false, o, v, x, c, n, r, m};
+  }
+
+  // Outer indices from i on, and rows from j on.
+  Stage part(int i, int many, int j, int count) const {
+    Stage s = *this;
+    s.x += i, s.v += i, s.o += i, s.outer = many;
+    s.r += j, s.m += j, s.rows = count;
+    return s;
   }
 };
 
@@ -310,6 +319,12 @@ struct Row {
   int32_t* begins;
 };
 
+int64_t row_floats(const Program& p) { return 3 * int64_t(p.widest()) + p.block(); }
+
+Row row_of(const Program& p, float* memory) {
+  return {memory, memory + p.widest(), memory + 3 * p.widest(), reinterpret_cast<int32_t*>(memory + 2 * p.widest())};
+}
+
 template <class W> void run_row(const Stage& s, const W* w, const float* a, float* b, const Row& row) {
   if (s.run && !s.accumulates) {
     for (int i = 0; i < s.outer; i += s.run) {
@@ -343,18 +358,31 @@ template <class W> void run_row(const Stage& s, const W* w, const float* a, floa
   }
 }
 
+// By several threads where it is worth waking them: each takes some of the outer indices, or some of the rows.
+template <class W>
+void run_large_row(const Program& p, const Stage& s, const W* w, const float* a, float* b, const Row& row) {
+  const int64_t threads = at::get_num_threads(), shares = std::max(s.outer, s.rows / (2 * WIDEST));
+  if (threads < 2 || shares < threads || s.run || int64_t(s.outer) * s.rows * s.columns < MANY)
+    return run_row(s, w, a, b, row);
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    const Row own = row_of(p, scratch<2>(row_floats(p)));
+    const int64_t all = s.outer >= threads ? s.outer : s.rows;
+    const int first = all * begin / threads, count = all * end / threads - first;
+    run_row(s.outer >= threads ? s.part(first, count, 0, s.rows) : s.part(0, s.outer, first, count), w, a, b, own);
+  });
+}
+
 template <class S> void run_token(const Program& p, const Factors<S>& factors, const S* bias, const S* x, S* y) {
-  float* buffer[4] = {scratch(p.in_rows() + p.out_rows() + 2 * p.rows() + 3 * int64_t(p.widest()) + p.block())};
+  float* buffer[4] = {scratch(p.in_rows() + p.out_rows() + 2 * p.rows() + row_floats(p))};
   buffer[1] = buffer[0] + p.in_rows();
   buffer[2] = buffer[1] + p.out_rows();
   buffer[3] = buffer[2] + p.rows();
-  float* rest = buffer[3] + p.rows();
-  const Row row{rest, rest + p.widest(), rest + 3 * p.widest(), reinterpret_cast<int32_t*>(rest + 2 * p.widest())};
+  const Row row = row_of(p, buffer[3] + p.rows());
   std::copy(x, x + p.in_features(), buffer[0]);
   std::fill(buffer[0] + p.in_features(), buffer[0] + p.in_rows(), 0.0f);
   for (int k = 0; k < p.stages(); ++k) {
     const Stage s = p.stage(k);
-    run_row(s, factors[s.factor], buffer[s.source], buffer[s.target], row);
+    run_large_row(p, s, factors[s.factor], buffer[s.source], buffer[s.target], row);
   }
   for (int f = 0; f < p.out_features(); ++f) y[f] = buffer[1][f] + (bias ? float(bias[f]) : 0.0f);
 }
@@ -507,11 +535,10 @@ void run_row_backward(const Stage& s, const W* w, const float* a, const float* g
 template <class S>
 void run_token_backward(const Program& p, const Factors<S>& factors, const S* x, const S* dy, S* dx,
                         const std::vector<float*>& gradients) {
-  const int64_t widest = p.widest();
-  float* input = scratch(2 * int64_t(p.in_rows()) + p.out_rows() + 2 * p.rows() + kept_rows(p) + 3 * widest + p.block());
+  float* input = scratch(2 * int64_t(p.in_rows()) + p.out_rows() + 2 * p.rows() + kept_rows(p) + row_floats(p));
   float *d_input = input + p.in_rows(), *d_output = d_input + p.in_rows(), *ping = d_output + p.out_rows();
-  float *pong = ping + p.rows(), *rest = pong + p.rows();
-  const Row row{rest, rest + widest, rest + 3 * widest, reinterpret_cast<int32_t*>(rest + 2 * widest)};
+  float* pong = ping + p.rows();
+  const Row row = row_of(p, pong + p.rows());
   std::vector<float*> outputs(p.stages());
   float* next = row.block + p.block();
   std::copy(x, x + p.in_features(), input);
