@@ -78,8 +78,11 @@ class Execution:
         self.choice = choice
         self.autotune = autotune
         self._compiled = choice if isinstance(choice, Plan) else planner.find_plan(spec, COMPILED_TOKENS, order=choice)
+        self._chain = chain_of(spec)
+        self._compiled_natively = self._chain.seconds(COMPILED_TOKENS) < self._compiled.seconds
         self._seen: tuple[Tensor, ...] = ()  # the parameters at the last call
-        self._is_plain = self._suits = False
+        self._is_plain = False
+        self._native: torch.dtype | None = None  # of all parameters, where it is one that the native kernel takes
         self._ways: dict[tuple[int, bool, bool], Way] = {}
         self.forget()
 
@@ -108,13 +111,15 @@ class Execution:
             and x.dtype is factors[0].dtype
             and unobserved()
         ):
-            native = self._suits and x.dtype is torch.float32 and x.is_cpu and kernels.available()
+            native = x.dtype is self._native and x.is_cpu and kernels.available()
             frozen = not training and self._constant(factors)
             tokens = x.numel() // self.spec.in_features
             way = self._ways.get((tokens, native, frozen))
             if way is None:
                 way = self._find(tokens, native, frozen, x, factors, bias)
             return self._run(way, frozen, x, factors, bias)
+        if self._traces(x, factors, bias):
+            return self._chain.traced(x, factors, bias)
         rows = x.reshape(-1, self.spec.in_features)
         y = contract.apply(self.spec, factors, rows, self._chosen(rows))
         return with_bias(y.reshape(*x.shape[:-1], self.spec.out_features), bias)
@@ -142,6 +147,16 @@ class Execution:
             return False
         return kept + self.spec.num_parameters > self.spec.in_features * self.spec.out_features
 
+    def _traces(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> bool:
+        """Whether torch.compile shall call the native kernel."""
+        return (
+            torch.compiler.is_compiling()
+            and self.choice == "auto"
+            and self._compiled_natively
+            and kernels.available()
+            and self._chain.traces((x, *factors) if bias is None else (x, *factors, bias))
+        )
+
     def _chosen(self, rows: Tensor) -> Plan:
         """What was asked for, or one plan for all: for tracers, transforms, and tensors of other kinds."""
         if isinstance(self.choice, Plan) or torch.compiler.is_compiling():
@@ -164,7 +179,7 @@ class Execution:
             options.append((dense if plan.materialises else dense / DENSE_GAIN, DENSE))
         options.append((plan.seconds, plan))
         if key.native:
-            options.append((chain_of(self.spec).seconds(tokens), chain_of(self.spec)))
+            options.append((self._chain.seconds(tokens, itemsize), self._chain))
         return [(seconds * key.tokens / tokens, way) for seconds, way in options]
 
     def _find(
@@ -219,7 +234,7 @@ class Execution:
         given = factors if bias is None else (*factors, bias)
         if len(given) != len(self._seen) or not all(map(operator.is_, given, self._seen)):
             self._seen, self._is_plain = tuple(given), plain(given) and not any(tensor.is_meta for tensor in given)
-            self._suits = self._is_plain and suits(given)
+            self._native = given[0].dtype if self._is_plain and suits(given) else None
             self._ways = {}
         return self._is_plain
 

@@ -15,7 +15,7 @@ from structlin import contract, kernels, planner
 from structlin.execution import Execution, Key
 from structlin.fit import Family, Fit, fit
 from structlin.init import initial_factors
-from structlin.kernels import Chain
+from structlin.kernels.chain import Chain, suits
 from structlin.machines import machine_of
 from structlin.objective import Root
 from structlin.planner import Order, Plan
@@ -267,7 +267,7 @@ class StructuredLinear(nn.Module):
     def explain(self, tokens: int) -> str:
         """Say how forward runs for this many rows, in training and in eval, with the predicted times."""
         factor = self.factors[0]
-        native = factor.is_cpu and factor.dtype is torch.float32 and kernels.available()
+        native = suits(self.factors) and kernels.available()
         lines = []
         for mode, frozen in (("training", False), ("eval", True)):
             key = Key(planner.bucket(tokens), factor.dtype, factor.device, native, frozen)

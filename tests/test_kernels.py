@@ -19,13 +19,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from structlin import contract, kernels, planner
 from structlin.fit import fit
 from structlin.kernels import native
-from structlin.kernels.chain import chain_of
+from structlin.kernels.chain import chain_of, suits
 from structlin.kernels.program import cost, program, stages
 from structlin.layer import build
-from structlin.structures import PHM, Kaleidoscope, Kronecker, LowRank, LowRankKaleidoscope, Sum
+from structlin.structures import PHM, Blast, Kaleidoscope, Kronecker, LowRank, LowRankKaleidoscope, Sum
 from structlin.testing import assert_close
 
 SIZES = [(16, 20), (33, 48), (64, 64), (17, 5), (1, 7), (96, 130)]
+ROUNDED = 2.0**-8  # bfloat16 has 8 bits: one rounding, at the very end, changes a number by up to 2^-8 of it
+AGAIN = 5e-4  # rounded alike: the few numbers that float32 puts on two sides of a tie differ
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +82,84 @@ def test_backward(name, tokens):
             assert_close(ours, theirs, str(layer), 1e-4)  # sums of 150 terms that may cancel
 
 
+def low(layer, *shape):
+    """A copy of the layer in bfloat16, the same numbers in float32, and an input for each."""
+    half = copy.deepcopy(layer).bfloat16()
+    x = torch.randn(*shape).bfloat16()
+    return half, copy.deepcopy(half).float(), x.requires_grad_(), x.detach().float().requires_grad_()
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("tokens", [0, 1, 3, 5, 33, 70])
+def test_bfloat16(name, tokens):
+    for layer in layers(name):
+        half, wide, x, same = low(layer, tokens, layer.in_features)
+        y = chain_of(layer.spec)(x, half.factors, half.bias)
+        expected = dense(wide, same)
+        assert y.dtype is torch.bfloat16
+        assert_close(y, expected, str(layer), ROUNDED)
+        slope = torch.randn_like(y)
+        for ours, theirs in zip(
+            gradients(half, y, x, slope), gradients(wide, expected, same, slope.float()), strict=True
+        ):
+            assert ours.dtype is torch.bfloat16
+            assert_close(ours, theirs, str(layer), ROUNDED)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("tokens", [2, 70])
+def test_bfloat16_is_rounded_only_at_the_end(name, tokens):
+    for layer in layers(name, [(96, 130)]):
+        half, wide, x, same = low(layer, tokens, 96)
+        slope = torch.randn(tokens, 130).bfloat16()
+        y, expected = (chain_of(layer.spec)(i, of.factors, of.bias) for i, of in ((x, half), (same, wide)))
+        found = [y, *gradients(half, y, x, slope)]
+        for ours, theirs in zip(found, [expected, *gradients(wide, expected, same, slope.float())], strict=True):
+            assert_close(ours, theirs.bfloat16(), str(layer), AGAIN)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_bfloat16_is_rounded_as_torch_does(tokens):
+    layer = build(LowRank(rank=37), 37, 37, dtype=torch.bfloat16)
+    for factor in layer.factors:
+        torch.nn.init.eye_(factor)
+    x = torch.randn(tokens, 37).bfloat16()
+    special = torch.tensor([0x7F80, -128, 0x7FFF, -1, 0x7F81, 0x7FC0], dtype=torch.int16).view(torch.bfloat16)
+    largest = torch.tensor(torch.finfo(torch.bfloat16).max, dtype=torch.bfloat16)
+    with torch.no_grad():
+        layer.bias[:6], layer.bias[6], x[:, 6] = special, largest, largest  # infinite, not numbers, and an overflow
+        y = chain_of(layer.spec)(x, layer.factors, layer.bias)
+    assert torch.equal(y.isnan(), (x + layer.bias).isnan())
+    assert torch.equal(y.nan_to_num(), (x + layer.bias).nan_to_num())
+
+
+def test_dtypes_are_not_mixed():
+    layer = build(LowRank(rank=3), 16, 20)
+    half, _, x, same = low(layer, 40, 16)
+    call = chain_of(layer.spec)
+    with pytest.raises(RuntimeError, match="x is Float, factor 0 is BFloat16; all must be of one dtype"):
+        call(same, half.factors, half.bias)
+    with pytest.raises(RuntimeError, match="x is BFloat16, factor 1 is Float;"):
+        call(x, (half.factors[0], layer.factors[1]), half.bias)
+    with pytest.raises(RuntimeError, match="x is BFloat16, bias is Float;"):
+        call(x, half.factors, layer.bias)
+    with pytest.raises(RuntimeError, match="x is Double; the kernel takes Float or BFloat16"):
+        call(x.double(), half.factors, half.bias)
+    with pytest.raises(RuntimeError, match="x is BFloat16, dy is Float;"):
+        torch.ops.structlin.chain_backward(torch.randn(40, 20), x, half.factors, call.program.table, True, [])
+    with pytest.raises(RuntimeError, match="do not fit the program"):
+        torch.ops.structlin.chain_backward(torch.randn(39, 20), same, layer.factors, call.program.table, True, [])
+
+
+def test_what_suits():
+    single, half, double = (torch.empty(2, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64))
+    assert suits((single, single))
+    assert suits((half, half))
+    assert not suits((single, half))
+    assert not suits((double, double))
+    assert not suits((half, half.to("meta")))
+
+
 def test_threads_give_the_same():
     layer = build(Kaleidoscope(width=2), 48, 64)
     x = torch.randn(300, 48, requires_grad=True)
@@ -96,6 +176,31 @@ def test_threads_give_the_same():
     for one, two, again in zip(*results, strict=True):
         assert_close(two, one, "two threads", 1e-6)
         assert torch.equal(two, again)
+
+
+LARGE = [
+    (LowRank(rank=1024), 2048),  # shared out by rows
+    (Blast(blocks=4, rank=1024), 2048),  # by outer indices
+    (Kronecker(terms=64), 1024),  # a factor out of order
+    (Sum(parts=(LowRank(rank=1024), Blast(blocks=4, rank=1024))), 2048),  # added to what is there
+]
+
+
+@pytest.mark.parametrize(("structure", "size"), LARGE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_token_of_a_large_layer_by_threads(structure, size, dtype):
+    layer = build(structure, size, size, dtype=dtype)
+    x = torch.randn(2, size).to(dtype)
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with torch.no_grad():
+                results.append(chain_of(layer.spec)(x, layer.factors, layer.bias))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 def test_any_leading_dimensions_and_strides():
@@ -231,7 +336,7 @@ def test_elsewhere_torch_runs(counted):
         assert layer(x).dtype is torch.bfloat16
     assert len(counted) == 1
     copy.deepcopy(layer).double()(x.double())
-    copy.deepcopy(layer).bfloat16()(x.bfloat16())
+    copy.deepcopy(layer).half()(x.half())
     assert len(counted) == 3
     batched = vmap(lambda row: functional_call(layer, dict(layer.named_parameters()), row))(x)
     assert_close(batched, layer(x), "vmap", 1e-5)
@@ -260,20 +365,28 @@ def test_copies_and_pickles_leave_the_plans_behind():
         assert torch.equal(twin(x), y)
 
 
-def test_under_compile():
+@pytest.mark.parametrize("choice", ["auto", "forward"])
+def test_layers_call_it_under_compile(choice):
     layer = build(LowRank(rank=3), 16, 20)
-    x = torch.randn(40, 16)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    assert_close(compiled(x), layer(x), "compiled", 1e-5)
+    layer.use_plan(choice)
+    graphs = []
+    compiled = torch.compile(layer, fullgraph=True, backend=lambda graph, _: graphs.append(graph.code) or graph.forward)
+    for tokens in (40, 50, 60):
+        x = torch.randn(tokens, 16)
+        assert_close(compiled(x), layer(x), "compiled", 1e-5)
+    assert len(graphs) <= 2
+    assert all(("structlin.traced_chain" in code) == (choice == "auto") for code in graphs)
 
 
 # Building ------------------------------------------------------------------------------------------------------------
 
 
 NARROW = """
+import copy
 import torch
 import torch.nn.functional as F
 from structlin import BlastLinear, KMatrix, kernels
+from structlin.kernels import chain_of
 kernels.build()
 assert kernels.available()
 for layer in (KMatrix(48, 64, width=2), BlastLinear(33, 20, blocks=3, rank=7)):
@@ -285,6 +398,11 @@ for layer in (KMatrix(48, 64, width=2), BlastLinear(33, 20, blocks=3, rank=7)):
         theirs = torch.autograd.grad(F.linear(x, layer.to_dense(), layer.bias), leaves, pull)
         assert torch.allclose(layer(x), F.linear(x, layer.to_dense(), layer.bias), atol=1e-5)
         assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(ours, theirs))
+        half = copy.deepcopy(layer).bfloat16()
+        wide = copy.deepcopy(half).float()
+        with torch.no_grad():
+            low = chain_of(layer.spec)(x.bfloat16(), half.factors, half.bias)
+            assert torch.allclose(low.float(), wide(x.bfloat16().float()), rtol=2.0**-8, atol=1e-5)
 """
 
 
@@ -321,3 +439,4 @@ def test_predictions_order_the_sizes():
     small, large = (chain_of(build(LowRank(rank=r), 512, 512).spec) for r in (8, 128))
     assert small.seconds(64) < large.seconds(64) < large.seconds(512)
     assert planner.NATIVE.flops > planner.CPU.flops
+    assert large.seconds(1, itemsize=2) < large.seconds(1)

@@ -5,17 +5,19 @@
 // the order in which it is stored, and activations are never permuted. Batches of tokens are transposed into tiles whose
 // innermost axis is the token, so that every stage is vectorised over tokens whatever its modes; single tokens are
 // vectorised over the factors' innermost axis. The vectors are those of the compiler: AVX-512, AVX2 and NEON alike.
+// Tensors are float32 or bfloat16, all of one kind; whatever is computed in between is float32.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
+#include <c10/util/BFloat16.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -36,13 +38,28 @@ constexpr int ROWS = 8;
 
 constexpr int NARROW = WIDEST > 4 ? WIDEST / 2 : 4;
 constexpr int64_t FEW = 3;  // tokens that go one by one
+constexpr int64_t MANY = 1 << 21;  // multiplications for one token in a stage that are worth waking threads
 constexpr int64_t CACHE = 1 << 23;  // bytes of intermediates that a tile may have
 
 template <int L> struct Lanes;
-template <> struct Lanes<4> { typedef float Vector __attribute__((vector_size(16))); };
-template <> struct Lanes<8> { typedef float Vector __attribute__((vector_size(32))); };
-template <> struct Lanes<16> { typedef float Vector __attribute__((vector_size(64))); };
+template <> struct Lanes<4> {
+  typedef float Vector __attribute__((vector_size(16)));
+  typedef uint32_t Bits __attribute__((vector_size(16)));
+  typedef uint16_t Halves __attribute__((vector_size(8)));
+};
+template <> struct Lanes<8> {
+  typedef float Vector __attribute__((vector_size(32)));
+  typedef uint32_t Bits __attribute__((vector_size(32)));
+  typedef uint16_t Halves __attribute__((vector_size(16)));
+};
+template <> struct Lanes<16> {
+  typedef float Vector __attribute__((vector_size(64)));
+  typedef uint32_t Bits __attribute__((vector_size(64)));
+  typedef uint16_t Halves __attribute__((vector_size(32)));
+};
 template <int L> using Vector = typename Lanes<L>::Vector;
+template <int L> using Bits = typename Lanes<L>::Bits;
+template <int L> using Halves = typename Lanes<L>::Halves;
 
 template <int L> inline Vector<L> load(const float* from) {
   Vector<L> value;
@@ -51,6 +68,21 @@ template <int L> inline Vector<L> load(const float* from) {
 }
 
 template <int L> inline void store(float* to, Vector<L> value) { std::memcpy(to, &value, sizeof(value)); }
+
+// A bfloat16 is the upper half of a float32.
+template <int L> inline Vector<L> load(const at::BFloat16* from) {
+  Halves<L> halves;
+  std::memcpy(&halves, from, sizeof(halves));
+  return reinterpret_cast<Vector<L>>(__builtin_convertvector(halves, Bits<L>) << 16);
+}
+
+// Rounds to nearest, ties to even. No NaN is carried over to a number: those here come from bfloat16 or from the
+// processor, and their lower half is zero.
+template <int L> inline void store(at::BFloat16* to, Vector<L> value) {
+  const Bits<L> bits = reinterpret_cast<Bits<L>>(value);
+  const Halves<L> halves = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves<L>);
+  std::memcpy(to, &halves, sizeof(halves));
+}
 
 template <int L, int D, int J> constexpr int own() { return J & D ? L + J : J; }
 template <int L, int D, int J> constexpr int other() { return J & D ? L + (J ^ D) : (J ^ D); }
@@ -97,6 +129,14 @@ struct Stage {
   Stage transposed(bool accumulate) const {
     return {factor, target, source, accumulate, outer, columns, rows, false, 0, false, o, v, x, c, n, r, m};
   }
+
+  // Outer indices from i on, and rows from j on.
+  Stage part(int i, int many, int j, int count) const {
+    Stage s = *this;
+    s.x += i, s.v += i, s.o += i, s.outer = many;
+    s.r += j, s.m += j, s.rows = count;
+    return s;
+  }
 };
 
 constexpr int HEADER = 8, RECORD = 16;
@@ -118,8 +158,9 @@ struct Program {
   }
 };
 
-// Aligned scratch of a thread, kept between calls.
-float* scratch(int64_t floats) {
+// Aligned scratch of a thread, kept between calls: of a tile (0), or for factors (1), for which fresh memory would take
+// longer to map than they take to convert.
+template <int USE = 0> float* scratch(int64_t floats) {
   thread_local std::vector<float> memory;
   if (static_cast<int64_t>(memory.size()) < floats + 16) memory.resize(floats + 16);
   const auto address = reinterpret_cast<uintptr_t>(memory.data());
@@ -176,8 +217,8 @@ template <int L, int NV> void run_stage(const Stage& s, int64_t T, const float* 
 }
 
 // Rows of `features` entries each into a tile of T columns; rows of the tile beyond the features are zero.
-template <int L> void read_tile(const float* x, int64_t tokens, int features, int rows, int64_t T, float* tile) {
-  static const float zeros[L] = {};
+template <int L, class S> void read_tile(const S* x, int64_t tokens, int features, int rows, int64_t T, float* tile) {
+  static const S zeros[L] = {};
   for (int64_t t = 0; t < T; t += L) {
     int f = 0;
     for (; f + L <= features; f += L) {
@@ -187,13 +228,13 @@ template <int L> void read_tile(const float* x, int64_t tokens, int features, in
       for (int p = 0; p < L; ++p) store<L>(tile + (f + p) * T + t, part[p]);
     }
     for (; f < features; ++f)
-      for (int p = 0; p < L; ++p) tile[f * T + t + p] = t + p < tokens ? x[int64_t(t + p) * features + f] : 0.0f;
+      for (int p = 0; p < L; ++p) tile[f * T + t + p] = t + p < tokens ? float(x[int64_t(t + p) * features + f]) : 0.0f;
   }
   std::fill(tile + features * T, tile + rows * T, 0.0f);
 }
 
-template <int L>
-void write_tile(float* y, int64_t tokens, int features, int64_t T, const float* tile, const float* bias) {
+template <int L, class S>
+void write_tile(S* y, int64_t tokens, int features, int64_t T, const float* tile, const S* bias) {
   for (int64_t t = 0; t < std::min(T, tokens); t += L) {
     const int count = std::min<int64_t>(L, tokens - t);
     int f = 0;
@@ -205,14 +246,15 @@ void write_tile(float* y, int64_t tokens, int features, int64_t T, const float* 
       for (int p = 0; p < count; ++p) store<L>(y + int64_t(t + p) * features + f, part[p] + shift);
     }
     for (; f < features; ++f)
-      for (int p = 0; p < count; ++p) y[int64_t(t + p) * features + f] = tile[f * T + t + p] + (bias ? bias[f] : 0.0f);
+      for (int p = 0; p < count; ++p)
+        y[int64_t(t + p) * features + f] = tile[f * T + t + p] + (bias ? float(bias[f]) : 0.0f);
   }
 }
 
-using Factors = std::vector<const float*>;
+template <class S> using Factors = std::vector<const S*>;
 
-template <int L, int NV>
-void run_tile(const Program& p, const Factors& factors, const float* bias, const float* x, float* y, int64_t tokens) {
+template <int L, int NV, class S>
+void run_tile(const Program& p, const Factors<float>& factors, const S* bias, const S* x, S* y, int64_t tokens) {
   constexpr int T = L * NV;
   float* buffer[4] = {scratch((p.in_rows() + p.out_rows() + 2 * int64_t(p.rows())) * T)};
   buffer[1] = buffer[0] + int64_t(p.in_rows()) * T;
@@ -229,7 +271,7 @@ void run_tile(const Program& p, const Factors& factors, const float* bias, const
 // A few tokens: vectors along the factors ---------------------------------------------------------------------------
 
 // out[j] = sum_q w[m(j) + q] a[q], L rows at a time; there are at least L rows and columns.
-template <int L> void dot_rows(const Stage& s, const int32_t* m, const float* w, const float* a, float* out) {
+template <int L, class W> void dot_rows(const Stage& s, const int32_t* m, const W* w, const float* a, float* out) {
   const int rest = s.columns % L;
   float last[L] = {};
   for (int q = L - rest; q < L; ++q) last[q] = a[s.columns - L + q];
@@ -248,7 +290,7 @@ template <int L> void dot_rows(const Stage& s, const int32_t* m, const float* w,
 }
 
 // Vectors along outer indices from i on that share nothing: b = sum_q w a, L of them at a time.
-template <int L> void run_along(const Stage& s, int i, const float* w, const float* a, float* b) {
+template <int L, class W> void run_along(const Stage& s, int i, const W* w, const float* a, float* b) {
   for (int j = 0; j < s.rows; ++j)
     for (int d = 0; d < s.run; d += L) {
       const int first = std::min(d, s.run - L);  // the last vector overlaps the one before
@@ -259,14 +301,31 @@ template <int L> void run_along(const Stage& s, int i, const float* w, const flo
     }
 }
 
+// The same for any number of rows and columns.
+template <class W> void dot_any_rows(const Stage& s, const int32_t* m, const W* w, const float* a, float* out) {
+  const int smaller = std::min(s.rows, s.columns);
+  if (WIDEST >= 16 && smaller >= 16) return dot_rows<WIDEST>(s, m, w, a, out);
+  if (WIDEST >= 8 && smaller >= 8) return dot_rows<std::min(WIDEST, 8)>(s, m, w, a, out);
+  if (smaller >= 4) return dot_rows<4>(s, m, w, a, out);
+  for (int j = 0; j < s.rows; ++j) {
+    out[j] = 0.0f;
+    for (int q = 0; q < s.columns; ++q) out[j] += float(w[m[j] + q]) * a[q];
+  }
+}
+
 // Scratch of a row: the values of one outer index, its results, a block of the factor, and where its rows begin.
 struct Row {
   float *values, *results, *block;
   int32_t* begins;
 };
 
-void run_row(const Stage& s, const float* w, const float* a, float* b, const Row& row) {
-  const int smaller = std::min(s.rows, s.columns);
+int64_t row_floats(const Program& p) { return 3 * int64_t(p.widest()) + p.block(); }
+
+Row row_of(const Program& p, float* memory) {
+  return {memory, memory + p.widest(), memory + 3 * p.widest(), reinterpret_cast<int32_t*>(memory + 2 * p.widest())};
+}
+
+template <class W> void run_row(const Stage& s, const W* w, const float* a, float* b, const Row& row) {
   if (s.run && !s.accumulates) {
     for (int i = 0; i < s.outer; i += s.run) {
       if (WIDEST >= 16 && s.run >= 16) run_along<WIDEST>(s, i, w, a, b);
@@ -276,30 +335,21 @@ void run_row(const Stage& s, const float* w, const float* a, float* b, const Row
     return;
   }
   for (int i = 0; i < s.outer; ++i) {
-    const float *weight = w + s.v[i], *value = a + s.x[i];
+    const float* value = a + s.x[i];
     if (!s.packed) {
       for (int q = 0; q < s.columns; ++q) row.values[q] = value[s.c[q]];
       value = row.values;
     }
-    const int32_t* begins = s.m;
-    if (!s.unit) {  // put the block in order; the outer indices that share it follow one another
+    if (s.unit) {
+      dot_any_rows(s, s.m, w + s.v[i], value, row.results);
+    } else {  // put the block in order; the outer indices that share it follow one another
       if (i == 0 || s.v[i] != s.v[i - 1])
         for (int j = 0; j < s.rows; ++j) {
           row.begins[j] = j * s.columns;
-          for (int q = 0; q < s.columns; ++q) row.block[j * s.columns + q] = weight[s.m[j] + s.n[q]];
+          for (int q = 0; q < s.columns; ++q) row.block[j * s.columns + q] = w[s.v[i] + s.m[j] + s.n[q]];
         }
-      weight = row.block;
-      begins = row.begins;
+      dot_any_rows(s, row.begins, row.block, value, row.results);
     }
-    if (WIDEST >= 16 && smaller >= 16) dot_rows<WIDEST>(s, begins, weight, value, row.results);
-    else if (WIDEST >= 8 && smaller >= 8) dot_rows<std::min(WIDEST, 8)>(s, begins, weight, value, row.results);
-    else if (smaller >= 4) dot_rows<4>(s, begins, weight, value, row.results);
-    else
-      for (int j = 0; j < s.rows; ++j) {
-        float sum = 0.0f;
-        for (int q = 0; q < s.columns; ++q) sum += weight[begins[j] + q] * value[q];
-        row.results[j] = sum;
-      }
     float* to = b + s.o[i];
     if (s.accumulates)
       for (int j = 0; j < s.rows; ++j) to[s.r[j]] += row.results[j];
@@ -308,20 +358,33 @@ void run_row(const Stage& s, const float* w, const float* a, float* b, const Row
   }
 }
 
-void run_token(const Program& p, const Factors& factors, const float* bias, const float* x, float* y) {
-  float* buffer[4] = {scratch(p.in_rows() + p.out_rows() + 2 * p.rows() + 3 * int64_t(p.widest()) + p.block())};
+// By several threads where it is worth waking them: each takes some of the outer indices, or some of the rows.
+template <class W>
+void run_large_row(const Program& p, const Stage& s, const W* w, const float* a, float* b, const Row& row) {
+  const int64_t threads = at::get_num_threads(), shares = std::max(s.outer, s.rows / (2 * WIDEST));
+  if (threads < 2 || shares < threads || s.run || int64_t(s.outer) * s.rows * s.columns < MANY)
+    return run_row(s, w, a, b, row);
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    const Row own = row_of(p, scratch<2>(row_floats(p)));
+    const int64_t all = s.outer >= threads ? s.outer : s.rows;
+    const int first = all * begin / threads, count = all * end / threads - first;
+    run_row(s.outer >= threads ? s.part(first, count, 0, s.rows) : s.part(0, s.outer, first, count), w, a, b, own);
+  });
+}
+
+template <class S> void run_token(const Program& p, const Factors<S>& factors, const S* bias, const S* x, S* y) {
+  float* buffer[4] = {scratch(p.in_rows() + p.out_rows() + 2 * p.rows() + row_floats(p))};
   buffer[1] = buffer[0] + p.in_rows();
   buffer[2] = buffer[1] + p.out_rows();
   buffer[3] = buffer[2] + p.rows();
-  float* rest = buffer[3] + p.rows();
-  const Row row{rest, rest + p.widest(), rest + 3 * p.widest(), reinterpret_cast<int32_t*>(rest + 2 * p.widest())};
+  const Row row = row_of(p, buffer[3] + p.rows());
   std::copy(x, x + p.in_features(), buffer[0]);
   std::fill(buffer[0] + p.in_features(), buffer[0] + p.in_rows(), 0.0f);
   for (int k = 0; k < p.stages(); ++k) {
     const Stage s = p.stage(k);
-    run_row(s, factors[s.factor], buffer[s.source], buffer[s.target], row);
+    run_large_row(p, s, factors[s.factor], buffer[s.source], buffer[s.target], row);
   }
-  for (int f = 0; f < p.out_features(); ++f) y[f] = buffer[1][f] + (bias ? bias[f] : 0.0f);
+  for (int f = 0; f < p.out_features(); ++f) y[f] = buffer[1][f] + (bias ? float(bias[f]) : 0.0f);
 }
 
 // Backward ----------------------------------------------------------------------------------------------------------
@@ -396,8 +459,8 @@ int64_t kept_rows(const Program& p) {
 }
 
 // Gradients of one tile: activations are computed anew and kept, then the stages are gone through from the last.
-template <int L, int NV>
-void run_tile_backward(const Program& p, const Factors& factors, const float* x, const float* dy, float* dx,
+template <int L, int NV, class S>
+void run_tile_backward(const Program& p, const Factors<float>& factors, const S* x, const S* dy, S* dx,
                        const std::vector<float*>& gradients, int64_t tokens, int T) {
   const int64_t in = int64_t(p.in_rows()) * T, out = int64_t(p.out_rows()) * T, inner = int64_t(p.rows()) * T;
   float* memory = scratch(2 * in + out + kept_rows(p) * T + 2 * inner + (p.widest() + L) * int64_t(T));
@@ -430,11 +493,12 @@ void run_tile_backward(const Program& p, const Factors& factors, const float* x,
       gradient = to;
     }
   }
-  if (dx) write_tile<L>(dx, tokens, p.in_features(), T, d_input, nullptr);
+  if (dx) write_tile<L, S>(dx, tokens, p.in_features(), T, d_input, nullptr);
 }
 
 // One token of one stage: da = w^T g and dw += g a, row by row of the factor.
-void run_row_backward(const Stage& s, const float* w, const float* a, const float* g, float* da, bool accumulate,
+template <class W>
+void run_row_backward(const Stage& s, const W* w, const float* a, const float* g, float* da, bool accumulate,
                       float* dw, const Row& row) {
   for (int i = 0; i < s.outer; ++i) {
     const float* value = a + s.x[i];
@@ -446,15 +510,15 @@ void run_row_backward(const Stage& s, const float* w, const float* a, const floa
     if (da) std::fill(sum, sum + s.columns, 0.0f);
     for (int j = 0; j < s.rows; ++j) {
       const float slope = g[s.o[i] + s.r[j]];
-      const float* weight = w + s.v[i] + s.m[j];
+      const W* weight = w + s.v[i] + s.m[j];
       if (s.unit) {
         if (da)
-          for (int q = 0; q < s.columns; ++q) sum[q] += slope * weight[q];
+          for (int q = 0; q < s.columns; ++q) sum[q] += slope * float(weight[q]);
         if (float* __restrict__ to = dw ? dw + s.v[i] + s.m[j] : nullptr)
           for (int q = 0; q < s.columns; ++q) to[q] += slope * value[q];
       } else {
         if (da)
-          for (int q = 0; q < s.columns; ++q) sum[q] += slope * weight[s.n[q]];
+          for (int q = 0; q < s.columns; ++q) sum[q] += slope * float(weight[s.n[q]]);
         if (dw)
           for (int q = 0; q < s.columns; ++q) dw[s.v[i] + s.m[j] + s.n[q]] += slope * value[q];
       }
@@ -468,13 +532,13 @@ void run_row_backward(const Stage& s, const float* w, const float* a, const floa
   }
 }
 
-void run_token_backward(const Program& p, const Factors& factors, const float* x, const float* dy, float* dx,
+template <class S>
+void run_token_backward(const Program& p, const Factors<S>& factors, const S* x, const S* dy, S* dx,
                         const std::vector<float*>& gradients) {
-  const int64_t widest = p.widest();
-  float* input = scratch(2 * int64_t(p.in_rows()) + p.out_rows() + 2 * p.rows() + kept_rows(p) + 3 * widest + p.block());
+  float* input = scratch(2 * int64_t(p.in_rows()) + p.out_rows() + 2 * p.rows() + kept_rows(p) + row_floats(p));
   float *d_input = input + p.in_rows(), *d_output = d_input + p.in_rows(), *ping = d_output + p.out_rows();
-  float *pong = ping + p.rows(), *rest = pong + p.rows();
-  const Row row{rest, rest + widest, rest + 3 * widest, reinterpret_cast<int32_t*>(rest + 2 * widest)};
+  float* pong = ping + p.rows();
+  const Row row = row_of(p, pong + p.rows());
   std::vector<float*> outputs(p.stages());
   float* next = row.block + p.block();
   std::copy(x, x + p.in_features(), input);
@@ -504,105 +568,179 @@ void run_token_backward(const Program& p, const Factors& factors, const float* x
 
 // The operators -----------------------------------------------------------------------------------------------------
 
-struct Operands {
-  Factors pointers;
+template <class S> constexpr bool HALF = std::is_same_v<S, at::BFloat16>;
+
+// Contiguous factors, as floats if these are asked for. Single tokens read them as they are (measured: half the time).
+template <class W> struct Operands {
+  Factors<W> pointers;
   std::vector<at::Tensor> kept;
 
-  explicit Operands(at::TensorList factors) {
-    for (const at::Tensor& factor : factors) {
-      kept.push_back(factor.contiguous());
-      pointers.push_back(kept.back().const_data_ptr<float>());
+  Operands(at::TensorList factors, bool half) {
+    kept.reserve(factors.size());
+    pointers.reserve(factors.size());
+    for (const at::Tensor& factor : factors) kept.push_back(factor.contiguous());
+    if constexpr (std::is_same_v<W, float>)
+      if (half) {
+        convert();
+        return;
+      }
+    for (const at::Tensor& factor : kept) pointers.push_back(factor.const_data_ptr<W>());
+  }
+
+  void convert() {
+    int64_t total = 0;
+    for (const at::Tensor& factor : kept) total += factor.numel();
+    float* to = scratch<1>(total);
+    for (const at::Tensor& factor : kept) {
+      const at::BFloat16* from = factor.const_data_ptr<at::BFloat16>();
+      at::parallel_for(0, factor.numel(), 1 << 16, [&](int64_t begin, int64_t end) {
+        for (int64_t e = begin; e < end; ++e) to[e] = from[e];
+      });
+      pointers.push_back(to);
+      to += factor.numel();
     }
   }
 };
 
-at::Tensor chain(const at::Tensor& x, at::TensorList factors, const std::optional<at::Tensor>& bias,
-                 const at::Tensor& program) {
-  const Program p{program.const_data_ptr<int32_t>()};
-  TORCH_CHECK(x.dim() > 0 && x.size(-1) == p.in_features(), "structlin::chain: the input does not fit the program");
-  const at::Tensor rows = x.contiguous();
-  const Operands operands(factors);
-  const float* shift = bias.has_value() ? bias->const_data_ptr<float>() : nullptr;
-  const int64_t in = p.in_features(), out = p.out_features(), tokens = x.numel() / in;
-  std::vector<int64_t> sizes = x.sizes().vec();
-  sizes.back() = out;
-  at::Tensor y = at::empty(sizes, x.options());
-  const float* from = rows.const_data_ptr<float>();
-  float* to = y.mutable_data_ptr<float>();
+// Whether all is bfloat16; else all is float32.
+bool halves(const at::Tensor& x, at::TensorList factors, const char* name, const at::Tensor& other) {
+  const at::ScalarType type = x.scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16,
+              "structlin::chain: x is ", type, "; the kernel takes Float or BFloat16");
+  const auto check = [&](const at::Tensor& tensor, const auto&... what) {
+    TORCH_CHECK(tensor.scalar_type() == type,
+                "structlin::chain: x is ", type, ", ", what..., " is ", tensor.scalar_type(), "; all must be of one dtype");
+  };
+  for (size_t k = 0; k < factors.size(); ++k) check(factors[k], "factor ", k);
+  if (other.defined()) check(other, name);
+  return type == at::kBFloat16;
+}
+
+template <class S>
+void run_chain(const Program& p, at::TensorList factors, const S* bias, const S* x, S* y, int64_t tokens) {
+  const int64_t in = p.in_features(), out = p.out_features();
   if (tokens <= FEW) {
-    for (int64_t t = 0; t < tokens; ++t) run_token(p, operands.pointers, shift, from + t * in, to + t * out);
-    return y;
+    const Operands<S> operands(factors, HALF<S>);
+    for (int64_t t = 0; t < tokens; ++t) run_token(p, operands.pointers, bias, x + t * in, y + t * out);
+    return;
   }
+  const Operands<float> operands(factors, HALF<S>);
   constexpr int T = 2 * WIDEST;
   at::parallel_for(0, (tokens + T - 1) / T, 1, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t t = tile * T, count = std::min<int64_t>(T, tokens - t);
-      const auto run = count > WIDEST ? run_tile<WIDEST, 2> : count > NARROW ? run_tile<WIDEST, 1> : run_tile<NARROW, 1>;
-      run(p, operands.pointers, shift, from + t * in, to + t * out, count);
+      const auto run = count > WIDEST   ? run_tile<WIDEST, 2, S>
+                       : count > NARROW ? run_tile<WIDEST, 1, S>
+                                        : run_tile<NARROW, 1, S>;
+      run(p, operands.pointers, bias, x + t * in, y + t * out, count);
     }
   });
+}
+
+// out_features is there for the fake kernel in traced.py, which cannot read the program.
+at::Tensor chain(const at::Tensor& x, at::TensorList factors, const std::optional<at::Tensor>& bias,
+                 const at::Tensor& program, int64_t out_features) {
+  const Program p{program.const_data_ptr<int32_t>()};
+  TORCH_CHECK(x.dim() > 0 && x.size(-1) == p.in_features() && out_features == p.out_features(),
+              "structlin::chain: the input does not fit the program");
+  const at::Tensor shift = bias.has_value() ? bias->contiguous() : at::Tensor();
+  const bool half = halves(x, factors, "bias", shift);
+  const at::Tensor rows = x.contiguous();
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes.back() = p.out_features();
+  at::Tensor y = at::empty(sizes, x.options());
+  const auto go = [&](auto zero) {
+    using S = decltype(zero);
+    run_chain<S>(p, factors, shift.defined() ? shift.const_data_ptr<S>() : nullptr, rows.const_data_ptr<S>(),
+                 y.mutable_data_ptr<S>(), x.numel() / p.in_features());
+  };
+  if (half) go(at::BFloat16());
+  else go(0.0f);
   return y;
 }
 
-// Gradients of x (undefined unless asked for) and of the factors (those not asked for are undefined).
-std::vector<at::Tensor> chain_backward(const at::Tensor& dy, const at::Tensor& x, at::TensorList factors,
-                                       const at::Tensor& program, bool input_gradient, at::IntArrayRef wanted) {
-  const Program p{program.const_data_ptr<int32_t>()};
-  const at::Tensor rows = x.contiguous(), slopes = dy.contiguous();
-  const Operands operands(factors);
-  const int64_t in = p.in_features(), out = p.out_features(), tokens = x.numel() / in;
-  at::Tensor dx = input_gradient ? at::empty(x.sizes(), x.options()) : at::Tensor();
+// The gradients of the factors are added to; the sums of each thread but the first are kept apart until the end.
+template <class S>
+void run_chain_backward(const Program& p, at::TensorList factors, const S* x, const S* dy, S* dx, int64_t tokens,
+                        at::IntArrayRef wanted, const std::vector<at::Tensor>& gradients) {
+  const int64_t in = p.in_features(), out = p.out_features();
+  std::vector<float*> sums(factors.size(), nullptr);
   int64_t total = 0;
-  for (const int64_t k : wanted) total += factors[k].numel();
+  for (size_t k = 0; k < wanted.size(); ++k) {
+    sums[wanted[k]] = gradients[k].mutable_data_ptr<float>();
+    total += gradients[k].numel();
+  }
+  if (tokens <= FEW) {
+    const Operands<S> operands(factors, HALF<S>);
+    for (int64_t t = 0; t < tokens; ++t)
+      run_token_backward(p, operands.pointers, x + t * in, dy + t * out, dx ? dx + t * in : nullptr, sums);
+    return;
+  }
+  const Operands<float> operands(factors, HALF<S>);
   // Tiles as long as the intermediates leave room in a cache, so that sums over tokens pay.
   const int64_t floats = 2 * int64_t(p.in_rows()) + p.out_rows() + kept_rows(p) + 2 * int64_t(p.rows());
   const int L = tokens > NARROW ? WIDEST : tokens > 4 ? NARROW : 4;
   int T = tokens > L ? 2 * L : L;
   while (T < 8 * WIDEST && T < tokens && 2 * T * floats * int64_t(sizeof(float)) <= CACHE) T *= 2;
   const int64_t tiles = (tokens + T - 1) / T;
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), tiles));
-  at::Tensor sums = at::zeros({parts, total}, x.options());
-  const float *from = rows.const_data_ptr<float>(), *slope = slopes.const_data_ptr<float>();
-  float *to = input_gradient ? dx.mutable_data_ptr<float>() : nullptr, *sum = sums.mutable_data_ptr<float>();
+  const int64_t parts = std::min<int64_t>(at::get_num_threads(), tiles);
+  const at::Tensor others = at::zeros({parts - 1, total}, at::kFloat);
+  float* other = others.mutable_data_ptr<float>();
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
-      std::vector<float*> gradients(factors.size(), nullptr);
-      float* next = sum + part * total;
-      for (const int64_t k : wanted) {
-        gradients[k] = next;
-        next += factors[k].numel();
-      }
-      if (tokens <= FEW) {
-        for (int64_t t = 0; t < tokens; ++t)
-          run_token_backward(p, operands.pointers, from + t * in, slope + t * out, to ? to + t * in : nullptr, gradients);
-        continue;
-      }
+      std::vector<float*> own = sums;
+      int64_t place = (part - 1) * total;
+      for (size_t k = 0; part > 0 && k < wanted.size(); place += gradients[k++].numel()) own[wanted[k]] = other + place;
       for (int64_t tile = part * tiles / parts; tile < (part + 1) * tiles / parts; ++tile) {
         const int64_t t = tile * T;
-        const auto run = T >= 2 * WIDEST ? run_tile_backward<WIDEST, 2>
-                         : L == WIDEST   ? run_tile_backward<WIDEST, 1>
-                         : L == NARROW   ? run_tile_backward<NARROW, 1>
-                                         : run_tile_backward<4, 1>;
-        run(p, operands.pointers, from + t * in, slope + t * out, to ? to + t * in : nullptr,
-            gradients, std::min<int64_t>(T, tokens - t), T);
+        const auto run = T >= 2 * WIDEST ? run_tile_backward<WIDEST, 2, S>
+                         : L == WIDEST   ? run_tile_backward<WIDEST, 1, S>
+                         : L == NARROW   ? run_tile_backward<NARROW, 1, S>
+                                         : run_tile_backward<4, 1, S>;
+        run(p, operands.pointers, x + t * in, dy + t * out, dx ? dx + t * in : nullptr, own,
+            std::min<int64_t>(T, tokens - t), T);
       }
     }
   });
-  const at::Tensor flat = parts > 1 ? sums.sum(0) : sums[0];
-  std::vector<at::Tensor> result{dx};
-  int64_t position = 0;
-  result.resize(1 + factors.size());
-  for (const int64_t k : wanted) {
-    result[1 + k] = flat.narrow(0, position, factors[k].numel()).view(factors[k].sizes());
-    position += factors[k].numel();
+  if (parts == 1) return;
+  for (size_t k = 0; k < wanted.size(); ++k) {
+    const int64_t count = gradients[k].numel();
+    at::parallel_for(0, count, 1 << 14, [&, to = sums[wanted[k]]](int64_t begin, int64_t end) {
+      for (int64_t part = 0; part + 1 < parts; ++part)
+        for (int64_t e = begin; e < end; ++e) to[e] += other[part * total + e];
+    });
+    other += count;
   }
+}
+
+// The gradient of x, where asked for, then those of the wanted factors, in their order.
+std::vector<at::Tensor> chain_backward(const at::Tensor& dy, const at::Tensor& x, at::TensorList factors,
+                                       const at::Tensor& program, bool input_gradient, at::IntArrayRef wanted) {
+  const Program p{program.const_data_ptr<int32_t>()};
+  const bool half = halves(x, factors, "dy", dy);
+  TORCH_CHECK(x.size(-1) == p.in_features() && dy.size(-1) == p.out_features() &&
+                  x.numel() / p.in_features() == dy.numel() / p.out_features(),
+              "structlin::chain_backward: the tensors do not fit the program");
+  const at::Tensor rows = x.contiguous(), slopes = dy.contiguous();
+  std::vector<at::Tensor> result, gradients;
+  if (input_gradient) result.push_back(at::empty(x.sizes(), x.options()));
+  for (const int64_t k : wanted) gradients.push_back(at::zeros(factors[k].sizes(), at::kFloat));
+  const auto go = [&](auto zero) {
+    using S = decltype(zero);
+    run_chain_backward<S>(p, factors, rows.const_data_ptr<S>(), slopes.const_data_ptr<S>(),
+                          input_gradient ? result[0].mutable_data_ptr<S>() : nullptr, x.numel() / p.in_features(),
+                          wanted, gradients);
+  };
+  if (half) go(at::BFloat16());
+  else go(0.0f);
+  for (const at::Tensor& gradient : gradients) result.push_back(half ? gradient.to(at::kBFloat16) : gradient);
   return result;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(structlin, library) {
-  library.def("chain(Tensor x, Tensor[] factors, Tensor? bias, Tensor program) -> Tensor");
+  library.def("chain(Tensor x, Tensor[] factors, Tensor? bias, Tensor program, int out_features) -> Tensor");
   library.def(
       "chain_backward(Tensor dy, Tensor x, Tensor[] factors, Tensor program, bool input_gradient, int[] wanted) -> "
       "Tensor[]");

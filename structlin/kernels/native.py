@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from structlin.kernels import traced
+from structlin.kernels.constant import constant
 from structlin.machines import cache_folder
 
 SOURCE = Path(__file__).with_name("chain.cpp")
@@ -42,6 +44,7 @@ def build() -> Path:
     return target
 
 
+@constant
 def available() -> bool:
     """Whether the native kernel is built, loads, and is not switched off."""
     if _State.usable is None:
@@ -51,6 +54,7 @@ def available() -> bool:
 
 class _State:
     usable: bool | None = None  # not found out yet
+    library: torch.library.Library | None = None  # what torch was told of the kernel, while this is kept
 
 
 def _load(switch: str) -> bool:
@@ -64,6 +68,7 @@ def _load(switch: str) -> bool:
     if not _loaded():
         try:
             torch.ops.load_library(path)
+            _State.library = traced.register()
         except OSError as error:
             warnings.warn(f"the native kernel {path} does not load: {error}; layers run without it", stacklevel=2)
             return False
