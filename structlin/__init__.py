@@ -15,6 +15,7 @@ from structlin.compress import (
 from structlin.embedding import StructuredEmbedding
 from structlin.heal import HealReport, heal
 from structlin.layer import StructuredLinear
+from structlin.machines import measure_machine
 from structlin.structures import (
     BlastLinear,
     ButterflyLinear,
@@ -51,6 +52,7 @@ __all__ = [
     "heal",
     "kernels",
     "load",
+    "measure_machine",
     "plan_compression",
     "save",
     "statistics_by_layer",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from structlin.planner import EquationPlan, Plan, Step, View, dense_plan
+from structlin.planner import EquationPlan, Merge, Plan, View, merge_plan
 from structlin.spec import Equation, Spec
+
+Operands = list[list[Tensor]]  # of each equation, one for each step of its plan
 
 
 def apply(spec: Spec, factors: Sequence[Tensor], x: Tensor, plan: Plan) -> Tensor:
@@ -23,12 +25,30 @@ def apply(spec: Spec, factors: Sequence[Tensor], x: Tensor, plan: Plan) -> Tenso
     Returns:
         Output, shape (tokens, out_features); it may be a view of a temporary.
     """
-    results = []
-    for (eq, part), eq_plan in zip(_parts(spec, factors), plan.parts, strict=True):
-        padded = F.pad(x, (0, eq.padded_in - spec.in_features)) if eq.padded_in > spec.in_features else x
-        y = _run(eq_plan, part, padded)
-        results.append(y[:, : spec.out_features] if eq.padded_out > spec.out_features else y)
-    return _total(results)
+    return run(spec, fold(spec, factors, plan), x, plan)
+
+
+def fold(spec: Spec, factors: Sequence[Tensor], plan: Plan) -> Operands:
+    """Merge factors as a plan says, and bring them into the layouts that its products read."""
+    operands = []
+    for (_, part), eq_plan in zip(_parts(spec, factors), plan.parts, strict=True):
+        merged = _merged(eq_plan.merges, part)
+        operands.append([_read(merged[step.factor], step.factor_view) for step in eq_plan.steps])
+    return operands
+
+
+def run(spec: Spec, operands: Operands, x: Tensor, plan: Plan) -> Tensor:
+    """As `apply`, with the operands of `fold`."""
+    total = None
+    for eq_plan, operand in zip(plan.parts, operands, strict=True):
+        eq = eq_plan.equation
+        y = _run(
+            eq_plan, operand, F.pad(x, (0, eq.padded_in - spec.in_features)) if eq.padded_in > spec.in_features else x
+        )
+        y = y[:, : spec.out_features] if eq.padded_out > spec.out_features else y
+        total = y if total is None else total + y
+    assert total is not None
+    return total
 
 
 def to_dense(spec: Spec, factors: Sequence[Tensor]) -> Tensor:
@@ -42,49 +62,70 @@ def to_dense(spec: Spec, factors: Sequence[Tensor]) -> Tensor:
     Returns:
         W, shape (out_features, in_features).
     """
-    results = []
+    total = None
     for eq, part in _parts(spec, factors):
-        steps, axes = dense_plan(eq)
-        operands = [*part, part[0]]  # the slot of the input is not read
-        for step in steps:
-            operands.append(_product(step, operands, 1))
-        dense = operands[-1].permute(axes).reshape(eq.padded_out, eq.padded_in)
-        results.append(dense[: spec.out_features, : spec.in_features])
-    return _total(results)
-
-
-def _parts(spec: Spec, factors: Sequence[Tensor]) -> list[tuple[Equation, Sequence[Tensor]]]:
-    parts, start = [], 0
-    for eq in spec.equations:
-        parts.append((eq, factors[start : start + len(eq.factors)]))
-        start += len(eq.factors)
-    return parts
-
-
-def _total(results: list[Tensor]) -> Tensor:
-    total = results[0]
-    for result in results[1:]:
-        total = total + result
+        merges, view = merge_plan(eq)
+        dense = _read(_merged(merges, part)[-1], view)[: spec.out_features, : spec.in_features]
+        total = dense if total is None else total + dense
+    assert total is not None
     return total
 
 
-def _run(plan: EquationPlan, factors: Sequence[Tensor], x: Tensor) -> Tensor:
-    tokens = x.shape[0]
-    operands = [*factors, x.reshape(tokens, *plan.equation.shape(plan.equation.inputs))]
-    for step in plan.steps:
-        operands.append(_product(step, operands, tokens))
-    return operands[-1].permute(plan.axes).reshape(tokens, plan.equation.padded_out)
+def gradients(
+    spec: Spec, x: Tensor, factors: Sequence[Tensor], slopes: Tensor, of_input: bool, wanted: Sequence[int], plan: Plan
+) -> tuple[Tensor, ...]:
+    """Differentiate `apply` with a graph, so that the gradients can be differentiated again.
+
+    Args:
+        spec: the structured matrix.
+        x: input, shape (tokens, in_features).
+        factors: one tensor per factor of `spec`, in its order.
+        slopes: gradient of the output, shape (tokens, out_features).
+        of_input: whether the gradient of x is wanted.
+        wanted: numbers of the factors whose gradients are.
+        plan: a plan of `spec`.
+    Returns:
+        The gradient of x where it is wanted, then those of the wanted factors.
+    """
+    operands = [x] * of_input + [factors[k] for k in wanted]
+    return torch.autograd.grad(apply(spec, factors, x, plan), operands, slopes, create_graph=True)
 
 
-def _product(step: Step, operands: list[Tensor], tokens: int) -> Tensor:
-    left = _stack(operands[step.left], step.left_view, tokens)
-    right = _stack(operands[step.right], step.right_view, tokens)
-    if step.left_view.broadcast:
-        left = left.expand(right.shape[0], -1, -1)
-    out = torch.mm(left[0], right[0]) if step.right_view.shape[0] == 1 else torch.bmm(left, right)
-    return out.reshape([size if size > 0 else -size * tokens for size in step.out_shape])
+def _parts(spec: Spec, factors: Sequence[Tensor]) -> Iterator[tuple[Equation, Sequence[Tensor]]]:
+    start = 0
+    for eq in spec.equations:
+        yield eq, factors[start : start + len(eq.factors)]
+        start += len(eq.factors)
 
 
-def _stack(operand: Tensor, view: View, tokens: int) -> Tensor:
-    stack = operand.permute(view.axes).reshape([size if size > 0 else -size * tokens for size in view.shape])
-    return stack.contiguous() if view.copy else stack
+def _merged(merges: Sequence[Merge], factors: Sequence[Tensor]) -> list[Tensor]:
+    """The factors and what comes of merging them."""
+    slots = [*factors]
+    for merge in merges:
+        left, right = _read(slots[merge.left], merge.left_view), _read(slots[merge.right], merge.right_view)
+        slots.append(_product(left, right, merge.shared))
+    return slots
+
+
+def _run(plan: EquationPlan, operands: Sequence[Tensor], x: Tensor) -> Tensor:
+    value = x
+    for step, operand in zip(plan.steps, operands, strict=True):
+        stack = _read(value, step.view)
+        value = _product(operand, stack, step.shared) if step.swapped else _product(stack, operand, False)
+    return _read(value, plan.result)
+
+
+def _product(left: Tensor, right: Tensor, shared: bool) -> Tensor:
+    if right.ndim == 2:
+        return torch.mm(left, right)
+    return torch.bmm(left.expand(right.shape[0], -1, -1) if shared else left, right)
+
+
+def _read(tensor: Tensor, view: View) -> Tensor:
+    if view.modes is not None:
+        tensor = tensor.reshape(view.modes)
+    if view.axes is not None:
+        tensor = tensor.permute(view.axes)
+    if view.shape is not None:
+        tensor = tensor.reshape(view.shape)
+    return tensor.contiguous() if view.copy else tensor

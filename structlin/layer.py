@@ -8,21 +8,20 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from structlin import contract, kernels, planner
+from structlin.execution import Execution, Key
 from structlin.fit import Family, Fit, fit
 from structlin.init import initial_factors
-from structlin.kernels.chain import TENSORS, Chain, chain_of, plain, suits, unobserved
+from structlin.kernels import Chain
+from structlin.machines import machine_of
 from structlin.objective import Root
 from structlin.planner import Order, Plan
 from structlin.structure import Structure, hyperparameters
 
-# torch.compile gets one plan for all numbers of tokens: a plan per number would recompile for each.
-COMPILED_TOKENS = 256
-DENSE_GAIN = 0.9  # the dense matrix is kept in eval where its predicted time is below this share of every other's
+KEPT = "the dense matrix, kept"  # one of the ways that `explain` names
 
 L = TypeVar("L", bound="type[StructuredLinear]")
 
@@ -242,129 +241,57 @@ class StructuredLinear(nn.Module):
 
     def plan(self, tokens: int, order: Order = "auto") -> Plan:
         """Return the plan for this many rows: print it for order, FLOPs, bytes and predicted time."""
-        return planner.find_plan(self.spec, tokens, itemsize=self.factors[0].element_size(), order=order)
+        factor = self.factors[0]
+        machine = machine_of(factor.device)
+        return planner.find_plan(self.spec, tokens, itemsize=factor.element_size(), machine=machine, order=order)
 
-    def use_plan(self, plan: Plan | Order) -> None:
+    def use_plan(self, plan: Plan | Order, *, autotune: bool = False) -> None:
         """Choose how forward contracts: "auto" (by the number of rows), another order, or a Plan of this layer.
 
+        In eval without gradients "auto" keeps what it makes of the factors between calls: merged factors, also the
+        dense matrix where nothing else is predicted to be faster. They are built anew when a factor changes.
+
+        Args:
+            plan: see above.
+            autotune: with "auto", time the best few ways on the first input of each number of rows (rounded up to a
+                power of two) and remember the fastest, for all layers of this structure in the process.
         Raises:
-            ValueError: if the order is unknown or the plan belongs to another equation.
+            ValueError: if the order is unknown, the plan belongs to another equation, or there is nothing to tune.
         """
-        if isinstance(plan, Plan):
-            if tuple(part.equation for part in plan.parts) != self.spec.equations:
-                raise ValueError(f"the plan contracts {plan.parts[0].equation}, this layer is {self.spec}")
-            self._plans: dict[int, Plan] = {}
-            self._order: Order | None = None
-            self._compiled_plan = plan
-        else:
-            compiled = self.plan(COMPILED_TOKENS, plan)
-            self._plans, self._order, self._compiled_plan = {}, plan, compiled
-        self._seen: tuple[Tensor, ...] = ()  # the parameters at the last forward
-        self._is_plain = self._suits = False
-        self._ways: dict[tuple[int, bool, bool], Plan | Chain | None] = {}
-        self._dense: tuple[list[tuple[int, int]], list[Tensor], Tensor] | None = None
-
-    def _plan_for(self, tokens: int) -> Plan:
-        if self._order is None or torch.compiler.is_compiling():
-            return self._compiled_plan
-        bucket = planner.bucket(tokens)
-        if bucket not in self._plans:
-            self._plans[bucket] = self.plan(bucket, self._order)
-        return self._plans[bucket]
-
-    def _way(self, tokens: int, native: bool, frozen: bool) -> Plan | Chain | None:
-        """What is predicted to be fastest: a plan, the native kernel, or None for the dense matrix, kept."""
-        key = planner.bucket(tokens), native, frozen
-        if key not in self._ways:
-            options = self._options(key[0], native, frozen)
-            self._ways[key] = min(options, key=lambda option: option[0])[1]
-        return self._ways[key]
-
-    def _options(self, tokens: int, native: bool, frozen: bool) -> list[tuple[float, Plan | Chain | None]]:
-        plan = self.plan(tokens)
-        options: list[tuple[float, Plan | Chain | None]] = [(plan.seconds, plan)]
-        if native:
-            options.append((chain_of(self.spec).seconds(tokens), chain_of(self.spec)))
-        if frozen:
-            itemsize = self.factors[0].element_size()
-            dense = planner.dense_seconds(self.in_features, self.out_features, tokens, itemsize)
-            options.append((dense / DENSE_GAIN, None))
-        return options
-
-    def _plain(self, factors: Sequence[Tensor], bias: Tensor | None) -> bool:
-        """Whether the parameters are plain tensors, and (noted) of a kind that the native kernel takes."""
-        given = factors if bias is None else (*factors, bias)
-        if len(given) != len(self._seen) or not all(map(operator.is_, given, self._seen)):
-            self._seen, self._is_plain = tuple(given), plain(given)
-            self._suits = self._is_plain and suits(given)
-        return self._is_plain
-
-    def _frozen(self, x: Tensor, factors: Sequence[Tensor]) -> bool:
-        """Whether the factors are constant for now: no gradients are asked for; on a CPU, at the layer's dtype."""
-        return (
-            x.is_cpu
-            and x.dtype is factors[0].dtype
-            and not (torch.is_grad_enabled() and any(factor.requires_grad for factor in factors))
-            and not any(factor.is_inference() for factor in factors)
-        )
+        if isinstance(plan, Plan) and tuple(part.equation for part in plan.parts) != self.spec.equations:
+            raise ValueError(f"the plan contracts {plan.parts[0].equation}, this layer is {self.spec}")
+        if autotune and plan != "auto":
+            raise ValueError('autotune=True chooses between plans; use it with plan="auto"')
+        self._execution = Execution(self.spec, plan, autotune)
 
     def explain(self, tokens: int) -> str:
-        """Say how forward runs for this many rows on a CPU, in training and in eval, with the predicted times."""
-        native = kernels.available() and self.factors[0].dtype is torch.float32
+        """Say how forward runs for this many rows, in training and in eval, with the predicted times."""
+        factor = self.factors[0]
+        native = factor.is_cpu and factor.dtype is torch.float32 and kernels.available()
         lines = []
         for mode, frozen in (("training", False), ("eval", True)):
-            seconds, way = min(self._options(planner.bucket(tokens), native, frozen), key=lambda option: option[0])
-            name = "native kernel" if isinstance(way, Chain) else "the dense matrix, kept" if way is None else "plan"
+            key = Key(planner.bucket(tokens), factor.dtype, factor.device, native, frozen)
+            seconds, way = min(self._execution.options(key), key=lambda option: option[0])
+            name = "native kernel" if isinstance(way, Chain) else "plan" if isinstance(way, Plan) else KEPT
             lines.append(f"{mode}: {name}, {seconds * 1e6:.3g} us predicted for {tokens} rows")
         return "\n".join([*lines, str(self.plan(tokens))])
 
-    def _kept_dense(self, factors: Sequence[Tensor]) -> Tensor:
-        """The dense matrix, built when the factors have changed since the last time."""
-        key = [(factor.data_ptr(), factor._version) for factor in factors]
-        if self._dense is None or self._dense[0] != key:
-            # The aliases keep the storages alive, so that no other tensor can come to stand at their addresses.
-            self._dense = key, [factor.detach() for factor in factors], self.to_dense().detach()
-        return self._dense[2]
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._seen, self._dense = (), None  # dtype and device may change inside the same parameters
+        self._execution.forget()  # dtype and device may change inside the same parameters
         return super()._apply(fn, recurse)
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode, as every module does, and forget the dense matrix that eval may have kept."""
-        self._dense = None
+        """Set the mode, as every module does, and forget what eval may have kept of the factors."""
+        self._execution.forget()
         return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is found anew: the plans for each number of rows, and the kept dense matrix."""
-        return {**self.__dict__, "_plans": {}, "_ways": {}, "_dense": None, "_seen": ()}
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute x W^T + b for x of shape (..., in_features); the result is never a view."""
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"input has shape {tuple(x.shape)}; its last axis must be in_features={self.in_features}")
-        factors, bias = self.factors, self.bias
-        tokens = math.prod(x.shape[:-1])
-        if (
-            self._order == "auto"
-            and not torch.compiler.is_compiling()
-            and type(x) in TENSORS
-            and self._plain(factors, bias)
-            and unobserved()
-        ):
-            fast = self._suits and x.dtype is torch.float32 and x.is_cpu and kernels.available()
-            way = self._way(tokens, fast, not self.training)
-            if way is None and not self._frozen(x, factors):
-                way = self._way(tokens, fast, False)
-            if way is None:
-                return F.linear(x, self._kept_dense(factors), bias)
-            if isinstance(way, Chain):
-                return way(x, factors, bias)
-        rows = x.reshape(tokens, self.in_features)
-        y = contract.apply(self.spec, factors, rows, self._plan_for(tokens))
-        y = y.reshape(*x.shape[:-1], self.out_features)
-        # Under autocast the product is in low precision and the bias is not: nn.Linear returns the former.
-        return y.clone() if bias is None else y + bias.to(y.dtype)
+        parameters = self._parameters
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (that one is slow)
+        return self._execution(x, self.factors, bias, self.training)
 
     def extra_repr(self) -> str:
         """Sizes, hyperparameters and the share of the dense parameters that is kept."""

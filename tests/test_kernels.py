@@ -294,10 +294,10 @@ def test_a_long_chain_has_a_small_program():
 
 @pytest.fixture
 def counted(monkeypatch):
-    """Counts the calls of `contract.apply`, which the kernel makes unnecessary."""
+    """Counts the calls of `contract.run`, which the kernel makes unnecessary."""
     calls = []
-    apply = contract.apply
-    monkeypatch.setattr(contract, "apply", lambda *args: calls.append(1) or apply(*args))
+    run = contract.run
+    monkeypatch.setattr(contract, "run", lambda *args: calls.append(1) or run(*args))
     return calls
 
 
@@ -361,7 +361,7 @@ def test_copies_and_pickles_leave_the_plans_behind():
     x = torch.randn(40, 64)
     y = layer(x)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert not twin._ways
+        assert not twin._execution._ways
         assert torch.equal(twin(x), y)
 
 

@@ -26,6 +26,7 @@ from structlin import (
     StructuredLinear,
     SumLinear,
     TTLinear,
+    contract,
 )
 from structlin.layer import build
 from structlin.spec import Spec, equation
@@ -549,21 +550,34 @@ def test_weights_that_cannot_be_decomposed(weight, message):
 # Plans of a layer ----------------------------------------------------------------------------------------------------
 
 
-def test_use_plan_with_a_plan_of_the_layer(layer):
+@pytest.fixture
+def plans(monkeypatch):
+    """The plans that run."""
+    ran = []
+    run = contract.run
+    monkeypatch.setattr(contract, "run", lambda *args: ran.append(args[-1]) or run(*args))
+    return ran
+
+
+def test_use_plan_with_a_plan_of_the_layer(layer, plans):
     x = torch.randn(40, 16)
     for order in ("forward", "backward", "materialise", "auto"):
         plan = layer.plan(7, order)
         layer.use_plan(plan)
-        assert layer._plan_for(40) is plan
         assert_close(layer(x), x @ layer.to_dense().T + layer.bias, f"a plan for 7 rows, {order}")
+        assert plans[-1] is plan
+    layer.use_plan("materialise")
+    layer(x)
+    assert plans[-1].materialises
     layer.use_plan("auto")
-    assert layer._plan_for(40) == layer.plan(64)
+    layer(x)
+    assert plans[-1] == layer.plan(64)
 
 
-def test_auto_plans_by_the_number_of_rows():
-    layer = PHMLinear(512, 512, n=4)
-    assert not layer._plan_for(1).materialises
-    assert layer._plan_for(4096).materialises
+def test_auto_plans_by_the_number_of_rows(plans):
+    layer = PHMLinear(512, 512, n=8)
     x = torch.randn(300, 512)
-    assert_close(layer(x), x @ layer.to_dense().T + layer.bias, "many rows")
     assert_close(layer(x[:1]), x[:1] @ layer.to_dense().T + layer.bias, "one row")
+    assert not plans[-1].materialises
+    assert_close(layer(x), x @ layer.to_dense().T + layer.bias, "many rows")
+    assert plans[-1].materialises

@@ -51,15 +51,13 @@ class Chain:
     def seconds(self, tokens: int, itemsize: int = 4) -> float:
         """Predict the time of a forward pass in s, for elements of so many bytes."""
         flops, turned = cost(self.spec)
-        done = flops * tokens
+        machine, entries = planner.NATIVE, tokens * (self.spec.in_features + self.spec.out_features)
         if tokens <= planner.NATIVE_ROWS:
-            machine = planner.NATIVE_FEW
-            read = itemsize * tokens * (self.spec.num_parameters + planner.TURNED * turned)
-            return max(done / machine.flops, read / machine.bandwidth) + machine.op
-        moved = itemsize * tokens * (self.spec.in_features + self.spec.out_features)
+            machine, entries = planner.NATIVE_FEW, tokens * (self.spec.num_parameters + planner.TURNED * turned)
+            return max(flops * tokens / machine.flops, itemsize * entries / machine.bandwidth) + machine.op
         if itemsize < 4:  # the factors are converted first
-            moved += itemsize * self.spec.num_parameters
-        return planner.NATIVE.seconds(done, moved, 1)
+            entries += self.spec.num_parameters
+        return flops * tokens / machine.flops + itemsize * entries / machine.bandwidth + machine.op
 
     def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         """Compute x W^T + bias for x of shape (..., in_features), all tensors such as `suits` says."""
@@ -137,26 +135,18 @@ class _Function(torch.autograd.Function):
         _, of_input, of_bias, *of_factors = ctx.needs_input_grad
         bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if of_bias else None
         wanted = [k for k, needed in enumerate(of_factors) if needed]
+        spec = ctx.program.spec
         if torch.is_grad_enabled():  # create_graph=True: the gradients must be differentiable themselves
-            found = _differentiable(ctx.program.spec, x, factors, gradient, of_input, wanted)
+            if spec is None:
+                raise RuntimeError(
+                    "the native kernel under torch.compile has no second derivatives; compile without it "
+                    "(STRUCTLIN_KERNELS=off), or do not compile what create_graph=True goes through"
+                )
+            rows, slopes = x.reshape(-1, spec.in_features), gradient.reshape(-1, spec.out_features)
+            plan = planner.find_plan(spec, planner.bucket(len(rows)))
+            each = iter(contract.gradients(spec, rows, factors, slopes, of_input, wanted, plan))
+            of_x = next(each).reshape(x.shape) if of_input else None
         else:
-            found = torch.ops.structlin.chain_backward(gradient, x, factors, ctx.program.table, of_input, wanted)
-        each = iter(found)
-        of_x = next(each) if of_input else None
+            each = iter(torch.ops.structlin.chain_backward(gradient, x, factors, ctx.program.table, of_input, wanted))
+            of_x = next(each) if of_input else None
         return None, of_x, bias, *(next(each) if needed else None for needed in of_factors)
-
-
-def _differentiable(
-    spec: Spec | None, x: Tensor, factors: Sequence[Tensor], gradient: Tensor, of_input: bool, wanted: Sequence[int]
-) -> tuple[Tensor, ...]:
-    """The same gradients through `contract`, with their graph."""
-    if spec is None:
-        raise RuntimeError(
-            "the native kernel under torch.compile has no second derivatives; compile without it "
-            "(STRUCTLIN_KERNELS=off), or do not compile what create_graph=True goes through"
-        )
-    operands = [x] * of_input + [factors[k] for k in wanted]
-    rows = x.reshape(-1, spec.in_features)
-    y = contract.apply(spec, factors, rows, planner.find_plan(spec, planner.bucket(len(rows))))
-    gradient = gradient.reshape(-1, spec.out_features)
-    return torch.autograd.grad(y, operands, gradient, create_graph=True)

@@ -1,8 +1,8 @@
-"""Choose how to contract an equation with a batch of tokens: pure integer code, tested without tensors.
+"""Search for the fastest predicted plan of an equation.
 
-A plan is a list of matrix products. The factors form a chain; neighbours may be merged into one operand first, and
-the input absorbs the operands from either end of the chain. "Materialise" is the plan that merges everything before
-it meets the input. The search minimises the predicted time: FLOPs, bytes moved (layout copies included) and ops.
+The factors form a chain; neighbours may be merged into one operand first, and the input absorbs the operands from
+either end of the chain. "Materialise" is the plan that merges everything before it meets the input. The search
+minimises the predicted time: FLOPs or bytes moved (layout copies included) and operations.
 """
 
 from __future__ import annotations
@@ -14,163 +14,16 @@ from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Literal
 
+from structlin.planner.machine import CPU, Machine
+from structlin.planner.plan import TOKENS, Cost, EquationPlan, Merge, Plan, Shape, Step, View
 from structlin.spec import Equation, Modes, Spec
 
 Order = Literal["auto", "forward", "backward", "materialise"]
 ORDERS: tuple[Order, ...] = ("auto", "forward", "backward", "materialise")
 
-TOKENS = "n"  # the name of the token axis in a plan; mode names of equations must differ from it
 _BEAM = 3  # layouts kept per position of the chain
 _CHAIN = 24  # factors up to which all merges of neighbours are searched
 _LENGTH = 6  # longer chains merge at most so many neighbours, or all
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What an operation costs.
-
-    Args:
-        name: shown in plans.
-        flops: matrix product rate in FLOP/s (a multiply and an add are 2).
-        bandwidth: memory traffic in B/s.
-        op: fixed cost of one operation in s.
-    """
-
-    name: str
-    flops: float
-    bandwidth: float
-    op: float
-
-    def seconds(self, flops: float, nbytes: float, ops: float) -> float:
-        """Predicted time: the three costs added, as little overlaps on a CPU."""
-        return flops / self.flops + nbytes / self.bandwidth + ops * self.op
-
-
-def thinness(batch: int, rows: int, columns: int) -> float:
-    """How many times longer a matrix product takes than its FLOPs say because its result is thin.
-
-    Measured with torch 2.13 and MKL on an AVX-512 core: below 16 columns a product costs as much as one with 32; with
-    few rows it runs at a third of the rate; a single matrix times a vector has a fast path of its own.
-    """
-    thin_rows = 1 + min(4.4 / max(rows, 1), 1.7)
-    if columns >= 16 or columns == 0:
-        return thin_rows
-    return 2.7 if batch == columns == 1 else thin_rows * 32 / columns
-
-
-# One AVX-512 core at float32: GEMM rate, DRAM bandwidth, and the cost of an op with the Python around it.
-CPU = Machine("cpu, 1 thread, float32", flops=90e9, bandwidth=28e9, op=8e-6)
-
-
-# The native kernel on the same core: all stages in one op, tiles of tokens in cache.
-NATIVE = Machine("native cpu kernel, 1 thread, float32", flops=140e9, bandwidth=40e9, op=5e-6)
-# Up to so many tokens it goes row by row, along the factors.
-NATIVE_ROWS = 3
-TURNED = 15  # how many times longer it takes to read an entry of a factor that is not stored in the order of its sums
-NATIVE_FEW = Machine("native cpu kernel, few tokens", flops=35e9, bandwidth=55e9, op=5e-6)
-
-
-# A dense product on the same core: bytes from the last cache or beyond it, and rates with few and with many tokens.
-_NEAR, _NEAR_BANDWIDTH, _FAR_BANDWIDTH = 16 << 20, 55e9, 21e9
-_FEW_TOKENS, _FEW_FLOPS = 16, 60e9
-
-
-def dense_seconds(in_features: int, out_features: int, tokens: int, itemsize: int = 4) -> float:
-    """Predict the time of `F.linear` in s: its bytes or its FLOPs, whichever take longer, and an op."""
-    nbytes = itemsize * (in_features * out_features + tokens * (in_features + out_features))
-    rate = _FEW_FLOPS if tokens < _FEW_TOKENS else CPU.flops
-    moved = nbytes / (_NEAR_BANDWIDTH if nbytes <= _NEAR else _FAR_BANDWIDTH)
-    return max(2 * in_features * out_features * tokens / rate, moved) + 3e-6
-
-
-@dataclass(frozen=True)
-class View:
-    """How an operand becomes a (batch, rows, columns) stack; sizes below 0 stand for that many times the tokens."""
-
-    axes: tuple[int, ...]
-    shape: tuple[int, int, int]
-    copy: bool
-    broadcast: bool = False  # the operand lacks the batch axis: it is shared by stride 0
-
-
-@dataclass(frozen=True)
-class Step:
-    """One batched matrix product; operands are numbered: factors first, then the input, then results in order."""
-
-    left: int
-    right: int
-    left_view: View
-    right_view: View
-    out_modes: Modes
-    out_shape: tuple[int, ...]
-    text: str
-    flops: int
-    nbytes: int
-    ops: int
-
-
-@dataclass(frozen=True)
-class EquationPlan:
-    """A contraction of one equation with an input of `tokens` rows; prints itself as a table.
-
-    `flops`, `nbytes` and `seconds` are predictions for `tokens`; the steps are right for any number of tokens.
-    `axes` puts the modes of the last result into (tokens, outputs) order.
-    """
-
-    equation: Equation
-    tokens: int
-    itemsize: int
-    machine: Machine
-    steps: tuple[Step, ...]
-    axes: tuple[int, ...]
-    flops: int
-    nbytes: int
-    seconds: float
-
-    @property
-    def materialises(self) -> bool:
-        """Whether the dense matrix is built first."""
-        return sum(TOKENS in step.out_modes for step in self.steps) == 1 and len(self.steps) > 1
-
-    def __str__(self) -> str:
-        kind = "materialise, then one product" if self.materialises else f"{len(self.steps)} products"
-        head = (
-            f"{self.equation}\n{kind} for {self.tokens} tokens on {self.machine.name}: "
-            f"{self.flops:,} FLOPs, {self.nbytes:,} B, {self.seconds * 1e3:.3g} ms predicted"
-        )
-        width = max(len(step.text) for step in self.steps)
-        rows = [f"  {s.text:<{width}}  {s.flops:>15,} FLOPs  {s.nbytes:>13,} B  {s.ops} ops" for s in self.steps]
-        return "\n".join([head, *rows])
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The plans of all equations of a spec, in its order; their predicted costs add up."""
-
-    parts: tuple[EquationPlan, ...]
-
-    @property
-    def flops(self) -> int:
-        """FLOPs for the planned number of tokens."""
-        return sum(part.flops for part in self.parts)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes read and written, layout copies included."""
-        return sum(part.nbytes for part in self.parts)
-
-    @property
-    def seconds(self) -> float:
-        """Predicted time in s."""
-        return sum(part.seconds for part in self.parts)
-
-    @property
-    def materialises(self) -> bool:
-        """Whether every equation builds its dense matrix first."""
-        return all(part.materialises for part in self.parts)
-
-    def __str__(self) -> str:
-        return "\n".join(map(str, self.parts))
 
 
 Groups = tuple[Modes, Modes, Modes]  # the (batch, rows, columns) of an operand
@@ -188,13 +41,13 @@ class _Product:
     broadcast: bool  # the left operand is shared over the batch
     out: Modes
     copies: tuple[bool, bool]
-    flops: int
-    nbytes: int
+    cost: Cost
     seconds: float
 
     @property
-    def ops(self) -> int:
-        return 1 + sum(self.copies)
+    def sides(self) -> tuple[tuple[Modes, Groups, bool], tuple[Modes, Groups, bool]]:
+        """Left and right: modes, groups, and whether it is copied."""
+        return (self.left, self.left_groups, self.copies[0]), (self.right, self.right_groups, self.copies[1])
 
 
 @dataclass(frozen=True)
@@ -202,7 +55,7 @@ class _Merged:
     """Neighbouring factors contracted with one another; a single factor has no product."""
 
     modes: Modes
-    seconds: float
+    seconds: float = 0.0  # none where it is done once, beforehand
     middle: int = 0
     product: _Product | None = None
 
@@ -216,14 +69,23 @@ class _State:
     cost: float
 
 
+@dataclass(frozen=True)
+class _Slots:
+    """What is written of merging: shapes of factors, then of the results, and the products."""
+
+    shapes: list[Shape]
+    merges: list[Merge]
+
+
 class _Search:
     """Dynamic programming over the positions of the chain, for one equation and one number of tokens."""
 
-    def __init__(self, eq: Equation, tokens: int, itemsize: int, machine: Machine) -> None:
+    def __init__(self, eq: Equation, tokens: int, itemsize: int, machine: Machine, folded: bool = False) -> None:
         self.eq = eq
         self.itemsize = itemsize
         self.machine = machine
         self.tokens = tokens
+        self.folded = folded
         self.size = {**eq.size, TOKENS: tokens}
         self.external = frozenset((*eq.outputs, *eq.inputs))
         self.count = len(eq.factors)
@@ -260,26 +122,35 @@ class _Search:
         *, swapped: bool = False, broadcast: bool = False,
     ) -> _Product:  # fmt: skip
         copies = _needs_copy(left, left_groups), _needs_copy(right, right_groups)
-        left_size, right_size, out_size = self.numel(left), self.numel(right), self.numel(out)
-        moved = (1 + 2 * copies[0]) * left_size + (1 + 2 * copies[1]) * right_size + out_size
-        flops = 2 * out_size * self.numel(left_groups[2])
-        nbytes = self.itemsize * moved
-        stack, rows, columns = self.numel(right_groups[0]), self.numel(left_groups[1]), self.numel(right_groups[2])
-        seconds = self.machine.seconds(flops * thinness(stack, rows, columns), nbytes, 1 + sum(copies))
-        return _Product(left, right, left_groups, right_groups, swapped, broadcast, out, copies, flops, nbytes, seconds)
+        if self.folded and TOKENS in out:  # the factor is copied once, beforehand
+            copies = copies[0] and TOKENS in left, copies[1] and TOKENS in right
+        sizes = self.numel(left), self.numel(right)
+        copied = [size * self.itemsize for size, copy in zip(sizes, copies, strict=True) if copy]
+        batch, summed, columns = map(self.numel, right_groups)
+        rows = self.numel(left_groups[1])
+        seconds = self.machine.product(batch, rows, summed, columns, self.itemsize) + sum(
+            map(self.machine.copy, copied)
+        )
+        cost = Cost(
+            f"[{' '.join(left)}] * [{' '.join(right)}] -> [{' '.join(out)}]",
+            2 * self.numel(out) * summed,
+            self.itemsize * (sum(sizes) + self.numel(out)) + 2 * sum(copied),
+            1 + len(copied),
+        )
+        return _Product(left, right, left_groups, right_groups, swapped, broadcast, out, copies, cost, seconds)
 
     # Merging neighbours ------------------------------------------------------------------------------------------
 
     def merged(self, lo: int, hi: int) -> _Merged:
         """Contract the factors lo..hi-1 with one another."""
         if hi - lo == 1:
-            return _Merged(self.eq.factors[lo].modes, 0.0)
+            return _Merged(self.eq.factors[lo].modes)
         if (lo, hi) not in self.known:
             middle = self.middle(lo, hi)
             left, right = self.merged(lo, middle), self.merged(middle, hi)
             options = self.products(left.modes, right.modes, self.outside(lo, hi))
             best = min(options, key=lambda option: option.seconds)
-            seconds = left.seconds + right.seconds + best.seconds
+            seconds = 0.0 if self.folded else left.seconds + right.seconds + best.seconds
             self.known[lo, hi] = _Merged(best.out, seconds, middle, best)
         return self.known[lo, hi]
 
@@ -303,7 +174,6 @@ class _Search:
             for lo in range(self.count)
             for hi in range(lo + 1, self.count + 1)
         }
-        size = {interval: self.numel(modes) for interval, modes in kept.items()}
         cost = dict.fromkeys(((i, i + 1) for i in range(self.count)), 0.0)
         split: dict[tuple[int, int], int] = {}
         for length in range(2, self.count + 1):
@@ -311,10 +181,12 @@ class _Search:
                 hi = lo + length
                 options = []
                 for middle in range(lo + 1, hi):
-                    a, b = (lo, middle), (middle, hi)
-                    flops = 2 * size[a] * size[b] // self.numel(kept[a] & kept[b])
-                    nbytes = self.itemsize * (size[a] + size[b] + size[lo, hi])
-                    options.append((cost[a] + cost[b] + self.machine.seconds(flops, nbytes, 1), middle))
+                    a, b = kept[lo, middle], kept[middle, hi]
+                    shared = a & b
+                    groups = (shared & kept[lo, hi], a - shared, shared - kept[lo, hi], b - shared)
+                    batch, rows, summed, columns = map(self.numel, groups)
+                    seconds = self.machine.product(batch, rows, summed, columns, self.itemsize)
+                    options.append((cost[lo, middle] + cost[middle, hi] + seconds, middle))
                 cost[lo, hi], split[lo, hi] = min(options)
         return split
 
@@ -347,55 +219,73 @@ class _Search:
         """Add the cost of bringing the result into (tokens, outputs) order."""
         if state.modes == (TOKENS, *self.eq.outputs):
             return state
-        nbytes = 2 * self.itemsize * self.numel(state.modes)
-        return _State(state.modes, state.absorbed, state.cost + self.machine.seconds(0, nbytes, 1))
+        copy = self.machine.copy(self.itemsize * self.numel(state.modes))
+        return _State(state.modes, state.absorbed, state.cost + copy)
 
     # Writing the plan down ---------------------------------------------------------------------------------------
 
     def plan(self, state: _State) -> EquationPlan:
+        slots = _Slots([self.encoded(factor.modes) for factor in self.eq.factors], [])
         steps: list[Step] = []
-        slot = self.count  # of the activations: the input comes after the factors
+        inner: list[int] = []  # entries per token
+        modes: Modes = (TOKENS, *self.eq.inputs)
+        shape: Shape = (-1, self.eq.padded_in)
         for lo, hi, product in state.absorbed:
-            factor = self.write_merged(lo, hi, steps)
-            slot = self.write(product, slot, factor, steps)
+            factor = self.write_merges(lo, hi, slots)
+            left, right = product.sides
+            operand, side = (left, right) if product.swapped else (right, left)
+            factor_view, view = self.view(*operand, slots.shapes[factor]), self.view(*side, shape)
+            steps.append(Step(factor, factor_view, view, product.swapped, product.broadcast, product.cost))
+            copied, made = (self.numel(some) // max(1, self.tokens) for some in (modes, product.out))
+            inner += [copied, made] if view.copy else [made]
+            modes, shape = product.out, self.shape_of(product)
+        ordered = (TOKENS, *self.eq.outputs)
+        if modes == ordered:
+            inner.pop()  # the output itself
+        result = self.view(modes, ((), (TOKENS,), self.eq.outputs), modes != ordered, shape)
         return EquationPlan(
-            self.eq, self.tokens, self.itemsize, self.machine, tuple(steps),
-            axes=tuple(state.modes.index(mode) for mode in (TOKENS, *self.eq.outputs)),
-            flops=sum(step.flops for step in steps),
-            nbytes=sum(step.nbytes for step in steps),
-            seconds=state.cost,
+            self.eq, self.tokens, self.itemsize, self.machine, self.folded, tuple(slots.merges), tuple(steps), result,
+            sum(inner), max(inner, default=0), state.cost,
         )  # fmt: skip
 
-    def write_merged(self, lo: int, hi: int, steps: list[Step]) -> int:
-        """Append the steps that merge the factors lo..hi-1; return the number of the result."""
+    def write_merges(self, lo: int, hi: int, slots: _Slots) -> int:
+        """Append what merges the factors lo..hi-1; return the number of the result."""
         merged = self.merged(lo, hi)
         if merged.product is None:
             return lo
-        left = self.write_merged(lo, merged.middle, steps)
-        right = self.write_merged(merged.middle, hi, steps)
-        return self.write(merged.product, left, right, steps)
-
-    def write(self, product: _Product, a: int, b: int, steps: list[Step]) -> int:
-        left, right = (b, a) if product.swapped else (a, b)
-        text = f"[{' '.join(product.left)}] * [{' '.join(product.right)}] -> [{' '.join(product.out)}]"
-        step = Step(
-            left, right,
-            self.view(product.left, product.left_groups, product.copies[0], product.broadcast),
-            self.view(product.right, product.right_groups, product.copies[1]),
-            product.out, tuple(self.encoded((mode,)) for mode in product.out),
-            text, product.flops, product.nbytes, product.ops,
+        a = self.write_merges(lo, merged.middle, slots)
+        b = self.write_merges(merged.middle, hi, slots)
+        left, right = (b, a) if merged.product.swapped else (a, b)
+        left_side, right_side = merged.product.sides
+        left_view, right_view = self.view(*left_side, slots.shapes[left]), self.view(*right_side, slots.shapes[right])
+        slots.merges.append(
+            Merge(left, right, left_view, right_view, merged.product.broadcast, merged.product.cost)
         )  # fmt: skip
-        steps.append(step)
-        return self.count + len(steps)
+        slots.shapes.append(self.shape_of(merged.product))
+        return len(slots.shapes) - 1
 
-    def view(self, modes: Modes, groups: Groups, copy: bool, broadcast: bool = False) -> View:
-        axes = tuple(modes.index(mode) for group in groups for mode in group)
-        batch, rows, columns = groups
-        return View(axes, (self.encoded(batch), self.encoded(rows), self.encoded(columns)), copy, broadcast)
+    def shape_of(self, product: _Product) -> Shape:
+        """Shape of what a product gives."""
+        return self.stacked((product.right_groups[0], product.left_groups[1], product.right_groups[2]))
 
-    def encoded(self, modes: Modes) -> int:
-        size = self.eq.numel([mode for mode in modes if mode != TOKENS])
-        return -size if TOKENS in modes else size
+    def view(self, modes: Modes, groups: Groups, copy: bool, shape: Shape) -> View:
+        """How to read a tensor of a shape, with these modes, by groups."""
+        order = tuple(mode for group in groups for mode in group)
+        split, permuted, target = self.encoded(modes), self.encoded(order), self.stacked(groups)
+        if modes == order:
+            return View(None, None, target if target != shape else None, copy)
+        axes = tuple(modes.index(mode) for mode in order)
+        return View(split if split != shape else None, axes, target if target != permuted else None, copy)
+
+    def stacked(self, groups: Groups) -> Shape:
+        shape = tuple(self.extent(group) for group in groups)
+        return shape if groups[0] else shape[1:]
+
+    def encoded(self, modes: Modes) -> tuple[int, ...]:
+        return tuple(self.extent((mode,)) for mode in modes)
+
+    def extent(self, modes: Modes) -> int:
+        return -1 if TOKENS in modes else self.eq.numel(modes)
 
 
 def _needs_copy(modes: Modes, groups: Groups) -> bool:
@@ -416,7 +306,7 @@ def _best(states: list[_State]) -> list[_State]:
 
 @lru_cache(maxsize=1024)
 def find_plan(
-    spec: Spec, tokens: int, *, itemsize: int = 4, machine: Machine = CPU, order: Order = "auto"
+    spec: Spec, tokens: int, *, itemsize: int = 4, machine: Machine = CPU, order: Order = "auto", folded: bool = False
 ) -> Plan:  # fmt: skip
     """Search for the fastest predicted plan.
 
@@ -427,6 +317,7 @@ def find_plan(
         machine: cost record.
         order: "auto" searches; "forward" and "backward" absorb one factor at a time from the first or the last;
             "materialise" builds the dense matrix first.
+        folded: the factors are constant, so that merging and copying them is done once and costs nothing here.
     Returns:
         A Plan, right for any number of tokens and predicted for `tokens`.
     Raises:
@@ -436,17 +327,19 @@ def find_plan(
         >>> eq = equation("o r, r i -> o i", ("left", "right"), {"o": 64, "r": 16, "i": 64})
         >>> print(find_plan(Spec(64, 64, (eq,)), 32, order="backward"))
         o r, r i -> o i
-        2 products for 32 tokens on cpu, 1 thread, float32: 131,072 FLOPs, 28,672 B, 0.0187 ms predicted
-          [n i] * [r i] -> [n r]           65,536 FLOPs         14,336 B  1 ops
-          [n r] * [o r] -> [n o]           65,536 FLOPs         14,336 B  1 ops
+        2 products for 32 tokens on cpu, 1 thread: 131,072 FLOPs, 28,672 B, 0.00792 ms predicted
+          [r i] * [n i] -> [r n]           65,536 FLOPs         14,336 B  1 ops
+          [r n] * [o r] -> [n o]           65,536 FLOPs         14,336 B  1 ops
     """
     if order not in ORDERS:
         raise ValueError(f"order={order!r} is unknown; use one of {ORDERS}")
-    return Plan(tuple(_find(eq, tokens, itemsize, machine, order) for eq in spec.equations))
+    return Plan(tuple(_find(eq, tokens, itemsize, machine, order, folded) for eq in spec.equations))
 
 
-def _find(eq: Equation, tokens: int, itemsize: int, machine: Machine, order: Order) -> EquationPlan:
-    search = _Search(eq, tokens, itemsize, machine)
+def _find(
+    eq: Equation, tokens: int, itemsize: int, machine: Machine, order: Order, folded: bool = False
+) -> EquationPlan:  # fmt: skip
+    search = _Search(eq, tokens, itemsize, machine, folded)
     single = [1]
     every = [*range(1, search.count + 1)] if search.count <= _CHAIN else [*range(1, _LENGTH + 1), search.count]
     options: Sequence[_State | None]
@@ -463,21 +356,16 @@ def _find(eq: Equation, tokens: int, itemsize: int, machine: Machine, order: Ord
 
 
 @lru_cache(maxsize=1024)
-def dense_plan(eq: Equation) -> tuple[tuple[Step, ...], tuple[int, ...]]:
-    """Steps that merge all factors, and the axes that bring the result into (outputs, inputs) order."""
+def merge_plan(eq: Equation) -> tuple[tuple[Merge, ...], View]:
+    """Merges of all factors, and how the result is read as the dense matrix (outputs, inputs)."""
     search = _Search(eq, 1, 4, CPU)
-    steps: list[Step] = []
-    search.write_merged(0, search.count, steps)
+    slots = _Slots([search.encoded(factor.modes) for factor in eq.factors], [])
+    last = search.write_merges(0, search.count, slots)
     modes = search.merged(0, search.count).modes
-    return tuple(steps), tuple(modes.index(mode) for mode in (*eq.outputs, *eq.inputs))
+    return tuple(slots.merges), search.view(modes, ((), eq.outputs, eq.inputs), False, slots.shapes[last])
 
 
 @lru_cache(maxsize=1024)
 def flops_per_token(spec: Spec) -> int:
     """FLOPs of the cheaper sequential order (first factor first or last factor first), for one token."""
     return sum(min(_find(eq, 1, 4, CPU, order).flops for order in ("forward", "backward")) for eq in spec.equations)
-
-
-def bucket(tokens: int) -> int:
-    """The power of two at or above `tokens`: plans are shared within it."""
-    return 1 << max(tokens - 1, 0).bit_length()

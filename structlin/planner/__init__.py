@@ -1,0 +1,41 @@
+"""Choose how to contract an equation with a batch of tokens: pure integer code, tested without tensors."""
+
+from structlin.planner.machine import (
+    CPU,
+    H200,
+    NATIVE,
+    NATIVE_FEW,
+    NATIVE_ROWS,
+    TURNED,
+    Machine,
+    bucket,
+    dense_seconds,
+    thinness,
+)
+from structlin.planner.plan import TOKENS, Cost, EquationPlan, Merge, Plan, Step, View
+from structlin.planner.search import ORDERS, Order, find_plan, flops_per_token, merge_plan
+
+__all__ = [
+    "CPU",
+    "H200",
+    "NATIVE",
+    "NATIVE_FEW",
+    "NATIVE_ROWS",
+    "ORDERS",
+    "TOKENS",
+    "TURNED",
+    "Cost",
+    "EquationPlan",
+    "Machine",
+    "Merge",
+    "Order",
+    "Plan",
+    "Step",
+    "View",
+    "bucket",
+    "dense_seconds",
+    "find_plan",
+    "flops_per_token",
+    "merge_plan",
+    "thinness",
+]

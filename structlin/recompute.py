@@ -1,0 +1,87 @@
+"""Contract by chunks of tokens, and in training keep the input and the factors only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from structlin import contract
+from structlin.planner import Plan
+from structlin.spec import Spec
+
+
+def by_chunks(spec: Spec, operands: contract.Operands, x: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+    """Compute x W^T + bias for x (..., in_features), `plan.chunk` tokens at a time; without a graph."""
+    rows = x.reshape(-1, spec.in_features)
+    shape = (*x.shape[:-1], spec.out_features)
+    if len(rows) < 2 * plan.chunk:
+        return with_bias(contract.run(spec, operands, rows, plan).reshape(shape), bias)
+    out = x.new_empty(shape)
+    for part, piece in zip(out.view(-1, spec.out_features).split(plan.chunk), rows.split(plan.chunk), strict=True):
+        y = contract.run(spec, operands, piece, plan)
+        if bias is None:
+            part.copy_(y)
+        else:
+            torch.add(y, bias, out=part)
+    return out
+
+
+def with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    """Add a bias; the result is not a view, and in the dtype of y."""
+    # Under autocast the product is in low precision and the bias is not: nn.Linear returns the former.
+    return y.clone() if bias is None else y + bias.to(y.dtype)
+
+
+def recomputed(spec: Spec, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+    """Compute x W^T + bias for x (..., in_features); the backward pass computes the activations anew, by chunks."""
+    result: Tensor = _Function.apply(spec, plan, x, bias, *factors)
+    return result
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, spec: Spec, plan: Plan, x: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
+        ctx.spec, ctx.plan = spec, plan
+        ctx.save_for_backward(x, *factors)
+        return by_chunks(spec, contract.fold(spec, factors, plan), x, bias, plan)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        x, *factors = ctx.saved_tensors
+        _, _, of_input, of_bias, *of_factors = ctx.needs_input_grad
+        slopes, rows = gradient.reshape(-1, ctx.spec.out_features), x.reshape(-1, ctx.spec.in_features)
+        wanted = [k for k, needed in enumerate(of_factors) if needed]
+        # With create_graph=True the gradients must be differentiable themselves.
+        differentiate = contract.gradients if torch.is_grad_enabled() else _by_chunks
+        found = iter(differentiate(ctx.spec, rows, factors, slopes, of_input, wanted, ctx.plan))
+        of_x = next(found).reshape(x.shape) if of_input else None
+        bias = slopes.sum(0) if of_bias else None
+        return None, None, of_x, bias, *(next(found) if needed else None for needed in of_factors)
+
+
+def _by_chunks(
+    spec: Spec, x: Tensor, factors: Sequence[Tensor], slopes: Tensor, of_input: bool, wanted: Sequence[int], plan: Plan
+) -> tuple[Tensor, ...]:
+    """The same as `contract.gradients`, without a graph."""
+    leaves = [factor.detach().requires_grad_(k in wanted) for k, factor in enumerate(factors)]
+    with torch.enable_grad():
+        operands = contract.fold(spec, leaves, plan)
+    heads = [[operand.detach().requires_grad_(operand.requires_grad) for operand in part] for part in operands]
+    of_x = torch.empty_like(x) if of_input else None
+    for start in range(0, max(1, len(x)), plan.chunk):
+        chunk = slice(start, start + plan.chunk)
+        rows = x[chunk].detach().requires_grad_(of_input)
+        with torch.enable_grad():
+            y = contract.run(spec, heads, rows, plan)
+        y.backward(slopes[chunk])  # heads add up their gradients
+        if of_x is not None and rows.grad is not None:
+            of_x[chunk] = rows.grad
+    asked = () if of_x is None else (of_x,)
+    if not wanted:
+        return asked
+    learned = [head.grad for part in heads for head in part if head.requires_grad]
+    outputs = [operand for part in operands for operand in part if operand.requires_grad]
+    return *asked, *torch.autograd.grad(outputs, [leaves[k] for k in wanted], learned)

@@ -1,0 +1,232 @@
+"""How layers run in plain torch: folded factors, chunks of tokens, recomputed activations, measured choices."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES
+
+from structlin import contract, execution, machines, planner
+from structlin.execution import Execution, Key
+from structlin.layer import build
+from structlin.recompute import by_chunks, recomputed
+from structlin.structures import Kaleidoscope, Kronecker, LowRank, Sum, TensorTrain
+from structlin.testing import assert_close
+
+SIZES = [(16, 20), (33, 48), (64, 64), (17, 5), (1, 7), (96, 130)]
+
+
+def layers(name):
+    for in_features, out_features in SIZES:
+        for structure in CASES[name].at(in_features, out_features):
+            yield build(structure, in_features, out_features, dtype=torch.float64)
+
+
+def small_chunks(spec, tokens):
+    machine = planner.Machine("small", flops=1e9, bandwidth=1e9, op=1e-9, core_cache=1)
+    return planner.find_plan(spec, tokens, itemsize=8, machine=machine)
+
+
+def gradients(y, x, layer, slope):
+    return torch.autograd.grad(y, [x, *(p for p in layer.parameters() if p.requires_grad)], slope)
+
+
+# Chunks and recomputation --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("tokens", [0, 1, 16, 33, 70])
+def test_chunks_give_the_same(name, tokens):
+    for layer in layers(name):
+        plan = small_chunks(layer.spec, 16)
+        assert plan.chunk == 16
+        x = torch.randn(tokens, layer.in_features, dtype=torch.float64)
+        with torch.no_grad():
+            y = by_chunks(layer.spec, contract.fold(layer.spec, layer.factors, plan), x, layer.bias, plan)
+        assert_close(y, F.linear(x, layer.to_dense(), layer.bias), str(layer))
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("tokens", [0, 5, 50])
+def test_recomputed_gradients(name, tokens):
+    for layer in layers(name):
+        x = torch.randn(tokens, layer.in_features, dtype=torch.float64, requires_grad=True)
+        slope = torch.randn(tokens, layer.out_features, dtype=torch.float64)
+        y = recomputed(layer.spec, layer.factors, x, layer.bias, small_chunks(layer.spec, 16))
+        expected = F.linear(x, layer.to_dense(), layer.bias)
+        assert_close(y, expected, "forward")
+        assert not y._is_view()
+        pairs = zip(gradients(y, x, layer, slope), gradients(expected, x, layer, slope), strict=True)
+        for ours, theirs in pairs:
+            assert_close(ours, theirs, str(layer))
+
+
+def large(structure=None, sizes=(64, 64)):
+    """A layer whose activations are worth computing anew at 9000 tokens."""
+    return build(structure or TensorTrain(rank=4, in_modes=(4, 4, 4), out_modes=(4, 4, 4)), *sizes)
+
+
+def saved(layer, x):
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    return kept
+
+
+def test_only_the_input_is_saved_where_more_would_be_large():
+    layer = large()
+    x = torch.randn(9000, 64, requires_grad=True)
+    own = {x.data_ptr(), *(factor.data_ptr() for factor in layer.factors)}
+    assert {t.data_ptr() for t in saved(layer, x)} == own
+    assert not {t.data_ptr() for t in saved(layer, x[:30])} <= own
+    assert x.shape == gradients(layer(x), x, layer, torch.ones(9000, 64))[0].shape
+
+
+def test_recomputation_of_some_gradients_any_shape_and_twice():
+    layer = large(Sum(parts=(LowRank(rank=2), Kaleidoscope(width=2)))).double()
+    x = torch.randn(90, 100, 64, dtype=torch.float64, requires_grad=True)
+    dense = F.linear(x, layer.to_dense(), layer.bias)
+    layer.factors[1].requires_grad_(False)
+    learned = [layer.factors[0], *layer.factors[2:], x]
+    norms = []
+    for y in (layer(x), dense):
+        assert y.shape == (90, 100, 64)
+        first = torch.autograd.grad(y.square().sum(), learned, create_graph=True)
+        norms.append([*first, *torch.autograd.grad(first[-1].square().sum(), learned)])
+    for ours, theirs in zip(*norms, strict=True):
+        assert_close(ours, theirs, "derivatives")
+    layer.requires_grad_(False)
+    (only,) = torch.autograd.grad(layer(x).sum(), x)
+    assert_close(only, layer.to_dense().sum(0).expand_as(x), "of the input only")
+
+
+# What is kept of the factors -----------------------------------------------------------------------------------------
+
+
+def made(layer):
+    return [made for _, made in layer._execution._kept.values()]
+
+
+def test_folded_factors_are_kept_shared_and_dropped():
+    layer = build(Kronecker(terms=4), 512, 512).eval()
+    x = torch.randn(512, 512)
+    with torch.no_grad():
+        for tokens in (512, 60):
+            assert_close(layer(x[:tokens]), F.linear(x[:tokens], layer.to_dense(), layer.bias), "forward", 1e-5)
+        operands = made(layer)
+        assert not any(isinstance(kept, torch.Tensor) for kept in operands)  # not the dense matrix
+        first, second = operands
+        assert first is second
+        layer.left.mul_(2)
+        assert_close(layer(x), F.linear(x, layer.to_dense(), layer.bias), "after a change", 1e-5)
+        assert not any(kept is before for kept in made(layer) for before in operands)
+        for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert not made(twin)
+            assert_close(twin(x), layer(x), "copy", 1e-6)
+        layer.train()
+        assert not made(layer)
+
+
+def test_gradients_of_the_input_through_kept_factors():
+    layer = build(Kronecker(terms=4), 512, 512).eval().requires_grad_(False)
+    x = torch.randn(40, 512, requires_grad=True)
+    layer(x).sum().backward()
+    assert made(layer)
+    assert_close(x.grad, layer.to_dense().sum(0).expand(40, -1), "gradient of the input", 1e-5)
+
+
+def test_bytes_of_another_kind_inside_the_same_parameter():
+    layer = build(LowRank(rank=3), 16, 20).eval()
+    with torch.no_grad():
+        layer(torch.randn(3, 16))
+        for parameter in layer.parameters():
+            parameter.data = parameter.data.double()
+        x = torch.randn(3, 16, dtype=torch.float64)
+        assert_close(layer(x), F.linear(x, layer.to_dense(), layer.bias), "double")
+
+
+# Measured choices ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unmeasured(monkeypatch):
+    monkeypatch.setattr(execution, "_MEASURED", {})
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_autotune_takes_the_fastest(monkeypatch, unmeasured, training):
+    layer = build(Kaleidoscope(), 64, 64).train(training)
+    asked = []
+
+    def slow_but_one(call, way):
+        call(way)
+        asked.append(way)
+        return 0.0 if isinstance(way, planner.Plan) and way.materialises else 1.0
+
+    monkeypatch.setattr(execution, "_sample", slow_but_one)
+    layer.use_plan("auto", autotune=True)
+    x = torch.randn(40, 64, requires_grad=training)
+    with torch.set_grad_enabled(training):
+        y = layer(x)
+        assert_close(y, F.linear(x, layer.to_dense(), layer.bias), "forward", 1e-5)
+        assert len(set(asked)) >= 3
+        (way,) = layer._execution._ways.values()
+        assert way.materialises
+        count = len(asked)
+        layer(x)
+        twin = build(Kaleidoscope(), 64, 64).train(training)
+        twin.use_plan("auto", autotune=True)
+        twin(x)  # measured for all layers of this structure
+        assert len(asked) == count
+        twin(torch.randn(3, 64))
+        assert len(asked) > count
+    assert copy.deepcopy(layer)._execution.autotune
+
+
+def test_autotune_measures(unmeasured):
+    layer = build(Kaleidoscope(width=2), 64, 64).eval()
+    layer.use_plan("auto", autotune=True)
+    with torch.no_grad():
+        x = torch.randn(8, 64)
+        assert_close(layer(x), F.linear(x, layer.to_dense(), layer.bias), "forward", 1e-5)
+    assert len(execution._MEASURED) == 1
+
+
+# The machine ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("STRUCTLIN_CACHE", str(tmp_path))
+    machines._machine.cache_clear()
+    yield tmp_path
+    machines._machine.cache_clear()
+
+
+def test_calibrate_measures_once_and_keeps_it(folder):
+    assert machines.machine_of(torch.device("cpu")) is planner.CPU
+    found = machines.measure_machine()
+    assert machines.machine_of(torch.device("cpu")) == found
+    assert "1 thread" in found.name
+    assert 1e9 < found.flops < 1e13
+    assert found.far_bandwidth > 1e8
+    assert 1e8 < found.bandwidth < 1e13
+    assert 1e-7 < found.op < 1e-2
+    (file,) = folder.iterdir()
+    assert json.loads(file.read_text())["flops"] == found.flops
+    layer = build(LowRank(rank=4), 64, 64)
+    assert found.name in str(layer.plan(8))
+
+
+def test_each_device_has_its_record():
+    assert machines.machine_of(torch.device("cuda")) is planner.H200
+    assert machines.machine_of(torch.device("meta")) is planner.CPU
+    options = Execution(LowRank(rank=64).spec(4096, 4096)).options
+    key = Key(512, torch.bfloat16, torch.device("cuda"), native=False, frozen=True)
+    seconds = [seconds for seconds, _ in options(key)]
+    assert max(seconds) < 1e-3  # a CPU takes a hundred times as long
