@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -68,7 +69,8 @@ def _name(device: torch.device) -> str:
 
 def _path(device: torch.device) -> Path:
     name = "cuda" if device.type == "cuda" else f"cpu-{platform.machine()}-{torch.get_num_threads()}"
-    return cache_folder() / f"machine-{name}-{torch.__version__}.json"
+    fields = hashlib.sha256(repr(Machine.__annotations__).encode()).hexdigest()[:8]  # others are another version's
+    return cache_folder() / f"machine-{fields}-{name}-{torch.__version__}.json"
 
 
 def _measured(device: torch.device, machine: Machine) -> Machine:
@@ -92,12 +94,14 @@ def _measured(device: torch.device, machine: Machine) -> Machine:
 
     small, near, far = (torch.ones(n, n, device=device) for n in (16, 1024, 8192 if device.type == "cuda" else 4096))
     stack = torch.ones(128, 32, 32, device=device)
-    op = 2 * seconds(lambda: torch.mm(small, small))  # an operation and the view before it
+    op = seconds(lambda: torch.mm(small, small))
+    half = small.bfloat16()
     return replace(
         machine,
         flops=rate(torch.float32),
         half_flops=rate(torch.bfloat16),
-        op=max(op, 1e-6),
+        op=2 * op,  # with the view before it
+        half_op=max(0.0, seconds(lambda: torch.mm(half, half)) - op),
         bandwidth=4 * near.numel() / seconds(lambda: torch.mv(near, near[0])),
         far_bandwidth=4 * far.numel() / seconds(lambda: torch.mv(far, far[0])),
         copies=8 * stack.numel() / seconds(lambda: stack.permute(2, 0, 1).contiguous()),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import pickle
 
 import pytest
@@ -200,15 +199,7 @@ def test_autotune_measures(unmeasured):
 # The machine ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("STRUCTLIN_CACHE", str(tmp_path))
-    machines._machine.cache_clear()
-    yield tmp_path
-    machines._machine.cache_clear()
-
-
-def test_calibrate_measures_once_and_keeps_it(folder):
+def test_measure_machine_keeps_what_it_finds():
     assert machines.machine_of(torch.device("cpu")) is planner.CPU
     found = machines.measure_machine()
     assert machines.machine_of(torch.device("cpu")) == found
@@ -217,8 +208,8 @@ def test_calibrate_measures_once_and_keeps_it(folder):
     assert found.far_bandwidth > 1e8
     assert 1e8 < found.bandwidth < 1e13
     assert 1e-7 < found.op < 1e-2
-    (file,) = folder.iterdir()
-    assert json.loads(file.read_text())["flops"] == found.flops
+    machines._machine.cache_clear()
+    assert machines.machine_of(torch.device("cpu")) == found  # read again
     layer = build(LowRank(rank=4), 64, 64)
     assert found.name in str(layer.plan(8))
 

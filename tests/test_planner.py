@@ -226,7 +226,9 @@ def test_a_machine_predicts():
     assert machine.product(1, 10, 1, 10) == 4 * 120 / 5 + 1  # beyond the cache
     assert machine.product(1, 1000, 1000, 1000, itemsize=2) == 2e9 / 200 + 1
     assert machine.product(1, 1000, 1000, 1000, itemsize=8) == 2e9 / 50 + 1
-    assert machine.copy(8) == 16 / 4 + 1
+    assert machine.copy(2) == 16 / 4 + 1
+    assert machine.copy(2, itemsize=2) == 16 / 4 + 1
+    assert machine.copy(2, itemsize=8) == 32 / 4 + 1
     tiles = Machine("m", flops=1.0, bandwidth=math.inf, op=0.0, tile=64)
     assert tiles.product(1, 1, 10, 65) == 2 * 64 * 10 * 128
 

@@ -16,6 +16,7 @@ class Machine:
         bandwidth: of operands that are in a cache, in B/s.
         op: fixed cost of one operation, the Python around it included, in s.
         half_flops: rate in two-byte dtypes, in FLOP/s; as in float32 where not given.
+        half_op: what an operation costs more in two-byte dtypes, in s.
         far_bandwidth: of operands beyond the last cache, in B/s; as within it where not given.
         cache: bytes of that cache.
         core_cache: bytes of activations that are worked on at a time, so that they stay close to a core.
@@ -28,6 +29,7 @@ class Machine:
     bandwidth: float
     op: float
     half_flops: float | None = None
+    half_op: float = 0.0
     far_bandwidth: float | None = None
     cache: float = math.inf
     core_cache: float = math.inf
@@ -45,20 +47,23 @@ class Machine:
             slower = 1.0
         else:
             rows = rows if itemsize >= 4 else _up(rows, HALF_ROWS)
-            slower = thinness(batch, rows, summed, columns)
+            slower = thinness(batch, rows, summed, columns) * (HALF_STACK if itemsize < 4 and batch > 1 else 1)
             flops = 2.0 * batch * rows * summed * columns
-        rate = self.half_flops or self.flops if itemsize < 4 else self.flops * 4 / itemsize
-        return max(flops * slower / rate, nbytes / self._bandwidth(nbytes)) + self.op
+        half = itemsize < 4
+        rate = self.half_flops or self.flops if half else self.flops * 4 / itemsize
+        return max(flops * slower / rate, nbytes / self._bandwidth(nbytes)) + self.op + half * self.half_op
 
-    def copy(self, nbytes: float) -> float:
-        """Predict the time to bring so many bytes into another layout, in s."""
-        return 2 * nbytes / (self.copies or self.bandwidth) + self.op
+    def copy(self, entries: float, itemsize: int = 4) -> float:
+        """Predict the time to bring so many entries into another layout, in s; small ones take as long as float32."""
+        return 2 * entries * max(itemsize, 4) / (self.copies or self.bandwidth) + self.op
 
     def _bandwidth(self, nbytes: float) -> float:
         return self.bandwidth if nbytes <= self.cache else self.far_bandwidth or self.bandwidth
 
 
-HALF_ROWS = 16  # that products in two-byte dtypes have on a CPU, at least (measured: 1 to 16 rows take the same time)
+# Products in two-byte dtypes on a CPU, as measured: 1 to 16 rows take the same time, and stacks of strided matrices
+# are brought into another layout first.
+HALF_ROWS, HALF_STACK = 16, 2.5
 
 
 def _up(size: int, tile: int) -> int:
@@ -86,8 +91,8 @@ def thinness(batch: int, rows: int, summed: int, columns: int) -> float:
 
 # One AVX-512 core (AMD EPYC, torch 2.13 with MKL).
 CPU = Machine(
-    "cpu, 1 thread", flops=96e9, bandwidth=60e9, op=3e-6, half_flops=430e9, far_bandwidth=22e9, cache=24 << 20,
-    core_cache=256 << 10, copies=15e9,
+    "cpu, 1 thread", flops=96e9, bandwidth=60e9, op=3e-6, half_flops=430e9, half_op=12e-6, far_bandwidth=22e9,
+    cache=24 << 20, core_cache=256 << 10, copies=15e9,
 )  # fmt: skip
 
 # NVIDIA H200, from its data sheet (TF32 off); the cost of an operation is an estimate. Nothing of it was measured here.

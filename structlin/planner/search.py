@@ -125,16 +125,15 @@ class _Search:
         if self.folded and TOKENS in out:  # the factor is copied once, beforehand
             copies = copies[0] and TOKENS in left, copies[1] and TOKENS in right
         sizes = self.numel(left), self.numel(right)
-        copied = [size * self.itemsize for size, copy in zip(sizes, copies, strict=True) if copy]
+        copied = [size for size, copy in zip(sizes, copies, strict=True) if copy]
         batch, summed, columns = map(self.numel, right_groups)
         rows = self.numel(left_groups[1])
-        seconds = self.machine.product(batch, rows, summed, columns, self.itemsize) + sum(
-            map(self.machine.copy, copied)
-        )
+        seconds = self.machine.product(batch, rows, summed, columns, self.itemsize)
+        seconds += sum(self.machine.copy(size, self.itemsize) for size in copied)
         cost = Cost(
             f"[{' '.join(left)}] * [{' '.join(right)}] -> [{' '.join(out)}]",
             2 * self.numel(out) * summed,
-            self.itemsize * (sum(sizes) + self.numel(out)) + 2 * sum(copied),
+            self.itemsize * (sum(sizes) + self.numel(out) + 2 * sum(copied)),
             1 + len(copied),
         )
         return _Product(left, right, left_groups, right_groups, swapped, broadcast, out, copies, cost, seconds)
@@ -219,7 +218,7 @@ class _Search:
         """Add the cost of bringing the result into (tokens, outputs) order."""
         if state.modes == (TOKENS, *self.eq.outputs):
             return state
-        copy = self.machine.copy(self.itemsize * self.numel(state.modes))
+        copy = self.machine.copy(self.numel(state.modes), self.itemsize)
         return _State(state.modes, state.absorbed, state.cost + copy)
 
     # Writing the plan down ---------------------------------------------------------------------------------------
