@@ -18,7 +18,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from structlin.layer import StructuredLinear
-from structlin.planner import bucket
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes two lines for each use otherwise
 
@@ -89,8 +88,9 @@ class Call:
     @classmethod
     def new(cls, module: nn.Module, weight: Tensor, mode: str, tokens: int) -> Call:
         """Draw an input and an output gradient for the dense matrix (out, in) of a module, and set its mode."""
-        x = torch.randn(tokens, weight.shape[1], dtype=weight.dtype, requires_grad=mode != INFERENCE)
-        return cls(module.train(mode != INFERENCE), mode, x, torch.randn(tokens, weight.shape[0], dtype=weight.dtype))
+        kind = {"dtype": weight.dtype, "device": weight.device}
+        x = torch.randn(tokens, weight.shape[1], requires_grad=mode != INFERENCE, **kind)
+        return cls(module.train(mode != INFERENCE), mode, x, torch.randn(tokens, weight.shape[0], **kind))
 
     def grad_mode(self) -> torch.set_grad_enabled:
         """The context in which the work is done: no gradients in inference."""
@@ -139,10 +139,18 @@ def check(subject: Subject, call: Call) -> dict[str, float]:
 
 def sample(call: Callable[[], object], calls: int) -> float:
     """Seconds per call, over so many calls in a row."""
+    wait()
     start = time.perf_counter()
     for _ in range(calls):
         call()
+    wait()
     return (time.perf_counter() - start) / calls
+
+
+def wait() -> None:
+    """Let a GPU, where one is used, finish what it was given."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def calls_per_sample(call: Callable[[], object], seconds: float) -> int:
@@ -200,6 +208,11 @@ def peak_bytes(call: Call) -> int | None:
     if call.mode != TRAINING:
         return None
     gc.collect()
+    if call.x.is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call.work()()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call.work()()
     results = profiler.profiler.kineto_results if profiler.profiler else None
@@ -219,14 +232,7 @@ def peak_bytes(call: Call) -> int | None:
 def plan_text(layer: StructuredLinear, tokens: int, mode: str) -> str:
     """How forward runs for so many tokens: kernel, kept dense matrix, or products summand by summand."""
     training, inference, *_ = layer.explain(tokens).splitlines()
-    way = (inference if mode == INFERENCE else training).split(": ")[1].split(",")[0]
-    if way != "plan":
-        return way
-    parts = layer.plan(bucket(tokens)).parts
-    return " + ".join(
-        "materialised" if part.materialises else f"{len(part.steps)} product{'s' * (len(part.steps) > 1)}"
-        for part in parts
-    )
+    return (inference if mode == INFERENCE else training).split(": ")[1].split(",")[0]
 
 
 def measure(subject: Subject, dense: nn.Linear, mode: str, tokens: int, effort: Effort) -> Row:

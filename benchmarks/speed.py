@@ -7,9 +7,10 @@
 Each cell is a case at a number of tokens, a dtype, a number of threads and a mode. Output (and input gradient) are
 compared with `F.linear` and the layer's dense matrix before anything is timed; then short samples of both alternate.
 A suite is stored as results/speed_NAME.jsonl (one line per cell) and .md; trials (`--quick`, `--only`) go to out/.
-Layers run by the native kernel, which is built where needed; with `--kernel off` by torch alone (speed_NAME_torch).
+Layers run by the native kernel, which is built where needed; with `--kernel off` by torch alone (speed_NAME_torch;
+other devices, dtypes and numbers of threads stand in the name as well).
 `--peers` adds rows of other libraries that are installed (tensorly-torch, torchTT, lazylinop, pyfaust, pyfastkron,
-linear_operator). Suites: kronecker, tt, butterfly, compressors, simple, overhead, all.
+linear_operator). Suites: kronecker, tt, butterfly, compressors, simple, overhead, all, llm (for a GPU: --device cuda).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -88,8 +89,11 @@ def butterfly_cases() -> Iterator[Case]:
         yield Case("kmatrix, width 1", (n, n), Kaleidoscope())
 
 
-def compressor_cases() -> Iterator[Case]:
-    for sizes in [(384, 384), (768, 768), (768, 3072), (3072, 768), (4096, 4096)]:
+COMPRESSORS = ((384, 384), (768, 768), (768, 3072), (3072, 768), (4096, 4096))
+
+
+def compressor_cases(shapes: Sequence[Sizes] = COMPRESSORS) -> Iterator[Case]:
+    for sizes in shapes:
         for width in (2, 4):
             found = largest_kmatrix(width, sizes, 0.5)
             if found:
@@ -144,10 +148,11 @@ class Suite:
     """
 
     title: str
-    cases: Callable[[], Iterator[Case]]
+    cases: Callable[[], Iterable[Case]]
     tokens: tuple[int, ...] = (1, 32, 512)
 
 
+LLM = ((4096, 4096), (4096, 11008))
 SUITES = {
     "kronecker": Suite("Sums of Kronecker products and PHM", kronecker_cases),
     "tt": Suite("Tensor trains", tt_cases, (1, 32, 100, 512)),
@@ -161,6 +166,11 @@ SUITES = {
         "Overhead: every structure at 64 x 64, one token",
         lambda: sized_cases(sorted(registered(sized=True)), [(64, 64)], (0.5,)),
         (1,),
+    ),
+    "llm": Suite(
+        "Sizes of language models, for a GPU",
+        lambda: [*sized_cases(("lowrank", "monarch"), LLM, (0.5,)), *compressor_cases(LLM)],
+        (1, 16, 512, 4096),
     ),
     "all": Suite(
         "Every structure at half and a quarter of the parameters",
@@ -203,9 +213,9 @@ matrix to 1e-4 (float32) or 3e-2 (bfloat16)."""
 # The run ---------------------------------------------------------------------------------------------------------
 
 
-def subjects_of(case: Case, dtype: torch.dtype, peers: bool) -> dict[str, Subject]:
+def subjects_of(case: Case, dtype: torch.dtype, device: str, peers: bool) -> dict[str, Subject]:
     """Our layer, then the other libraries' counterparts, by library."""
-    layer = build(case.structure, *case.sizes, dtype=dtype)
+    layer = build(case.structure, *case.sizes, dtype=dtype, device=device)
     ours = {OURS: Subject.of(case.name, layer)}
     return ours | (counterparts(layer, say) if peers else {})
 
@@ -214,8 +224,8 @@ def rows_of(case: Case, args: argparse.Namespace, tokens: Sequence[int], effort:
     """Measure all cells of a case; what is wrong with another library is said, with ours it is raised."""
     for dtype in args.dtype:
         torch.manual_seed(0)
-        dense = nn.Linear(*case.sizes, dtype=DTYPES[dtype])
-        subjects = subjects_of(case, DTYPES[dtype], args.peers)
+        dense = nn.Linear(*case.sizes, dtype=DTYPES[dtype], device=args.device)
+        subjects = subjects_of(case, DTYPES[dtype], args.device, args.peers)
         cells = product(subjects, args.threads, args.mode, tokens)
         for library, threads, mode, count in cells:
             torch.set_num_threads(threads)
@@ -234,17 +244,27 @@ def rows_of(case: Case, args: argparse.Namespace, tokens: Sequence[int], effort:
             }  # fmt: skip
 
 
+def stored_as(name: str, args: argparse.Namespace) -> str:
+    """Name of a suite's table, with what is not as by default."""
+    kernel = "torch" if args.kernel == "off" else ""
+    threads = "" if args.threads == [1] else f"{'_'.join(map(str, args.threads))}threads"
+    dtypes = "" if args.dtype == ["float32"] else "_".join(args.dtype)
+    device = "" if args.device == "cpu" else args.device
+    return "_".join(filter(None, ["speed", name, device, kernel, dtypes, threads]))
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", nargs="+", choices=list(SUITES), default=list(SUITES))
+    parser.add_argument("--suite", nargs="+", choices=list(SUITES), default=[name for name in SUITES if name != "llm"])
     parser.add_argument("--only", metavar="SUBSTRING", help="only cases whose name (as shown) contains it")
     parser.add_argument("--tokens", nargs="+", type=int, help="rows of the input; each suite has its own otherwise")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--mode", nargs="+", choices=MODES, default=[INFERENCE, TRAINING])
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--rounds", type=int, help="samples of each layer, from 2; 21, or 5 with --quick")
     parser.add_argument("--quick", action="store_true", help="a trial: few and short samples, no 512 tokens")
-    parser.add_argument("--kernel", choices=("on", "off"), default="on", help="the native kernel; off stores as _torch")
+    parser.add_argument("--kernel", choices=("on", "off"), default="on", help="the native kernel")
     parser.add_argument("--peers", action="store_true", help="also other libraries that are installed")
     parser.add_argument("--results", type=Path, help="folder of the tables; results/, or out/ for a trial")
     return parser.parse_args(argv)
@@ -257,6 +277,8 @@ def main(argv: Sequence[str]) -> int:
     effort = Effort(args.rounds or 5, 5e-4) if args.quick else Effort(args.rounds or 21)
     about = environment(argv) | {"threads": ", ".join(map(str, args.threads)), "dtype": ", ".join(args.dtype)}
     # Other processes make times long and, with several threads, meaningless: the load at the start is stored.
+    if args.device == "cuda":
+        about |= {"machine": torch.cuda.get_device_name()}
     about |= {"native kernel": args.kernel, "load": round(os.getloadavg()[0], 2), "rounds": effort.rounds} | (
         versions() if args.peers else {}
     )
@@ -269,7 +291,7 @@ def main(argv: Sequence[str]) -> int:
         if rows:
             store(
                 args.results or (TRIALS if trial else RESULTS),
-                f"speed_{name}" + ("_torch" if args.kernel == "off" else ""),
+                stored_as(name, args),
                 suite.title,
                 NOTES,
                 about,

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import operator
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from structlin import contract, kernels, planner
 from structlin.kernels.chain import TENSORS, Chain, chain_of, plain, suits, unobserved
@@ -80,15 +81,16 @@ class Execution:
         self._compiled = choice if isinstance(choice, Plan) else planner.find_plan(spec, COMPILED_TOKENS, order=choice)
         self._chain = chain_of(spec)
         self._compiled_natively = self._chain.seconds(COMPILED_TOKENS) < self._compiled.seconds
-        self._seen: tuple[Tensor, ...] = ()  # the parameters at the last call
-        self._is_plain = False
-        self._native: torch.dtype | None = None  # of all parameters, where it is one that the native kernel takes
         self._ways: dict[tuple[int, bool, bool], Way] = {}
+        # What is known of the parameters at the last call: they are plain tensors, their changes leave traces, and they
+        # are of a dtype that the native kernel takes.
+        self._plain = self._traceable = False
+        self._native: torch.dtype | None = None
         self.forget()
 
     def forget(self) -> None:
         """Drop what is kept of the factors, and what is known of them."""
-        self._seen = ()
+        self._seen: tuple[Any, ...] = ((),) * (1 + len(self.spec.factors))  # the parameters at the last call: none
         self._versions: list[tuple[int, int]] = []
         self._aliases: list[Tensor] = []
         self._kept: dict[int, tuple[Plan | Dense, Any]] = {}  # by the identity of the way
@@ -101,23 +103,27 @@ class Execution:
 
     # Running ---------------------------------------------------------------------------------------------------------
 
-    def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, training: bool) -> Tensor:
-        """Compute x W^T + bias for x of shape (..., in_features); the result is never a view."""
-        if (
-            self.choice == "auto"
-            and not torch.compiler.is_compiling()
-            and type(x) in TENSORS
-            and self._plain(factors, bias)
-            and x.dtype is factors[0].dtype
-            and unobserved()
-        ):
-            native = x.dtype is self._native and x.is_cpu and kernels.available()
-            frozen = not training and self._constant(factors)
-            tokens = x.numel() // self.spec.in_features
-            way = self._ways.get((tokens, native, frozen))
-            if way is None:
-                way = self._find(tokens, native, frozen, x, factors, bias)
-            return self._run(way, frozen, x, factors, bias)
+    def __call__(self, x: Tensor, given: tuple[Any, ...], training: bool) -> Tensor:
+        """Compute x W^T + bias for x of shape (..., in_features); the result is never a view.
+
+        Args:
+            x: input.
+            given: the factors, then the bias (or None).
+            training: the mode of the layer: what is made of the factors is kept in eval only.
+        """
+        factors = given[:-1]
+        bias = given[-1]
+        if self.choice == "auto" and not is_compiling() and type(x) in TENSORS:
+            if not all(map(is_, given, self._seen)):
+                self._look(given)
+            if self._plain and x.dtype is factors[0].dtype and unobserved():
+                native = x.dtype is self._native and x.is_cpu and kernels.available()
+                frozen = not training and self._constant(factors)
+                tokens = x.numel() // self.spec.in_features
+                way = self._ways.get((tokens, native, frozen))
+                if way is None:
+                    way = self._find(tokens, native, frozen, x, factors, bias)
+                return self._run(way, frozen, x, factors, bias)
         if self._traces(x, factors, bias):
             return self._chain.traced(x, factors, bias)
         rows = x.reshape(-1, self.spec.in_features)
@@ -150,7 +156,7 @@ class Execution:
     def _traces(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> bool:
         """Whether torch.compile shall call the native kernel."""
         return (
-            torch.compiler.is_compiling()
+            is_compiling()
             and self.choice == "auto"
             and self._compiled_natively
             and kernels.available()
@@ -159,7 +165,7 @@ class Execution:
 
     def _chosen(self, rows: Tensor) -> Plan:
         """What was asked for, or one plan for all: for tracers, transforms, and tensors of other kinds."""
-        if isinstance(self.choice, Plan) or torch.compiler.is_compiling():
+        if isinstance(self.choice, Plan) or is_compiling():
             return self._compiled
         return planner.find_plan(
             self.spec, planner.bucket(len(rows)), itemsize=rows.element_size(), order=self.choice
@@ -229,14 +235,14 @@ class Execution:
 
     # What is known and kept of the factors ---------------------------------------------------------------------------
 
-    def _plain(self, factors: Sequence[Tensor], bias: Tensor | None) -> bool:
-        """Whether the parameters are plain tensors, and (noted) of a kind that the native kernel takes."""
-        given = factors if bias is None else (*factors, bias)
-        if len(given) != len(self._seen) or not all(map(operator.is_, given, self._seen)):
-            self._seen, self._is_plain = tuple(given), plain(given) and not any(tensor.is_meta for tensor in given)
-            self._native = given[0].dtype if self._is_plain and suits(given) else None
-            self._ways = {}
-        return self._is_plain
+    def _look(self, given: tuple[Any, ...]) -> None:
+        """Note what kind of parameters these are."""
+        tensors = given if given[-1] is not None else given[:-1]
+        self._seen = given
+        self._plain = plain(tensors) and not any(tensor.is_meta for tensor in tensors)
+        self._native = given[0].dtype if self._plain and suits(tensors) else None
+        self._traceable = not any(tensor.is_inference() for tensor in tensors)
+        self._ways = {}
 
     def _constant(self, factors: Sequence[Tensor]) -> bool:
         """Whether the factors are constant for now: no gradients are asked for, and their changes can be seen.
@@ -245,7 +251,7 @@ class Execution:
         """
         if torch.is_grad_enabled() and any(factor.requires_grad for factor in factors):
             return False
-        return not (any(factor.is_inference() for factor in factors) or _in_a_group())
+        return self._traceable and not _in_a_group()
 
     def _keep(self, way: Plan | Dense, factors: Sequence[Tensor]) -> Any:
         """What is made of the factors, made anew when they have changed since the last time."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from typing_extensions import Self
 
 from structlin import contract, kernels, planner
@@ -89,9 +90,7 @@ class StructuredLinear(nn.Module):
                 self.register_parameter(factor.name, nn.Parameter(empty))
             else:
                 self.register_buffer(factor.name, empty)
-        # Names of the parameters where all factors are learned: a dictionary is quicker to read than attributes.
-        names = tuple(factor.name for factor in self.spec.factors if factor.learned)
-        self._learned = names if len(names) == len(self.spec.factors) else None
+        self._look_up = operator.itemgetter(*(factor.name for factor in self.spec.factors), "bias")
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
         else:
@@ -180,12 +179,6 @@ class StructuredLinear(nn.Module):
     @property
     def factors(self) -> tuple[Tensor, ...]:
         """The tensors of the equation, in its order."""
-        parameters = self._parameters
-        if self._learned is not None:
-            try:
-                return tuple([parameters[name] for name in self._learned])  # type: ignore[misc]
-            except KeyError:  # parametrised
-                pass
         return tuple(getattr(self, factor.name) for factor in self.spec.factors)
 
     def to_dense(self) -> Tensor:
@@ -272,9 +265,16 @@ class StructuredLinear(nn.Module):
         for mode, frozen in (("training", False), ("eval", True)):
             key = Key(planner.bucket(tokens), factor.dtype, factor.device, native, frozen)
             seconds, way = min(self._execution.options(key), key=lambda option: option[0])
-            name = "native kernel" if isinstance(way, Chain) else "plan" if isinstance(way, Plan) else KEPT
+            name = way.summary if isinstance(way, Plan) else "native kernel" if isinstance(way, Chain) else KEPT
             lines.append(f"{mode}: {name}, {seconds * 1e6:.3g} us predicted for {tokens} rows")
         return "\n".join([*lines, str(self.plan(tokens))])
+
+    def _given(self) -> tuple[Any, ...] | None:
+        """Factors and bias in one look-up, which is quicker than attributes; none where some are not parameters."""
+        try:
+            return self._look_up(self._parameters)
+        except KeyError:  # parametrised, or constant
+            return None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._execution.forget()  # dtype and device may change inside the same parameters
@@ -289,9 +289,10 @@ class StructuredLinear(nn.Module):
         """Compute x W^T + b for x of shape (..., in_features); the result is never a view."""
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"input has shape {tuple(x.shape)}; its last axis must be in_features={self.in_features}")
-        parameters = self._parameters
-        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (that one is slow)
-        return self._execution(x, self.factors, bias, self.training)
+        given = None if is_compiling() else self._given()
+        if given is None:
+            given = *self.factors, self.bias
+        return self._execution(x, given, self.training)
 
     def extra_repr(self) -> str:
         """Sizes, hyperparameters and the share of the dense parameters that is kept."""

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _is_any_autocast_enabled, _is_tracing, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from structlin import contract, planner
@@ -107,11 +109,11 @@ def plain(tensors: Sequence[Tensor]) -> bool:
 def unobserved() -> bool:
     """Whether nothing watches or transforms what is done to tensors: no mode, transform, tracer or autocast."""
     return (
-        not torch.is_autocast_enabled("cpu")
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
+        not _is_any_autocast_enabled()
+        and _len_torch_dispatch_stack() == 0
+        and peek_interpreter_stack() is None
         and forward_ad._current_level < 0
-        and not torch._C._is_tracing()
+        and not _is_tracing()
     )
 
 

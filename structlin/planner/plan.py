@@ -180,6 +180,12 @@ class Plan:
         return all(part.materialises for part in self.parts)
 
     @property
+    def summary(self) -> str:
+        """The number of products of each equation, in a few words."""
+        counts = [(part.materialises, len(part.counted)) for part in self.parts]
+        return " + ".join("materialised" if m else f"{count} product{'s' * (count > 1)}" for m, count in counts)
+
+    @property
     def inner(self) -> int:
         """Entries per token that stand between input and output, over all equations."""
         return sum(part.inner for part in self.parts)

@@ -1,0 +1,95 @@
+"""Layers on each device and in each low dtype: the same results as the dense matrix there, eager and compiled.
+
+The CPU runs always; a CUDA device where there is one.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import CASES
+
+from structlin.layer import build
+from structlin.structures import Kaleidoscope, Kronecker, LowRank, Sum, TensorTrain
+
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+)
+DEVICES = pytest.mark.parametrize("device", ["cpu", CUDA])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+# Relative errors: chains of rounded products, each to 8 or 11 bits; TF32 is off.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+def error(found, expected):
+    return ((found.float() - expected.float()).norm() / expected.float().norm()).item()
+
+
+@DEVICES
+@DTYPES
+@pytest.mark.parametrize("name", CASES)
+def test_forward_and_gradients(device, dtype, name):
+    for structure in CASES[name].at(96, 130):
+        layer = build(structure, 96, 130, device=device, dtype=dtype)
+        weight, bias = layer.to_dense().detach().float(), layer.bias.detach().float()
+        for tokens in (1, 40, 600):
+            x = torch.randn(2, tokens, 96, device=device, dtype=dtype, requires_grad=True)
+            slope = torch.randn(2, tokens, 130, device=device, dtype=dtype)
+            y = layer.train()(x)
+            assert y.device.type == device
+            assert y.dtype is dtype
+            expected = F.linear(x.detach().float(), weight, bias)
+            assert error(y, expected) < TOLERANCE[dtype]
+            (gradient,) = torch.autograd.grad(y, x, slope)
+            assert error(gradient, slope.float() @ weight) < TOLERANCE[dtype]
+            with torch.no_grad():
+                assert error(layer.eval()(x), expected) < TOLERANCE[dtype]
+
+
+@DEVICES
+@DTYPES
+def test_large_activations(device, dtype):
+    """By chunks, recomputed in the backward pass."""
+    train = TensorTrain(rank=4, in_modes=(4, 4, 4), out_modes=(4, 4, 4))
+    for structure in (train, Kronecker(terms=8), Sum(parts=(LowRank(rank=4), Kaleidoscope(width=2)))):
+        layer = build(structure, 64, 64, device=device, dtype=dtype)
+        x = torch.randn(9000, 64, device=device, dtype=dtype, requires_grad=True)
+        slope = torch.randn(9000, 64, device=device, dtype=dtype)
+        leaves = [x, *layer.parameters()]
+        found = torch.autograd.grad(layer(x), leaves, slope)
+        wide = layer.float()
+        expected = torch.autograd.grad(
+            F.linear(x.float(), wide.to_dense(), wide.bias), [x, *wide.parameters()], slope.float()
+        )
+        for ours, theirs in zip(found, expected, strict=True):
+            assert error(ours, theirs) < TOLERANCE[dtype]
+
+
+@DEVICES
+def test_autocast(device):
+    layer = build(Kaleidoscope(width=2), 64, 64, device=device)
+    x = torch.randn(1000, 64, device=device)
+    expected = F.linear(x, layer.to_dense(), layer.bias)
+    with torch.autocast(device, torch.bfloat16):
+        for mode in (True, False):
+            y = layer.train(mode)(x)
+            assert y.dtype is torch.bfloat16
+            assert error(y, expected) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@DEVICES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled(device, dtype):
+    layer = build(Sum(parts=(LowRank(rank=4), Kaleidoscope(width=2))), 64, 64, device=device, dtype=dtype)
+    compiled = torch.compile(layer, fullgraph=True)
+    x = torch.randn(40, 64, device=device, dtype=dtype, requires_grad=True)
+    slope = torch.randn(40, 64, device=device, dtype=dtype)
+    results = []
+    for run in (layer, compiled):
+        y = run(x)
+        results.append([y, *torch.autograd.grad(y, [x, *layer.parameters()], slope)])
+    for ours, theirs in zip(*results, strict=True):
+        assert error(ours, theirs) < TOLERANCE[dtype]
