@@ -15,11 +15,11 @@ from structlin.spec import Spec
 
 def by_chunks(spec: Spec, operands: contract.Operands, x: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
     """Compute x W^T + bias for x (..., in_features), `plan.chunk` tokens at a time; without a graph."""
-    rows = x.reshape(-1, spec.in_features)
-    shape = (*x.shape[:-1], spec.out_features)
+    rows = x if x.ndim == 2 else x.reshape(-1, spec.in_features)
     if len(rows) < 2 * plan.chunk:
-        return with_bias(contract.run(spec, operands, rows, plan).reshape(shape), bias)
-    out = x.new_empty(shape)
+        y = contract.run(spec, operands, rows, plan)
+        return with_bias(y if x.ndim == 2 else y.reshape(*x.shape[:-1], spec.out_features), bias)
+    out = x.new_empty((*x.shape[:-1], spec.out_features))
     for part, piece in zip(out.view(-1, spec.out_features).split(plan.chunk), rows.split(plan.chunk), strict=True):
         y = contract.run(spec, operands, piece, plan)
         if bias is None:
@@ -32,7 +32,9 @@ def by_chunks(spec: Spec, operands: contract.Operands, x: Tensor, bias: Tensor |
 def with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
     """Add a bias; the result is not a view, and in the dtype of y."""
     # Under autocast the product is in low precision and the bias is not: nn.Linear returns the former.
-    return y.clone() if bias is None else y + bias.to(y.dtype)
+    if bias is None:
+        return y.clone()
+    return y + bias if bias.dtype is y.dtype else y + bias.to(y.dtype)
 
 
 def recomputed(spec: Spec, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:

@@ -24,7 +24,7 @@ SWITCH = "STRUCTLIN_KERNELS"  # "off": not used; "build": built when first neede
 def build() -> Path:
     """Compile the native kernel for this CPU and this torch, into the user's cache; 10 to 20 s, once.
 
-    From then on every structured layer in float32 on a CPU runs by it, in this process and later ones. Set the
+    From then on structured layers in float32 and bfloat16 on a CPU run by it, in this process and later ones. Set the
     environment variable STRUCTLIN_KERNELS to `off` to do without, or to `build` to have this done when first needed;
     $CXXFLAGS is passed on.
 
