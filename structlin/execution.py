@@ -272,7 +272,7 @@ class Execution:
         for other, made in self._kept.values():  # for another number of rows, perhaps the very same
             if isinstance(other, Plan) and other.folds == way.folds:
                 return made
-        return [[operand.contiguous() for operand in part] for part in contract.fold(self.spec, factors, way)]
+        return contract.keep(contract.fold(self.spec, factors, way), way)
 
 
 def _sample(call: Callable[[Way], None], way: Way) -> float:

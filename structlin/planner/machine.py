@@ -75,7 +75,8 @@ def thinness(batch: int, rows: int, summed: int, columns: int) -> float:
 
     Fitted to 1,193 shapes timed with torch 2.13 and MKL on one AVX-512 core: a stack of tiny products goes through a
     scalar loop, one of products with single columns through a slow kernel; below 16 columns a product costs as much as
-    one with 32, and few rows or short sums run at a part of the rate. A single matrix times a vector is fast.
+    one with 32; few rows or short sums run at a part of the rate, below 8 rows at a third. A single matrix times a
+    vector is fast.
     """
     if min(batch, rows, summed, columns) == 0:
         return 1.0
@@ -83,7 +84,7 @@ def thinness(batch: int, rows: int, summed: int, columns: int) -> float:
         return 44.0
     if batch > 1 and columns == 1:
         return 32.0
-    thin = 1 + min(4.4 / rows, 2.0) + 2.5 / summed
+    thin = 1 + (4.4 / rows if rows >= 8 else 2.0) + 2.5 / summed
     if columns >= 16 or (batch == columns == 1):
         return thin + min(4.5 / columns, 1.0)
     return (thin + 0.28) * 32 / columns
@@ -104,8 +105,8 @@ H200 = Machine(
 NATIVE = Machine("native cpu kernel, 1 thread", flops=140e9, bandwidth=40e9, op=5e-6)
 # Up to so many tokens it goes row by row, along the factors.
 NATIVE_ROWS = 3
-TURNED = 15  # how many times longer it takes to read an entry of a factor that is not stored in the order of its sums
-NATIVE_FEW = Machine("native cpu kernel, few tokens", flops=35e9, bandwidth=55e9, op=5e-6)
+TURNED = 8  # how many times longer it takes to read an entry of a factor that is not stored in the order of its sums
+NATIVE_FEW = Machine("native cpu kernel, few tokens", flops=48e9, bandwidth=65e9, op=4.5e-6)
 
 
 def dense_seconds(
