@@ -27,6 +27,7 @@ _in_a_group: Callable[[], bool] = getattr(torch.distributed, "is_initialized", l
 COMPILED_TOKENS = 256
 MOST_TOKENS = 1024  # to plan for: more of them go by the same plan
 PLAN_SECONDS = 6e-6  # of a plan, beyond its products: views, the bias, and the Python around them
+CHAIN_TRAINING = 1.4  # a training step takes the kernel 4.6 times as long as a forward pass, and products about 3.3
 DENSE_GAIN = 0.9  # the dense matrix is kept in eval where its predicted time is below this share of every other's
 
 _SMALL = 4 << 20  # bytes of activations that are not worth computing anew
@@ -149,10 +150,9 @@ class Execution:
 
     def _large(self, plan: Plan, x: Tensor) -> bool:
         """Whether to keep the activations for the backward pass would take more memory than the dense layer does."""
-        kept = x.numel() // self.spec.in_features * (plan.inner + plan.widest)
-        if kept * x.element_size() < _SMALL:
-            return False
-        return kept + self.spec.num_parameters > self.spec.in_features * self.spec.out_features
+        tokens, sizes = x.numel() // self.spec.in_features, (self.spec.in_features, self.spec.out_features)
+        most = tokens * (plan.inner + 2 * plan.widest)  # kept, and in flight: a gradient and its copy
+        return most * x.element_size() >= _SMALL and most > sizes[0] * sizes[1] + tokens * sizes[0]
 
     def _traces(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> bool:
         """Whether torch.compile shall call the native kernel."""
@@ -186,7 +186,8 @@ class Execution:
             options.append((dense if plan.materialises else dense / DENSE_GAIN, DENSE))
         options.append((plan.seconds + PLAN_SECONDS, plan))
         if key.native:
-            options.append((self._chain.seconds(tokens, itemsize), self._chain))
+            seconds = self._chain.seconds(tokens, itemsize)
+            options.append((seconds if key.frozen else seconds * CHAIN_TRAINING, self._chain))
         return [(seconds * key.tokens / tokens, way) for seconds, way in options]
 
     def _find(

@@ -103,7 +103,7 @@ class EquationPlan:
         steps: products with the activations.
         result: how the last of them is read as (tokens, outputs).
         inner: entries per token that stand between input and output: results of steps, and copies of them.
-        widest: entries per token of the largest of these.
+        widest: entries per token of the largest of these, or of an output that has to be brought into order.
         seconds: predicted time.
     """
 

@@ -239,12 +239,11 @@ class _Search:
             inner += [copied, made] if view.copy else [made]
             modes, shape = product.out, self.shape_of(product)
         ordered = (TOKENS, *self.eq.outputs)
-        if modes == ordered:
-            inner.pop()  # the output itself
+        last = inner.pop()  # the output, if only in another order
         result = self.view(modes, ((), (TOKENS,), self.eq.outputs), modes != ordered, shape)
         return EquationPlan(
             self.eq, self.tokens, self.itemsize, self.machine, self.folded, tuple(slots.merges), tuple(steps), result,
-            sum(inner), max(inner, default=0), state.cost,
+            sum(inner), max([*inner, 0 if modes == ordered else last]), state.cost,
         )  # fmt: skip
 
     def write_merges(self, lo: int, hi: int, slots: _Slots) -> int:
