@@ -229,6 +229,8 @@ def test_a_machine_predicts():
     assert machine.copy(2) == 16 / 4 + 1
     assert machine.copy(2, itemsize=2) == 16 / 4 + 1
     assert machine.copy(2, itemsize=8) == 32 / 4 + 1
+    assert machine.copy(2, run=15) == 16 / 4 + 1
+    assert machine.copy(2, run=16) == 16 / 10 + 1  # a cache line stays together
     tiles = Machine("m", flops=1.0, bandwidth=math.inf, op=0.0, tile=64)
     assert tiles.product(1, 1, 10, 65) == 2 * 64 * 10 * 128
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+LINE = 64  # bytes of a cache line
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -20,7 +22,8 @@ class Machine:
         far_bandwidth: of operands beyond the last cache, in B/s; as within it where not given.
         cache: bytes of that cache.
         core_cache: bytes of activations that are worked on at a time, so that they stay close to a core.
-        copies: of copies into another layout, bytes read and written, in B/s; as `bandwidth` where not given.
+        copies: of copies into another layout in which neighbours come apart, bytes read and written, in B/s; as
+            `bandwidth` where not given.
         tile: rows and columns that a product is rounded up to; 0 for a CPU, where `thinness` says what thin ones cost.
     """
 
@@ -53,9 +56,13 @@ class Machine:
         rate = self.half_flops or self.flops if half else self.flops * 4 / itemsize
         return max(flops * slower / rate, nbytes / self._bandwidth(nbytes)) + self.op + half * self.half_op
 
-    def copy(self, entries: float, itemsize: int = 4) -> float:
-        """Predict the time to bring so many entries into another layout, in s; small ones take as long as float32."""
-        return 2 * entries * max(itemsize, 4) / (self.copies or self.bandwidth) + self.op
+    def copy(self, entries: float, itemsize: int = 4, run: int = 1) -> float:
+        """Predict the time to bring so many entries into another layout, in s, runs of them staying together.
+
+        Two-byte entries take as long as float32.
+        """
+        rate = self.bandwidth if run * itemsize >= LINE else self.copies or self.bandwidth
+        return 2 * entries * max(itemsize, 4) / rate + self.op
 
     def _bandwidth(self, nbytes: float) -> float:
         return self.bandwidth if nbytes <= self.cache else self.far_bandwidth or self.bandwidth
@@ -93,7 +100,7 @@ def thinness(batch: int, rows: int, summed: int, columns: int) -> float:
 # One AVX-512 core (AMD EPYC, torch 2.13 with MKL).
 CPU = Machine(
     "cpu, 1 thread", flops=96e9, bandwidth=60e9, op=3e-6, half_flops=430e9, half_op=12e-6, far_bandwidth=22e9,
-    cache=24 << 20, core_cache=256 << 10, copies=15e9,
+    cache=24 << 20, core_cache=256 << 10, copies=10e9,
 )  # fmt: skip
 
 # NVIDIA H200, from its data sheet (TF32 off); the cost of an operation is an estimate. Nothing of it was measured here.

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Literal
 
 from structlin.planner.machine import CPU, Machine
@@ -94,6 +94,11 @@ class _Search:
     def numel(self, modes: Iterable[str]) -> int:
         return math.prod([self.size[mode] for mode in modes])
 
+    def run(self, modes: Modes, order: Modes) -> int:
+        """How many neighbouring entries stay together when modes are brought into an order."""
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(modes), reversed(order), strict=False))
+        return self.numel(mode for mode, _ in same)
+
     # One product -------------------------------------------------------------------------------------------------
 
     def products(self, a: Modes, b: Modes, needed: frozenset[str]) -> Iterator[_Product]:
@@ -125,15 +130,16 @@ class _Search:
         if self.folded and TOKENS in out:  # the factor is copied once, beforehand
             copies = copies[0] and TOKENS in left, copies[1] and TOKENS in right
         sizes = self.numel(left), self.numel(right)
-        copied = [size for size, copy in zip(sizes, copies, strict=True) if copy]
+        sides = zip(sizes, copies, (left, right), (left_groups, right_groups), strict=True)
+        copied = [(size, self.run(modes, sum(groups, ()))) for size, copy, modes, groups in sides if copy]
         batch, summed, columns = map(self.numel, right_groups)
         rows = self.numel(left_groups[1])
         seconds = self.machine.product(batch, rows, summed, columns, self.itemsize)
-        seconds += sum(self.machine.copy(size, self.itemsize) for size in copied)
+        seconds += sum(self.machine.copy(size, self.itemsize, run) for size, run in copied)
         cost = Cost(
             f"[{' '.join(left)}] * [{' '.join(right)}] -> [{' '.join(out)}]",
             2 * self.numel(out) * summed,
-            self.itemsize * (sum(sizes) + self.numel(out) + 2 * sum(copied)),
+            self.itemsize * (sum(sizes) + self.numel(out) + 2 * sum(size for size, _ in copied)),
             1 + len(copied),
         )
         return _Product(left, right, left_groups, right_groups, swapped, broadcast, out, copies, cost, seconds)
@@ -216,9 +222,10 @@ class _Search:
 
     def finished(self, state: _State) -> _State:
         """Add the cost of bringing the result into (tokens, outputs) order."""
-        if state.modes == (TOKENS, *self.eq.outputs):
+        ordered = (TOKENS, *self.eq.outputs)
+        if state.modes == ordered:
             return state
-        copy = self.machine.copy(self.numel(state.modes), self.itemsize)
+        copy = self.machine.copy(self.numel(state.modes), self.itemsize, self.run(state.modes, ordered))
         return _State(state.modes, state.absorbed, state.cost + copy)
 
     # Writing the plan down ---------------------------------------------------------------------------------------
