@@ -25,6 +25,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("STRUCTLIN_CACHE") or Path(base) / "structlin")
 
 
+def processor() -> str:
+    """What tells this CPU from others: architecture and features."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return f"{platform.machine()}\n{features}\n"
+
+
 def measure_machine(device: torch.device | str = "cpu") -> Machine:
     """Measure this machine, with as many threads as torch has now, and plan by what was found from then on; 2 s.
 
@@ -42,7 +50,9 @@ def measure_machine(device: torch.device | str = "cpu") -> Machine:
     found = _measured(device, replace(shipped, name=_name(device)))
     path = _path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(found)), encoding="utf-8")
+    aside = path.with_suffix(f".{os.getpid()}")
+    aside.write_text(json.dumps(asdict(found)), encoding="utf-8")
+    aside.replace(path)
     _machine.cache_clear()
     return found
 
@@ -68,9 +78,9 @@ def _name(device: torch.device) -> str:
 
 
 def _path(device: torch.device) -> Path:
-    name = "cuda" if device.type == "cuda" else f"cpu-{platform.machine()}-{torch.get_num_threads()}"
-    fields = hashlib.sha256(repr(Machine.__annotations__).encode()).hexdigest()[:8]  # others are another version's
-    return cache_folder() / f"machine-{fields}-{name}-{torch.__version__}.json"
+    kind = _name(device) if device.type == "cuda" else f"{processor()}{torch.get_num_threads()}"
+    facts = (repr(Machine.__annotations__), torch.__version__, kind)  # other fields are another version's
+    return cache_folder() / f"machine-{hashlib.sha256(chr(10).join(facts).encode()).hexdigest()[:16]}.json"
 
 
 def _measured(device: torch.device, machine: Machine) -> Machine:

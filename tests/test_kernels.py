@@ -30,8 +30,7 @@ ROUNDED = 2.0**-8  # bfloat16 has 8 bits: one rounding, at the very end, changes
 AGAIN = 5e-4  # rounded alike: the few numbers that float32 puts on two sides of a tie differ
 
 
-@pytest.fixture(autouse=True)
-def built(monkeypatch):
+def switch_on(monkeypatch):
     """Build the kernel (once) and switch it on; a machine without a compiler has nothing to test here."""
     monkeypatch.setenv(native.SWITCH, "")
     monkeypatch.setattr(native._State, "usable", None)
@@ -40,6 +39,11 @@ def built(monkeypatch):
     except RuntimeError as error:
         pytest.skip(str(error).splitlines()[0])
     assert kernels.available()
+
+
+@pytest.fixture(autouse=True)
+def built(monkeypatch):
+    switch_on(monkeypatch)
 
 
 def layers(name, sizes=SIZES):

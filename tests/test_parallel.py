@@ -9,10 +9,10 @@ import sys
 
 import pytest
 import torch
+from test_kernels import switch_on
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from structlin import kernels
 from structlin.kernels import native
 from structlin.layer import build
 from structlin.structures import Kaleidoscope, LowRank, Sum, TensorTrain
@@ -67,20 +67,11 @@ print("equal")
 """
 
 
-def use_kernel(monkeypatch):
-    monkeypatch.setenv(native.SWITCH, "")
-    monkeypatch.setattr(native._State, "usable", None)
-    try:
-        kernels.build()
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["on", "off"])
 def test_fsdp_and_ddp(kernel, monkeypatch):
     if kernel == "on":
-        use_kernel(monkeypatch)
+        switch_on(monkeypatch)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -98,7 +89,7 @@ def test_fsdp_and_ddp(kernel, monkeypatch):
 @pytest.mark.parametrize("kernel", ["on", "off"])
 def test_activation_checkpoints(kernel, reentrant, monkeypatch):
     if kernel == "on":
-        use_kernel(monkeypatch)
+        switch_on(monkeypatch)
     tt = TensorTrain(rank=4, in_modes=(4, 4, 4), out_modes=(4, 4, 4))
     best = Sum(parts=(LowRank(rank=4), Kaleidoscope(width=2)))
     model = nn.Sequential(build(tt, 64, 64), nn.GELU(), build(best, 64, 64))

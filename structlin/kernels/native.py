@@ -15,7 +15,7 @@ import torch
 
 from structlin.kernels import traced
 from structlin.kernels.constant import constant
-from structlin.machines import cache_folder
+from structlin.machines import cache_folder, processor
 
 SOURCE = Path(__file__).with_name("chain.cpp")
 SWITCH = "STRUCTLIN_KERNELS"  # "off": not used; "build": built when first needed; else: used where it is built
@@ -102,11 +102,8 @@ def _flags() -> tuple[list[str], list[str]]:
 
 def _path() -> Path:
     """Where the library of this source, torch and CPU is or would be."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
     flags, link = _flags()
-    facts = [SOURCE.read_text(encoding="utf-8"), torch.__version__, platform.machine(), features, *flags, *link]
+    facts = [SOURCE.read_text(encoding="utf-8"), torch.__version__, processor(), *flags, *link]
     return cache_folder() / f"chain-{hashlib.sha256(chr(10).join(facts).encode()).hexdigest()[:16]}.so"
 
 
