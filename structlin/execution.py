@@ -27,7 +27,6 @@ _in_a_group: Callable[[], bool] = getattr(torch.distributed, "is_initialized", l
 COMPILED_TOKENS = 256
 MOST_TOKENS = 1024  # to plan for: more of them go by the same plan
 PLAN_SECONDS = 6e-6  # of a plan, beyond its products: views, the bias, and the Python around them
-CHAIN_TRAINING = 1.4  # a training step takes the kernel 4.6 times as long as a forward pass, and products about 3.3
 DENSE_GAIN = 0.9  # the dense matrix is kept in eval where its predicted time is below this share of every other's
 
 _SMALL = 4 << 20  # bytes of activations that are not worth computing anew
@@ -186,8 +185,7 @@ class Execution:
             options.append((dense if plan.materialises else dense / DENSE_GAIN, DENSE))
         options.append((plan.seconds + PLAN_SECONDS, plan))
         if key.native:
-            seconds = self._chain.seconds(tokens, itemsize)
-            options.append((seconds if key.frozen else seconds * CHAIN_TRAINING, self._chain))
+            options.append((self._chain.seconds(tokens, itemsize), self._chain))
         return [(seconds * key.tokens / tokens, way) for seconds, way in options]
 
     def _find(
