@@ -80,7 +80,7 @@ def _up(size: int, tile: int) -> int:
 def thinness(batch: int, rows: int, summed: int, columns: int) -> float:
     """How many times longer a matrix product takes than its FLOPs say because it is thin.
 
-    Fitted to 1,193 shapes timed with torch 2.13 and MKL on one AVX-512 core: a stack of tiny products goes through a
+    Fitted to products timed with torch 2.13 and MKL on one AVX-512 core: a stack of tiny products goes through a
     scalar loop, one of products with single columns through a slow kernel; below 16 columns a product costs as much as
     one with 32; few rows or short sums run at a part of the rate, below 8 rows at a third. A single matrix times a
     vector is fast.
