@@ -156,7 +156,7 @@ LLM = ((4096, 4096), (4096, 11008))
 SUITES = {
     "kronecker": Suite("Sums of Kronecker products and PHM", kronecker_cases),
     "tt": Suite("Tensor trains", tt_cases, (1, 32, 100, 512)),
-    "butterfly": Suite("Butterflies and K-matrices of width 1", butterfly_cases),
+    "butterfly": Suite("Butterflies and K-matrices of width 1", butterfly_cases, (1, 32, 256, 512)),
     "compressors": Suite("What compresses best: K-matrices and low rank + K-matrix at half the size", compressor_cases),
     "simple": Suite(
         "Low rank and Monarch",

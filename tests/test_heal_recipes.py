@@ -6,6 +6,7 @@ import argparse
 import gzip
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-DATA = Path("/work/shared/data")
+DATA = Path(os.environ.get("STRUCTLIN_DATA", "no folder given"))
 
 np = pytest.importorskip("numpy")
 transformers = pytest.importorskip("transformers")
@@ -253,7 +254,7 @@ def test_perplexity_counts_every_predicted_token_once(tiny_llama):
     assert compress_stories.perplexity(model, compress_stories.batches(found, 2)) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.skipif(not (DATA / "stories260k").is_dir(), reason="the language model of /work/shared is not here")
+@pytest.mark.skipif(not (DATA / "stories260k").is_dir(), reason="$STRUCTLIN_DATA names no folder with stories260k")
 def test_perplexity_of_the_real_model():
     import compress_stories
 
