@@ -34,7 +34,7 @@ from structlin import (
     StructuredLinear,
     TTLinear,
 )
-from structlin.checkpoint import CheckpointError, _files, _manifest, _skeleton, api, load, save, verify
+from structlin.checkpoint import CheckpointError, _directory, _files, _manifest, _skeleton, api, load, save, verify
 from structlin.layer import build
 from structlin.spec import Spec, equation
 from structlin.structure import Structure, register, registered
@@ -499,7 +499,7 @@ def test_failing_save_leaves_no_temporaries(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(_files, step, fail)
+        patch.setattr(_files if step == "write_tensors" else _directory, step, fail)
         expected, message = (
             (CheckpointError, "out: cannot be written: disk full") if error.args else (type(error), None)
         )
@@ -701,7 +701,7 @@ def test_same_model_same_bytes(tmp_path: Path) -> None:
 # Nothing in a file is run --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", [api, _files, _manifest, _skeleton], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [api, _directory, _files, _manifest, _skeleton], ids=lambda module: module.__name__)
 def test_no_code_comes_from_files(module: object) -> None:
     tree = ast.parse(Path(module.__file__).read_text())
     banned = {"pickle", "eval", "exec", "importlib", "__import__", "globals", "joblib", "dill", "runpy"}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from structlin.checkpoint import _files, _manifest, _skeleton
+from structlin.checkpoint import _directory, _files, _manifest, _skeleton
 from structlin.checkpoint._files import CheckpointError
 from structlin.checkpoint._manifest import Layer
 from structlin.layer import StructuredLinear
@@ -87,7 +87,7 @@ def save(
         raise ValueError(f"max_shard_bytes={max_shard_bytes} is below 1; it is a number of bytes")
     layers, shared_layers = _structured(model)
     tensors, aliases = _tensors(model)
-    with _files.replacing(Path(directory)) as fresh:
+    with _directory.replacing(Path(directory)) as fresh:
         shards = _files.write_tensors(fresh, tensors, max_shard_bytes)
         _manifest.write(
             fresh,
@@ -125,7 +125,7 @@ def load(
     Raises:
         CheckpointError: if a file is missing, damaged or unsafe, or does not fit the skeleton.
     """
-    checkpoint = _manifest.read(_files.readable(Path(directory)))
+    checkpoint = _manifest.read(_directory.readable(Path(directory)))
     tree = _skeleton.tree_of(skeleton, checkpoint)
     slots = list(_skeleton.slots_of(tree.items()))
     _skeleton.check_fit(slots, checkpoint)
@@ -156,7 +156,7 @@ def verify(directory: str | Path, *, check_hashes: bool = False) -> Summary:
     Raises:
         CheckpointError: naming the layer or file, what was found and what was expected.
     """
-    checkpoint = _manifest.read(_files.readable(Path(directory)))
+    checkpoint = _manifest.read(_directory.readable(Path(directory)))
     manifest = checkpoint.manifest
     if check_hashes:
         _files.check_hashes(checkpoint.directory, manifest.shards)

@@ -8,14 +8,15 @@ minimises the predicted time: FLOPs or bytes moved (layout copies included) and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import pairwise, takewhile
 from typing import Literal
 
 from structlin.planner.machine import CPU, Machine
-from structlin.planner.plan import TOKENS, Cost, EquationPlan, Merge, Plan, Shape, Step, View
+from structlin.planner.plan import TOKENS, EquationPlan, Merge, Plan, Shape, Step, View
+from structlin.planner.products import Merged, Product, Products
+from structlin.planner.write import Writer
 from structlin.spec import Equation, Modes, Spec
 
 Order = Literal["auto", "forward", "backward", "materialise"]
@@ -26,55 +27,13 @@ _CHAIN = 24  # factors up to which all merges of neighbours are searched
 _LENGTH = 6  # longer chains merge at most so many neighbours, or all
 
 
-Groups = tuple[Modes, Modes, Modes]  # the (batch, rows, columns) of an operand
-
-
-@dataclass(frozen=True)
-class _Product:
-    """One way to multiply two operands: which goes left, how each is read, and what it costs."""
-
-    left: Modes
-    right: Modes
-    left_groups: Groups
-    right_groups: Groups
-    swapped: bool  # the factor goes left, the activations go right
-    broadcast: bool  # the left operand is shared over the batch
-    out: Modes
-    copies: tuple[bool, bool]
-    cost: Cost
-    seconds: float
-
-    @property
-    def sides(self) -> tuple[tuple[Modes, Groups, bool], tuple[Modes, Groups, bool]]:
-        """Left and right: modes, groups, and whether it is copied."""
-        return (self.left, self.left_groups, self.copies[0]), (self.right, self.right_groups, self.copies[1])
-
-
-@dataclass(frozen=True)
-class _Merged:
-    """Neighbouring factors contracted with one another; a single factor has no product."""
-
-    modes: Modes
-    seconds: float = 0.0  # none where it is done once, beforehand
-    middle: int = 0
-    product: _Product | None = None
-
-
 @dataclass(frozen=True)
 class _State:
     """A partial plan: the modes of the activations, the merged factors that they absorbed, and the cost so far."""
 
     modes: Modes
-    absorbed: tuple[tuple[int, int, _Product], ...]
+    absorbed: tuple[tuple[int, int, Product], ...]
     cost: float
-
-
-@dataclass(frozen=True)
-class _Slots:
-    """What is written of merging: shapes of factors, then of the results, and the products."""
-
-    shapes: list[Shape]
-    merges: list[Merge]
 
 
 class _Search:
@@ -86,77 +45,24 @@ class _Search:
         self.machine = machine
         self.tokens = tokens
         self.folded = folded
-        self.size = {**eq.size, TOKENS: tokens}
+        self.products = Products(eq, tokens, itemsize, machine, folded)
         self.external = frozenset((*eq.outputs, *eq.inputs))
         self.count = len(eq.factors)
-        self.known: dict[tuple[int, int], _Merged] = {}
-
-    def numel(self, modes: Iterable[str]) -> int:
-        return math.prod([self.size[mode] for mode in modes])
-
-    def run(self, modes: Modes, order: Modes) -> int:
-        """How many neighbouring entries stay together when modes are brought into an order."""
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(modes), reversed(order), strict=False))
-        return self.numel(mode for mode, _ in same)
-
-    # One product -------------------------------------------------------------------------------------------------
-
-    def products(self, a: Modes, b: Modes, needed: frozenset[str]) -> Iterator[_Product]:
-        """All ways to multiply activations (or merged factors) `a` by a factor `b` in one batched product."""
-        shared = [mode for mode in a if mode in b]
-        batch = tuple(mode for mode in shared if mode in needed)
-        summed = tuple(mode for mode in shared if mode not in needed)
-        free_a = tuple(mode for mode in a if mode not in shared)
-        free_b = tuple(mode for mode in b if mode not in shared)
-        # x @ W, then W @ x: which one is free of copies depends on the layout of the activations.
-        yield self.product(a, b, (batch, free_a, summed), (batch, summed, free_b), batch + free_a + free_b)
-        yield self.product(
-            b, a, (batch, free_b, summed), (batch, summed, free_a), batch + free_b + free_a, swapped=True
-        )
-        # Summed modes in the middle of the activations: share W over the leading modes, no copy at all.
-        first = a.index(summed[0]) if summed else 0
-        before, after = a[:first], a[first + len(summed) :]
-        if not batch and before and after and a[first : first + len(summed)] == summed:
-            yield self.product(
-                b, a, ((), free_b, summed), (before, summed, after), before + free_b + after,
-                swapped=True, broadcast=True,
-            )  # fmt: skip
-
-    def product(
-        self, left: Modes, right: Modes, left_groups: Groups, right_groups: Groups, out: Modes,
-        *, swapped: bool = False, broadcast: bool = False,
-    ) -> _Product:  # fmt: skip
-        copies = _needs_copy(left, left_groups), _needs_copy(right, right_groups)
-        if self.folded and TOKENS in out:  # the factor is copied once, beforehand
-            copies = copies[0] and TOKENS in left, copies[1] and TOKENS in right
-        sizes = self.numel(left), self.numel(right)
-        sides = zip(sizes, copies, (left, right), (left_groups, right_groups), strict=True)
-        copied = [(size, self.run(modes, sum(groups, ()))) for size, copy, modes, groups in sides if copy]
-        batch, summed, columns = map(self.numel, right_groups)
-        rows = self.numel(left_groups[1])
-        seconds = self.machine.product(batch, rows, summed, columns, self.itemsize)
-        seconds += sum(self.machine.copy(size, self.itemsize, run) for size, run in copied)
-        cost = Cost(
-            f"[{' '.join(left)}] * [{' '.join(right)}] -> [{' '.join(out)}]",
-            2 * self.numel(out) * summed,
-            self.itemsize * (sum(sizes) + self.numel(out) + 2 * sum(size for size, _ in copied)),
-            1 + len(copied),
-        )
-        return _Product(left, right, left_groups, right_groups, swapped, broadcast, out, copies, cost, seconds)
+        self.known: dict[tuple[int, int], Merged] = {}
 
     # Merging neighbours ------------------------------------------------------------------------------------------
 
-    def merged(self, lo: int, hi: int) -> _Merged:
+    def merged(self, lo: int, hi: int) -> Merged:
         """Contract the factors lo..hi-1 with one another."""
         if hi - lo == 1:
-            return _Merged(self.eq.factors[lo].modes)
+            return Merged(self.eq.factors[lo].modes)
         if (lo, hi) not in self.known:
             middle = self.middle(lo, hi)
             left, right = self.merged(lo, middle), self.merged(middle, hi)
-            options = self.products(left.modes, right.modes, self.outside(lo, hi))
+            options = self.products.ways(left.modes, right.modes, self.outside(lo, hi))
             best = min(options, key=lambda option: option.seconds)
             seconds = 0.0 if self.folded else left.seconds + right.seconds + best.seconds
-            self.known[lo, hi] = _Merged(best.out, seconds, middle, best)
+            self.known[lo, hi] = Merged(best.out, seconds, middle, best)
         return self.known[lo, hi]
 
     def outside(self, lo: int, hi: int) -> frozenset[str]:
@@ -189,7 +95,7 @@ class _Search:
                     a, b = kept[lo, middle], kept[middle, hi]
                     shared = a & b
                     groups = (shared & kept[lo, hi], a - shared, shared - kept[lo, hi], b - shared)
-                    batch, rows, summed, columns = map(self.numel, groups)
+                    batch, rows, summed, columns = map(self.products.numel, groups)
                     seconds = self.machine.product(batch, rows, summed, columns, self.itemsize)
                     options.append((cost[lo, middle] + cost[middle, hi] + seconds, middle))
                 cost[lo, hi], split[lo, hi] = min(options)
@@ -216,7 +122,7 @@ class _Search:
             return
         remaining = self.eq.factors[hi:] if forward else self.eq.factors[:lo]
         needed = frozenset((TOKENS, *self.eq.outputs)).union(*(factor.modes for factor in remaining))
-        for product in self.products(state.modes, merged.modes, needed):
+        for product in self.products.ways(state.modes, merged.modes, needed):
             cost = state.cost + merged.seconds + product.seconds
             yield _State(product.out, (*state.absorbed, (lo, hi, product)), cost)
 
@@ -225,80 +131,30 @@ class _Search:
         ordered = (TOKENS, *self.eq.outputs)
         if state.modes == ordered:
             return state
-        copy = self.machine.copy(self.numel(state.modes), self.itemsize, self.run(state.modes, ordered))
+        copy = self.machine.copy(
+            self.products.numel(state.modes), self.itemsize, self.products.run(state.modes, ordered)
+        )
         return _State(state.modes, state.absorbed, state.cost + copy)
 
-    # Writing the plan down ---------------------------------------------------------------------------------------
-
     def plan(self, state: _State) -> EquationPlan:
-        slots = _Slots([self.encoded(factor.modes) for factor in self.eq.factors], [])
+        """Write down what was found."""
+        writer = Writer(self.eq, self.merged)
         steps: list[Step] = []
         inner: list[int] = []  # entries per token
         modes: Modes = (TOKENS, *self.eq.inputs)
         shape: Shape = (-1, self.eq.padded_in)
         for lo, hi, product in state.absorbed:
-            factor = self.write_merges(lo, hi, slots)
-            left, right = product.sides
-            operand, side = (left, right) if product.swapped else (right, left)
-            factor_view, view = self.view(*operand, slots.shapes[factor]), self.view(*side, shape)
-            steps.append(Step(factor, factor_view, view, product.swapped, product.broadcast, product.cost))
-            copied, made = (self.numel(some) // max(1, self.tokens) for some in (modes, product.out))
-            inner += [copied, made] if view.copy else [made]
-            modes, shape = product.out, self.shape_of(product)
+            steps.append(writer.step(lo, hi, product, shape))
+            copied, made = (self.products.numel(some) // max(1, self.tokens) for some in (modes, product.out))
+            inner += [copied, made] if steps[-1].view.copy else [made]
+            modes, shape = product.out, writer.shape_of(product)
         ordered = (TOKENS, *self.eq.outputs)
         last = inner.pop()  # the output, if only in another order
-        result = self.view(modes, ((), (TOKENS,), self.eq.outputs), modes != ordered, shape)
+        result = writer.view(modes, ((), (TOKENS,), self.eq.outputs), modes != ordered, shape)
         return EquationPlan(
-            self.eq, self.tokens, self.itemsize, self.machine, self.folded, tuple(slots.merges), tuple(steps), result,
+            self.eq, self.tokens, self.itemsize, self.machine, self.folded, tuple(writer.merges), tuple(steps), result,
             sum(inner), max([*inner, 0 if modes == ordered else last]), state.cost,
         )  # fmt: skip
-
-    def write_merges(self, lo: int, hi: int, slots: _Slots) -> int:
-        """Append what merges the factors lo..hi-1; return the number of the result."""
-        merged = self.merged(lo, hi)
-        if merged.product is None:
-            return lo
-        a = self.write_merges(lo, merged.middle, slots)
-        b = self.write_merges(merged.middle, hi, slots)
-        left, right = (b, a) if merged.product.swapped else (a, b)
-        left_side, right_side = merged.product.sides
-        left_view, right_view = self.view(*left_side, slots.shapes[left]), self.view(*right_side, slots.shapes[right])
-        slots.merges.append(
-            Merge(left, right, left_view, right_view, merged.product.broadcast, merged.product.cost)
-        )  # fmt: skip
-        slots.shapes.append(self.shape_of(merged.product))
-        return len(slots.shapes) - 1
-
-    def shape_of(self, product: _Product) -> Shape:
-        """Shape of what a product gives."""
-        return self.stacked((product.right_groups[0], product.left_groups[1], product.right_groups[2]))
-
-    def view(self, modes: Modes, groups: Groups, copy: bool, shape: Shape) -> View:
-        """How to read a tensor of a shape, with these modes, by groups."""
-        order = tuple(mode for group in groups for mode in group)
-        split, permuted, target = self.encoded(modes), self.encoded(order), self.stacked(groups)
-        if modes == order:
-            return View(None, None, target if target != shape else None, copy)
-        axes = tuple(modes.index(mode) for mode in order)
-        return View(split if split != shape else None, axes, target if target != permuted else None, copy)
-
-    def stacked(self, groups: Groups) -> Shape:
-        shape = tuple(self.extent(group) for group in groups)
-        return shape if groups[0] else shape[1:]
-
-    def encoded(self, modes: Modes) -> tuple[int, ...]:
-        return tuple(self.extent((mode,)) for mode in modes)
-
-    def extent(self, modes: Modes) -> int:
-        return -1 if TOKENS in modes else self.eq.numel(modes)
-
-
-def _needs_copy(modes: Modes, groups: Groups) -> bool:
-    """Whether reading a tensor with these modes as a (batch, rows, columns) stack copies it."""
-    position = {mode: k for k, mode in enumerate(modes)}
-    runs = all(position[b] == position[a] + 1 for group in groups for a, b in pairwise(group))
-    # A stack whose innermost axis is the batch sends torch.bmm into a slow loop: copy it first.
-    return not runs or (bool(modes) and modes[-1] in groups[0])
 
 
 def _best(states: list[_State]) -> list[_State]:
@@ -363,11 +219,9 @@ def _find(
 @lru_cache(maxsize=1024)
 def merge_plan(eq: Equation) -> tuple[tuple[Merge, ...], View]:
     """Merges of all factors, and how the result is read as the dense matrix (outputs, inputs)."""
-    search = _Search(eq, 1, 4, CPU)
-    slots = _Slots([search.encoded(factor.modes) for factor in eq.factors], [])
-    last = search.write_merges(0, search.count, slots)
-    modes = search.merged(0, search.count).modes
-    return tuple(slots.merges), search.view(modes, ((), eq.outputs, eq.inputs), False, slots.shapes[last])
+    writer = Writer(eq, _Search(eq, 1, 4, CPU).merged)
+    view = writer.dense()
+    return tuple(writer.merges), view
 
 
 @lru_cache(maxsize=1024)
