@@ -27,6 +27,7 @@ _in_a_group: Callable[[], bool] = getattr(torch.distributed, "is_initialized", l
 COMPILED_TOKENS = 256
 MOST_TOKENS = 1024  # to plan for: more of them go by the same plan
 PLAN_SECONDS = 6e-6  # of a plan, beyond its products: views, the bias, and the Python around them
+DENSE_SECONDS = 2e-6  # of the kept dense matrix, beyond its product
 DENSE_GAIN = 0.9  # the dense matrix is kept in eval where its predicted time is below this share of every other's
 
 _SMALL = 4 << 20  # bytes of activations that are not worth computing anew
@@ -82,16 +83,18 @@ class Execution:
         self._compiled = choice if isinstance(choice, Plan) else planner.find_plan(spec, COMPILED_TOKENS, order=choice)
         self._chain = chain_of(spec)
         self._compiled_natively = self._chain.seconds(COMPILED_TOKENS) < self._compiled.seconds
-        self._ways: dict[tuple[int, bool, bool], Way] = {}
         # What is known of the parameters at the last call: they are plain tensors, their changes leave traces, and they
         # are of a dtype that the native kernel takes.
         self._plain = self._traceable = False
         self._native: torch.dtype | None = None
+        self._known: kernels.Known | None = None
+        # Runs the layer without this class, given an input and the parameters; returns None where it has to be asked.
+        self.shortcut: Callable[[Tensor, dict[str, Any]], Tensor | None] | None = None
         self.forget()
 
     def forget(self) -> None:
         """Drop what is kept of the factors, and what is known of them."""
-        self._seen: tuple[Any, ...] = ((),) * (1 + len(self.spec.factors))  # the parameters at the last call: none
+        self._see(((),) * (1 + len(self.spec.factors)))  # no parameters
         self._versions: list[tuple[int, int]] = []
         self._aliases: list[Tensor] = []
         self._kept: dict[int, tuple[Plan | Dense, Any]] = {}  # by the identity of the way
@@ -181,7 +184,7 @@ class Execution:
         plan = planner.find_plan(self.spec, tokens, itemsize=itemsize, machine=machine, folded=key.frozen)
         if key.frozen:
             sizes = self.spec.in_features, self.spec.out_features
-            dense = planner.dense_seconds(*sizes, tokens, itemsize, machine)
+            dense = planner.dense_seconds(*sizes, tokens, itemsize, machine) + DENSE_SECONDS
             options.append((dense if plan.materialises else dense / DENSE_GAIN, DENSE))
         options.append((plan.seconds + PLAN_SECONDS, plan))
         if key.native:
@@ -198,8 +201,14 @@ class Execution:
         else:
             way = min(options, key=lambda option: option[0])[1]
         if len(self._ways) >= 1024:
-            self._ways.clear()
+            self._look(self._seen)
         self._ways[tokens, native, frozen] = way
+        if isinstance(way, Chain):
+            if self._known is None:
+                self._known = way.known(self._seen)
+                self.shortcut = kernels.shortcut(self._known)
+            learns = torch.is_grad_enabled() and any(factor.requires_grad for factor in factors)
+            (self._known.learned if learns else self._known.constant).add(tokens)
         return way
 
     def _measured(
@@ -235,14 +244,19 @@ class Execution:
 
     # What is known and kept of the factors ---------------------------------------------------------------------------
 
+    def _see(self, given: tuple[Any, ...]) -> None:
+        """Remember the parameters of a call, and nothing of the calls before."""
+        self._seen = given
+        self._ways: dict[tuple[int, bool, bool], Way] = {}
+        self._known = self.shortcut = None
+
     def _look(self, given: tuple[Any, ...]) -> None:
         """Note what kind of parameters these are."""
         tensors = given if given[-1] is not None else given[:-1]
-        self._seen = given
+        self._see(given)
         self._plain = plain(tensors) and not any(tensor.is_meta for tensor in tensors)
         self._native = given[0].dtype if self._plain and suits(tensors) else None
         self._traceable = not any(tensor.is_inference() for tensor in tensors)
-        self._ways = {}
 
     def _constant(self, factors: Sequence[Tensor]) -> bool:
         """Whether the factors are constant for now: no gradients are asked for, and their changes can be seen.

@@ -287,6 +287,11 @@ class StructuredLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute x W^T + b for x of shape (..., in_features); the result is never a view."""
+        if not is_compiling():
+            shortcut = self._execution.shortcut
+            y = shortcut(x, self._parameters) if shortcut else None
+            if y is not None:
+                return y
         if x.ndim == 0 or x.shape[-1] != self.in_features:
             raise ValueError(f"input has shape {tuple(x.shape)}; its last axis must be in_features={self.in_features}")
         given = None if is_compiling() else self._given()

@@ -150,9 +150,9 @@ def test_dtypes_are_not_mixed():
     with pytest.raises(RuntimeError, match="x is Double; the kernel takes Float or BFloat16"):
         call(x.double(), half.factors, half.bias)
     with pytest.raises(RuntimeError, match="x is BFloat16, dy is Float;"):
-        torch.ops.structlin.chain_backward(torch.randn(40, 20), x, half.factors, call.program.table, True, [])
+        torch.ops.structlin.chain_backward(torch.randn(40, 20), x, half.factors, call.program, True, [])
     with pytest.raises(RuntimeError, match="do not fit the program"):
-        torch.ops.structlin.chain_backward(torch.randn(39, 20), same, layer.factors, call.program.table, True, [])
+        torch.ops.structlin.chain_backward(torch.randn(39, 20), same, layer.factors, call.program, True, [])
 
 
 def test_what_suits():
@@ -379,7 +379,7 @@ def test_layers_call_it_under_compile(choice):
         x = torch.randn(tokens, 16)
         assert_close(compiled(x), layer(x), "compiled", 1e-5)
     assert len(graphs) <= 2
-    assert all(("structlin.traced_chain" in code) == (choice == "auto") for code in graphs)
+    assert all(("structlin.chain" in code) == (choice == "auto") for code in graphs)
 
 
 # Building ------------------------------------------------------------------------------------------------------------

@@ -159,3 +159,13 @@ print(planner.find_plan(spec.Spec(64, 64, (eq,)), 32).flops, "torch" in sys.modu
 def test_import_takes_under_300_ms_on_top_of_torch():
     code = "import time, torch; start = time.perf_counter(); import structlin; print(time.perf_counter() - start)"
     assert min(float(run(code)) for _ in range(5)) < 0.3
+
+
+def test_wheels_have_all_files():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT.parent / "pyproject.toml").read_text())
+    packed = {
+        file for pattern in project["tool"]["setuptools"]["package-data"]["structlin"] for file in ROOT.glob(pattern)
+    }
+    others = {file for file in ROOT.rglob("*") if file.is_file() and file.suffix not in (".py", ".pyc")}
+    assert packed == others

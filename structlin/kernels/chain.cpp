@@ -139,7 +139,7 @@ struct Stage {
   }
 };
 
-constexpr int HEADER = 8, RECORD = 16;
+constexpr int HEADER = 8, RECORD = 17;
 
 struct Program {
   const int32_t* data;
@@ -154,7 +154,16 @@ struct Program {
   Stage stage(int k) const {
     const int32_t* f = data + HEADER + RECORD * k;
     return {f[0], f[1], f[2], f[3] != 0, f[4], f[5], f[6], f[7] == 1, f[7] > 1 ? f[7] : 0, f[8] != 0,
-            data + f[9], data + f[10], data + f[11], data + f[12], data + f[13], data + f[14], data + f[15]};
+            data + f[10], data + f[11], data + f[12], data + f[13], data + f[14], data + f[15], data + f[16]};
+  }
+
+  // Nothing beyond the factors is read, whatever has become of them.
+  void check(at::TensorList factors) const {
+    for (int k = 0; k < stages(); ++k) {
+      const int32_t* f = data + HEADER + RECORD * k;
+      TORCH_CHECK(f[0] < int64_t(factors.size()) && factors[f[0]].numel() >= f[9],
+                  "structlin::chain: factor ", f[0], " is missing, or has fewer than ", f[9], " entries");
+    }
   }
 };
 
@@ -637,13 +646,16 @@ void run_chain(const Program& p, at::TensorList factors, const S* bias, const S*
   });
 }
 
-// out_features is there for the fake kernel in traced.py, which cannot read the program.
+// out_features is there for the fake kernel in operators.py, which cannot read the program.
 at::Tensor chain(const at::Tensor& x, at::TensorList factors, const std::optional<at::Tensor>& bias,
                  const at::Tensor& program, int64_t out_features) {
   const Program p{program.const_data_ptr<int32_t>()};
   TORCH_CHECK(x.dim() > 0 && x.size(-1) == p.in_features() && out_features == p.out_features(),
               "structlin::chain: the input does not fit the program");
+  p.check(factors);
   const at::Tensor shift = bias.has_value() ? bias->contiguous() : at::Tensor();
+  TORCH_CHECK(!shift.defined() || shift.numel() == out_features,
+              "structlin::chain: bias has ", shift.numel(), " entries, not ", out_features);
   const bool half = halves(x, factors, "bias", shift);
   const at::Tensor rows = x.contiguous();
   std::vector<int64_t> sizes = x.sizes().vec();
@@ -721,6 +733,9 @@ std::vector<at::Tensor> chain_backward(const at::Tensor& dy, const at::Tensor& x
   TORCH_CHECK(x.size(-1) == p.in_features() && dy.size(-1) == p.out_features() &&
                   x.numel() / p.in_features() == dy.numel() / p.out_features(),
               "structlin::chain_backward: the tensors do not fit the program");
+  p.check(factors);
+  for (const int64_t k : wanted)
+    TORCH_CHECK(k >= 0 && k < int64_t(factors.size()), "structlin::chain_backward: there is no factor ", k);
   const at::Tensor rows = x.contiguous(), slopes = dy.contiguous();
   std::vector<at::Tensor> result, gradients;
   if (input_gradient) result.push_back(at::empty(x.sizes(), x.options()));
@@ -744,6 +759,9 @@ TORCH_LIBRARY_FRAGMENT(structlin, library) {
   library.def(
       "chain_backward(Tensor dy, Tensor x, Tensor[] factors, Tensor program, bool input_gradient, int[] wanted) -> "
       "Tensor[]");
+  library.def(  // in operators.py
+      "chain_differentiable_backward(Tensor dy, Tensor x, Tensor[] factors, Tensor program, bool input_gradient, "
+      "int[] wanted) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(structlin, CPU, library) {

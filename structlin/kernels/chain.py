@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property, lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _is_any_autocast_enabled, _is_tracing, _len_torch_dispatch_stack
+from torch._C import (
+    _get_function_stack_at,
+    _is_any_autocast_enabled,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
-from structlin import contract, planner
+from structlin import planner
+from structlin.kernels import native
 from structlin.kernels.constant import constant
+from structlin.kernels.operators import SPECS
 from structlin.kernels.program import cost, program
 from structlin.spec import Spec
 
 TENSORS = (Tensor, torch.nn.Parameter)  # no subclasses
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-class Program(NamedTuple):
-    """What the kernel reads, the size of its output, the matrix it is for (unknown while traced), and the kernel."""
-
-    table: Tensor
-    out_features: int
-    spec: Spec | None
-    kernel: Callable[..., Tensor]  # torch.ops.structlin.chain.default, whose look-up takes longer than its arguments
-
-    @classmethod
-    def of(cls, table: Tensor, out_features: int, spec: Spec | None) -> Program:
-        return cls(table, out_features, spec, torch.ops.structlin.chain.default)
 
 
 class Chain:
@@ -45,10 +41,11 @@ class Chain:
         self.spec = spec
 
     @cached_property
-    def program(self) -> Program:
+    def program(self) -> Tensor:
         """The program, written when first needed."""
         table = torch.tensor(program(self.spec), dtype=torch.int32, device="cpu")
-        return Program.of(table, self.spec.out_features, self.spec)
+        SPECS[table] = self.spec
+        return table
 
     def seconds(self, tokens: int, itemsize: int = 4) -> float:
         """Predict the time of a forward pass in s, for elements of so many bytes."""
@@ -64,7 +61,13 @@ class Chain:
 
     def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         """Compute x W^T + bias for x of shape (..., in_features), all tensors such as `suits` says."""
-        return run(self.program, x, factors, bias)
+        return native.chain(x, tuple(factors), bias, self.program, self.spec.out_features)
+
+    def known(self, parameters: tuple[Tensor | None, ...]) -> native.Known:
+        """What to run a layer with these parameters by; for no number of rows yet."""
+        names = (*(factor.name for factor in self.spec.factors), "bias")
+        sizes = self.spec.in_features, self.spec.out_features
+        return native.Known(names, parameters, set(), set(), self.program, *sizes)
 
     def traces(self, tensors: Sequence[Tensor]) -> bool:
         """Whether code that torch.compile is tracing may call `traced` for these."""
@@ -72,15 +75,14 @@ class Chain:
 
     def traced(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         """Compute the same in code that torch.compile is tracing, after `traces` has said yes."""
-        written = self.program
-        result: Tensor = torch.ops.structlin.traced_chain(x, factors, bias, written.table, written.out_features)
+        result: Tensor = torch.ops.structlin.chain(x, factors, bias, self.program, self.spec.out_features)
         return result
 
     @constant
     def _prepare(self) -> bool:
         """Write the program before tracing comes to it: it shall be an input of the graph, not computed there."""
         exporting = getattr(torch.compiler, "is_exporting", bool)()  # from torch 2.7 on; what is exported has no kernel
-        return not exporting and unobserved() and len(self.program.table) > 0
+        return not exporting and unobserved() and len(self.program) > 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         return chain_of, (self.spec,)  # copies have the same program
@@ -90,15 +92,6 @@ class Chain:
 def chain_of(spec: Spec) -> Chain:
     """Return the program of a spec, written once."""
     return Chain(spec)
-
-
-def run(program: Program, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    """Call the kernel, noting what a backward pass will need where there will be one."""
-    if torch.is_grad_enabled() and (
-        x.requires_grad or (bias is not None and bias.requires_grad) or any(f.requires_grad for f in factors)
-    ):
-        return _Function.apply(program, x, bias, *factors)
-    return program.kernel(x, factors, bias, program.table, program.out_features)
 
 
 def plain(tensors: Sequence[Tensor]) -> bool:
@@ -114,6 +107,8 @@ def unobserved() -> bool:
         and peek_interpreter_stack() is None
         and forward_ad._current_level < 0
         and not _is_tracing()
+        # torch.set_default_device is a mode, which changes nothing here
+        and all(type(_get_function_stack_at(k)) is DeviceContext for k in range(_len_torch_function_stack()))
     )
 
 
@@ -121,42 +116,3 @@ def suits(tensors: Sequence[Tensor]) -> bool:
     """Whether the kernel can take these (plain) tensors, where it is available: all of one of DTYPES, on the CPU."""
     dtype = tensors[0].dtype
     return dtype in DTYPES and all(tensor.dtype is dtype and tensor.is_cpu for tensor in tensors)
-
-
-class _Function(torch.autograd.Function):
-    """Saves the input and the factors only; the backward pass computes the activations of a tile of tokens anew."""
-
-    @staticmethod
-    def forward(ctx: Any, program: Program, x: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
-        ctx.program = program
-        ctx.save_for_backward(x, *factors)
-        return program.kernel(x, factors, bias, program.table, program.out_features)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, *factors = ctx.saved_tensors
-        _, of_input, of_bias, *of_factors = ctx.needs_input_grad
-        bias = gradient.reshape(-1, gradient.shape[-1]).sum(0) if of_bias else None
-        wanted = [k for k, needed in enumerate(of_factors) if needed]
-        if torch.is_grad_enabled():  # create_graph=True: the gradients must be differentiable themselves
-            found = _differentiable(ctx.program.spec, x, factors, gradient, of_input, wanted)
-        else:
-            found = torch.ops.structlin.chain_backward(gradient, x, factors, ctx.program.table, of_input, wanted)
-        each = iter(found)
-        of_x = next(each) if of_input else None
-        return None, of_x, bias, *(next(each) if needed else None for needed in of_factors)
-
-
-def _differentiable(
-    spec: Spec | None, x: Tensor, factors: Sequence[Tensor], gradient: Tensor, of_input: bool, wanted: Sequence[int]
-) -> tuple[Tensor, ...]:
-    """The same gradients through `contract`, with their graph."""
-    if spec is None:
-        raise RuntimeError(
-            "the native kernel under torch.compile has no second derivatives; compile without it "
-            "(STRUCTLIN_KERNELS=off), or do not compile what create_graph=True goes through"
-        )
-    rows, slopes = x.reshape(-1, spec.in_features), gradient.reshape(-1, spec.out_features)
-    plan = planner.find_plan(spec, planner.bucket(len(rows)))
-    found = contract.gradients(spec, rows, factors, slopes, of_input, wanted, plan)
-    return (found[0].reshape(x.shape), *found[1:]) if of_input else found

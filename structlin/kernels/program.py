@@ -10,7 +10,7 @@ from itertools import product
 
 from structlin.spec import Equation, Modes, Spec
 
-HEADER, RECORD = 8, 16  # integers, as in chain.cpp
+HEADER, RECORD = 8, 17  # integers, as in chain.cpp
 SHORTEST_RUN = 4  # of outer indices, in floats of the smallest vector
 INPUT, OUTPUT, FIRST, SECOND = range(4)  # buffers; the last two in turn
 
@@ -46,13 +46,15 @@ class Stage:
 
     def record(self, position: int) -> list[int]:
         """Write the stage down, its tables beginning at a position of the program."""
-        x, v, o, _, _, c, n = self.tables
+        x, v, o, _, m, c, n = self.tables
+        entries = max(v) + max(m) + max(n) + 1  # of the factor
         starts = []
         for table in self.tables:
             starts.append(position)
             position += len(table)
+        buffers = self.source, self.target, self.accumulate
         order = 1 if _counts(n) else _run(x, v, o)
-        return [self.factor, self.source, self.target, self.accumulate, *self.shape, order, _counts(c), *starts]
+        return [self.factor, *buffers, *self.shape, order, _counts(c), entries, *starts]
 
 
 def _counts(table: Sequence[int]) -> bool:

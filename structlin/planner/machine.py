@@ -109,11 +109,11 @@ H200 = Machine(
 )  # fmt: skip
 
 # The native kernel on the same core as CPU: all stages in one operation, tiles of tokens in cache.
-NATIVE = Machine("native cpu kernel, 1 thread", flops=140e9, bandwidth=40e9, op=5e-6)
+NATIVE = Machine("native cpu kernel, 1 thread", flops=140e9, bandwidth=40e9, op=3e-6)
 # Up to so many tokens it goes row by row, along the factors.
 NATIVE_ROWS = 3
 TURNED = 8  # how many times longer it takes to read an entry of a factor that is not stored in the order of its sums
-NATIVE_FEW = Machine("native cpu kernel, few tokens", flops=48e9, bandwidth=65e9, op=4.5e-6)
+NATIVE_FEW = Machine("native cpu kernel, few tokens", flops=48e9, bandwidth=65e9, op=2.5e-6)
 
 
 def dense_seconds(
