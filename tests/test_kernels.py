@@ -20,9 +20,10 @@ from structlin import contract, kernels, planner
 from structlin.fit import fit
 from structlin.kernels import native
 from structlin.kernels.chain import chain_of, suits
-from structlin.kernels.program import cost, program, stages
+from structlin.kernels.layouts import cost
+from structlin.kernels.program import program, stages
 from structlin.layer import build
-from structlin.structures import PHM, Blast, Kaleidoscope, Kronecker, LowRank, LowRankKaleidoscope, Sum
+from structlin.structures import PHM, Blast, Kaleidoscope, Kronecker, LowRank, LowRankKaleidoscope, Sum, TensorTrain
 from structlin.testing import assert_close
 
 SIZES = [(16, 20), (33, 48), (64, 64), (17, 5), (1, 7), (96, 130)]
@@ -185,7 +186,8 @@ def test_threads_give_the_same():
 LARGE = [
     (LowRank(rank=1024), 2048),  # shared out by rows
     (Blast(blocks=4, rank=1024), 2048),  # by outer indices
-    (Kronecker(terms=64), 1024),  # a factor out of order
+    (TensorTrain(rank=16, in_modes=(16,) * 3, out_modes=(16,) * 3), 4096),  # by runs that share their block
+    (Kronecker(terms=64), 1024),
     (Sum(parts=(LowRank(rank=1024), Blast(blocks=4, rank=1024))), 2048),  # added to what is there
 ]
 
@@ -276,16 +278,15 @@ def test_fits_refine_by_it(monkeypatch):
 @pytest.mark.parametrize("name", CASES)
 def test_flops_are_those_of_the_cheaper_order(name):
     for layer in layers(name):
-        flops, _ = cost(layer.spec)
-        assert flops == sum(stage.flops for stage in stages(layer.spec))
+        flops = cost(layer.spec, few=False).flops
+        assert flops == sum(stage.flops for stage in stages(layer.spec, few=False))
         assert layer.flops_per_token <= flops <= layer.flops_per_token + 0.1 * layer.num_parameters
 
 
 def test_of_two_equal_directions_the_one_in_order_is_taken():
     for sizes in ((64, 64), (192, 768)):
         layer = build(PHM(n=2), *sizes)
-        _, turned = cost(layer.spec)
-        assert turned <= 8  # the small left factors only
+        assert cost(layer.spec, few=False).turned <= 8  # the small left factors only
 
 
 def test_a_long_chain_has_a_small_program():
@@ -313,7 +314,7 @@ def test_layers_use_it_by_themselves(counted):
 
 def test_it_does_not_run_where_dense_is_faster(counted):
     layer = build(Kronecker(terms=60), 64, 64)  # more FLOPs than the dense matrix
-    assert cost(layer.spec)[0] > 2 * 64 * 64
+    assert cost(layer.spec, few=False).flops > 2 * 64 * 64
     layer(torch.randn(4096, 64))
     assert counted
 

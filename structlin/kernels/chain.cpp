@@ -123,11 +123,12 @@ struct Stage {
   bool unit;    // n(q) = q
   int run;      // x, v and o advance by one in runs of this length, 0: they do not
   bool packed;  // c(q) = q
+  int shared;   // x and o advance by one while v stays, in runs of this length
   const int32_t *x, *v, *o, *r, *m, *c, *n;
 
   // The stage from the gradient of its output to that of its input.
   Stage transposed(bool accumulate) const {
-    return {factor, target, source, accumulate, outer, columns, rows, false, 0, false, o, v, x, c, n, r, m};
+    return {factor, target, source, accumulate, outer, columns, rows, false, 0, false, shared, o, v, x, c, n, r, m};
   }
 
   // Outer indices from i on, and rows from j on.
@@ -139,7 +140,13 @@ struct Stage {
   }
 };
 
-constexpr int HEADER = 8, RECORD = 17;
+constexpr int HEADER = 11, RECORD = 18;
+
+// Where the features of an input or output stand in its layout.
+struct Places {
+  const int32_t* table;
+  int64_t operator[](int64_t feature) const { return table ? table[feature] : feature; }
+};
 
 struct Program {
   const int32_t* data;
@@ -151,10 +158,13 @@ struct Program {
   int rows() const { return data[5]; }      // of the largest intermediate
   int widest() const { return data[6]; }    // most rows or columns of a stage
   int block() const { return data[7]; }     // most rows times columns of a stage whose n(q) is not q
+  Program few() const { return {data + data[10]}; }  // what single tokens go forward by
+  Places inputs() const { return {data[8] ? data + data[8] : nullptr}; }
+  Places outputs() const { return {data[9] ? data + data[9] : nullptr}; }
   Stage stage(int k) const {
     const int32_t* f = data + HEADER + RECORD * k;
-    return {f[0], f[1], f[2], f[3] != 0, f[4], f[5], f[6], f[7] == 1, f[7] > 1 ? f[7] : 0, f[8] != 0,
-            data + f[10], data + f[11], data + f[12], data + f[13], data + f[14], data + f[15], data + f[16]};
+    return {f[0], f[1], f[2], f[3] != 0, f[4], f[5], f[6], f[7] == 1, f[7] > 1 ? f[7] : 0, f[8] != 0, f[10],
+            data + f[11], data + f[12], data + f[13], data + f[14], data + f[15], data + f[16], data + f[17]};
   }
 
   // Nothing beyond the factors is read, whatever has become of them.
@@ -179,10 +189,10 @@ template <int USE = 0> float* scratch(int64_t floats) {
 // Many tokens: vectors of tokens ------------------------------------------------------------------------------------
 
 // MT rows of one outer index, for NV vectors of tokens out of T.
-template <int L, int NV, int MT, bool UNIT>
-inline void register_tile(const Stage& s, int64_t T, const float* w, const float* a, float* b, int j) {
+template <int L, int NV, int MT, bool UNIT, class W>
+inline void register_tile(const Stage& s, int64_t T, const W* w, const float* a, float* b, int j) {
   const int32_t *m = s.m + j, *r = s.r + j, *c = s.c, *n = s.n;
-  const float* row[MT];
+  const W* row[MT];
   Vector<L> sum[MT][NV];
   for (int p = 0; p < MT; ++p) {
     row[p] = w + m[p];
@@ -202,22 +212,30 @@ inline void register_tile(const Stage& s, int64_t T, const float* w, const float
     for (int u = 0; u < NV; ++u) store<L>(b + r[p] * T + u * L, sum[p][u]);
 }
 
-template <int L, int NV, bool UNIT, int MT = ROWS>
-inline void register_tiles(const Stage& s, int64_t T, const float* w, const float* a, float* b, int j) {
+// All rows of one outer index, for `length` columns of a and b, whose rows are T apart. The last vectors overlap those
+// before where they do not fit.
+template <int L, int NV, bool UNIT, int MT, class W>
+inline void register_tiles(const Stage& s, int64_t T, int64_t length, const W* w, const float* a, float* b, int j) {
   for (; j + MT <= s.rows; j += MT)
-    for (int64_t t = 0; t < T; t += L * NV) register_tile<L, NV, MT, UNIT>(s, T, w, a + t, b + t, j);
-  if constexpr (MT > 8) register_tiles<L, NV, UNIT, 8>(s, T, w, a, b, j);
-  else if constexpr (MT > 4) register_tiles<L, NV, UNIT, 4>(s, T, w, a, b, j);
-  else if constexpr (MT > 1) register_tiles<L, NV, UNIT, MT / 2>(s, T, w, a, b, j);
+    for (int64_t t = 0; t < length; t += L * NV) {
+      const int64_t first = std::min(t, length - L * NV);
+      register_tile<L, NV, MT, UNIT>(s, T, w, a + first, b + first, j);
+    }
+  if constexpr (MT > 8) register_tiles<L, NV, UNIT, 8>(s, T, length, w, a, b, j);
+  else if constexpr (MT > 4) register_tiles<L, NV, UNIT, 4>(s, T, length, w, a, b, j);
+  else if constexpr (MT > 1) register_tiles<L, NV, UNIT, MT / 2>(s, T, length, w, a, b, j);
+}
+
+template <int L, int NV, bool UNIT, class W>
+inline void register_tiles(const Stage& s, int64_t T, int64_t length, const W* w, const float* a, float* b) {
+  // 16 rows: two tiles of 8, not 12 and 4
+  if (ROWS > 8 && s.rows % ROWS && s.rows % 8 == 0) register_tiles<L, NV, UNIT, 8>(s, T, length, w, a, b, 0);
+  else register_tiles<L, NV, UNIT, ROWS>(s, T, length, w, a, b, 0);
 }
 
 template <int L, int NV, bool UNIT> void run_stage(const Stage& s, int64_t T, const float* w, const float* a, float* b) {
-  const bool eights = ROWS > 8 && s.rows % ROWS && s.rows % 8 == 0;  // 16 rows: two tiles of 8, not 12 and 4
-  for (int i = 0; i < s.outer; ++i) {
-    const float *weight = w + s.v[i], *from = a + s.x[i] * T;
-    if (eights) register_tiles<L, NV, UNIT, 8>(s, T, weight, from, b + s.o[i] * T, 0);
-    else register_tiles<L, NV, UNIT>(s, T, weight, from, b + s.o[i] * T, 0);
-  }
+  for (int i = 0; i < s.outer; ++i)
+    register_tiles<L, NV, UNIT>(s, T, T, w + s.v[i], a + s.x[i] * T, b + s.o[i] * T);
 }
 
 template <int L, int NV> void run_stage(const Stage& s, int64_t T, const float* w, const float* a, float* b) {
@@ -226,7 +244,8 @@ template <int L, int NV> void run_stage(const Stage& s, int64_t T, const float* 
 }
 
 // Rows of `features` entries each into a tile of T columns; rows of the tile beyond the features are zero.
-template <int L, class S> void read_tile(const S* x, int64_t tokens, int features, int rows, int64_t T, float* tile) {
+template <int L, class S>
+void read_tile(const S* x, int64_t tokens, int features, int rows, const Places& at, int64_t T, float* tile) {
   static const S zeros[L] = {};
   for (int64_t t = 0; t < T; t += L) {
     int f = 0;
@@ -234,29 +253,30 @@ template <int L, class S> void read_tile(const S* x, int64_t tokens, int feature
       Vector<L> part[L];
       for (int p = 0; p < L; ++p) part[p] = load<L>(t + p < tokens ? x + int64_t(t + p) * features + f : zeros);
       transpose<L>(part);
-      for (int p = 0; p < L; ++p) store<L>(tile + (f + p) * T + t, part[p]);
+      for (int p = 0; p < L; ++p) store<L>(tile + at[f + p] * T + t, part[p]);
     }
     for (; f < features; ++f)
-      for (int p = 0; p < L; ++p) tile[f * T + t + p] = t + p < tokens ? float(x[int64_t(t + p) * features + f]) : 0.0f;
+      for (int p = 0; p < L; ++p)
+        tile[at[f] * T + t + p] = t + p < tokens ? float(x[int64_t(t + p) * features + f]) : 0.0f;
   }
-  std::fill(tile + features * T, tile + rows * T, 0.0f);
+  for (int f = features; f < rows; ++f) std::fill_n(tile + at[f] * T, T, 0.0f);
 }
 
 template <int L, class S>
-void write_tile(S* y, int64_t tokens, int features, int64_t T, const float* tile, const S* bias) {
+void write_tile(S* y, int64_t tokens, int features, const Places& at, int64_t T, const float* tile, const S* bias) {
   for (int64_t t = 0; t < std::min(T, tokens); t += L) {
     const int count = std::min<int64_t>(L, tokens - t);
     int f = 0;
     for (; f + L <= features; f += L) {
       Vector<L> part[L];
-      for (int p = 0; p < L; ++p) part[p] = load<L>(tile + (f + p) * T + t);
+      for (int p = 0; p < L; ++p) part[p] = load<L>(tile + at[f + p] * T + t);
       transpose<L>(part);
       const Vector<L> shift = bias ? load<L>(bias + f) : Vector<L>{};
       for (int p = 0; p < count; ++p) store<L>(y + int64_t(t + p) * features + f, part[p] + shift);
     }
     for (; f < features; ++f)
       for (int p = 0; p < count; ++p)
-        y[int64_t(t + p) * features + f] = tile[f * T + t + p] + (bias ? float(bias[f]) : 0.0f);
+        y[int64_t(t + p) * features + f] = tile[at[f] * T + t + p] + (bias ? float(bias[f]) : 0.0f);
   }
 }
 
@@ -269,12 +289,12 @@ void run_tile(const Program& p, const Factors<float>& factors, const S* bias, co
   buffer[1] = buffer[0] + int64_t(p.in_rows()) * T;
   buffer[2] = buffer[1] + int64_t(p.out_rows()) * T;
   buffer[3] = buffer[2] + int64_t(p.rows()) * T;
-  read_tile<L>(x, tokens, p.in_features(), p.in_rows(), T, buffer[0]);
+  read_tile<L>(x, tokens, p.in_features(), p.in_rows(), p.inputs(), T, buffer[0]);
   for (int k = 0; k < p.stages(); ++k) {
     const Stage s = p.stage(k);
     run_stage<L, NV>(s, T, factors[s.factor], buffer[s.source], buffer[s.target]);
   }
-  write_tile<L>(y, tokens, p.out_features(), T, buffer[1], bias);
+  write_tile<L>(y, tokens, p.out_features(), p.outputs(), T, buffer[1], bias);
 }
 
 // A few tokens: vectors along the factors ---------------------------------------------------------------------------
@@ -310,6 +330,19 @@ template <int L, class W> void run_along(const Stage& s, int i, const W* w, cons
     }
 }
 
+// Vectors along outer indices that share their block of the factor: b = w a, all columns of it at a time.
+template <int L, int NV, class W> void run_shared(const Stage& s, const W* w, const float* a, float* b) {
+  for (int i = 0; i < s.outer; i += s.shared)
+    register_tiles<L, NV, false>(s, 1, s.shared, w + s.v[i], a + s.x[i], b + s.o[i]);
+}
+
+template <class W> void run_any_shared(const Stage& s, const W* w, const float* a, float* b) {
+  if (s.shared >= 2 * WIDEST) run_shared<WIDEST, 2>(s, w, a, b);
+  else if (s.shared >= WIDEST) run_shared<WIDEST, 1>(s, w, a, b);
+  else if (s.shared >= NARROW) run_shared<NARROW, 1>(s, w, a, b);
+  else run_shared<4, 1>(s, w, a, b);
+}
+
 // The same for any number of rows and columns.
 template <class W> void dot_any_rows(const Stage& s, const int32_t* m, const W* w, const float* a, float* out) {
   const int smaller = std::min(s.rows, s.columns);
@@ -335,6 +368,8 @@ Row row_of(const Program& p, float* memory) {
 }
 
 template <class W> void run_row(const Stage& s, const W* w, const float* a, float* b, const Row& row) {
+  // Where vectors overlap, nothing can be added to what is there.
+  if (s.shared >= 4 && !s.accumulates) return run_any_shared(s, w, a, b);
   if (s.run && !s.accumulates) {
     for (int i = 0; i < s.outer; i += s.run) {
       if (WIDEST >= 16 && s.run >= 16) run_along<WIDEST>(s, i, w, a, b);
@@ -370,15 +405,27 @@ template <class W> void run_row(const Stage& s, const W* w, const float* a, floa
 // By several threads where it is worth waking them: each takes some of the outer indices, or some of the rows.
 template <class W>
 void run_large_row(const Program& p, const Stage& s, const W* w, const float* a, float* b, const Row& row) {
-  const int64_t threads = at::get_num_threads(), shares = std::max(s.outer, s.rows / (2 * WIDEST));
+  const int64_t threads = at::get_num_threads(), outer = s.outer / std::max(s.shared, 1);
+  const int64_t shares = std::max<int64_t>(outer, s.rows / (2 * WIDEST));
   if (threads < 2 || shares < threads || s.run || int64_t(s.outer) * s.rows * s.columns < MANY)
     return run_row(s, w, a, b, row);
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     const Row own = row_of(p, scratch<2>(row_floats(p)));
-    const int64_t all = s.outer >= threads ? s.outer : s.rows;
+    const int64_t all = outer >= threads ? outer : s.rows, runs = s.outer / outer;
     const int first = all * begin / threads, count = all * end / threads - first;
-    run_row(s.outer >= threads ? s.part(first, count, 0, s.rows) : s.part(0, s.outer, first, count), w, a, b, own);
+    run_row(outer >= threads ? s.part(first * runs, count * runs, 0, s.rows) : s.part(0, s.outer, first, count), w, a, b,
+            own);
   });
+}
+
+template <class S> void copy_in(const S* x, int features, int rows, const Places& at, float* to) {
+  if (at.table) {
+    for (int f = 0; f < features; ++f) to[at.table[f]] = x[f];
+    for (int f = features; f < rows; ++f) to[at.table[f]] = 0.0f;
+  } else {
+    std::copy(x, x + features, to);
+    std::fill(to + features, to + rows, 0.0f);
+  }
 }
 
 template <class S> void run_token(const Program& p, const Factors<S>& factors, const S* bias, const S* x, S* y) {
@@ -387,13 +434,13 @@ template <class S> void run_token(const Program& p, const Factors<S>& factors, c
   buffer[2] = buffer[1] + p.out_rows();
   buffer[3] = buffer[2] + p.rows();
   const Row row = row_of(p, buffer[3] + p.rows());
-  std::copy(x, x + p.in_features(), buffer[0]);
-  std::fill(buffer[0] + p.in_features(), buffer[0] + p.in_rows(), 0.0f);
+  copy_in(x, p.in_features(), p.in_rows(), p.inputs(), buffer[0]);
   for (int k = 0; k < p.stages(); ++k) {
     const Stage s = p.stage(k);
     run_large_row(p, s, factors[s.factor], buffer[s.source], buffer[s.target], row);
   }
-  for (int f = 0; f < p.out_features(); ++f) y[f] = buffer[1][f] + (bias ? float(bias[f]) : 0.0f);
+  const Places at = p.outputs();
+  for (int f = 0; f < p.out_features(); ++f) y[f] = buffer[1][at[f]] + (bias ? float(bias[f]) : 0.0f);
 }
 
 // Backward ----------------------------------------------------------------------------------------------------------
@@ -477,8 +524,8 @@ void run_tile_backward(const Program& p, const Factors<float>& factors, const S*
   float* turned = pong + inner;
   std::vector<float*> outputs(p.stages());
   float* next = turned + (p.widest() + L) * int64_t(T);
-  read_tile<L>(x, tokens, p.in_features(), p.in_rows(), T, input);
-  read_tile<L>(dy, tokens, p.out_features(), p.out_rows(), T, d_output);
+  read_tile<L>(x, tokens, p.in_features(), p.in_rows(), p.inputs(), T, input);
+  read_tile<L>(dy, tokens, p.out_features(), p.out_rows(), p.outputs(), T, d_output);
   for (int k = 0; k < p.stages(); ++k) {
     const Stage s = p.stage(k);
     if (s.target == 1) continue;
@@ -502,7 +549,7 @@ void run_tile_backward(const Program& p, const Factors<float>& factors, const S*
       gradient = to;
     }
   }
-  if (dx) write_tile<L, S>(dx, tokens, p.in_features(), T, d_input, nullptr);
+  if (dx) write_tile<L, S>(dx, tokens, p.in_features(), p.inputs(), T, d_input, nullptr);
 }
 
 // One token of one stage: da = w^T g and dw += g a, row by row of the factor.
@@ -550,10 +597,8 @@ void run_token_backward(const Program& p, const Factors<S>& factors, const S* x,
   const Row row = row_of(p, pong + p.rows());
   std::vector<float*> outputs(p.stages());
   float* next = row.block + p.block();
-  std::copy(x, x + p.in_features(), input);
-  std::fill(input + p.in_features(), d_input, 0.0f);
-  std::copy(dy, dy + p.out_features(), d_output);
-  std::fill(d_output + p.out_features(), ping, 0.0f);
+  copy_in(x, p.in_features(), p.in_rows(), p.inputs(), input);
+  copy_in(dy, p.out_features(), p.out_rows(), p.outputs(), d_output);
   for (int k = 0; k < p.stages(); ++k) {
     const Stage s = p.stage(k);
     if (s.target == 1) continue;
@@ -572,7 +617,9 @@ void run_token_backward(const Program& p, const Factors<S>& factors, const S* x,
     if (s.source == 0) written = true;
     else gradient = to;
   }
-  if (dx) std::copy(d_input, d_input + p.in_features(), dx);
+  const Places at = p.inputs();
+  if (dx)
+    for (int f = 0; f < p.in_features(); ++f) dx[f] = d_input[at[f]];
 }
 
 // The operators -----------------------------------------------------------------------------------------------------
@@ -630,7 +677,7 @@ void run_chain(const Program& p, at::TensorList factors, const S* bias, const S*
   const int64_t in = p.in_features(), out = p.out_features();
   if (tokens <= FEW) {
     const Operands<S> operands(factors, HALF<S>);
-    for (int64_t t = 0; t < tokens; ++t) run_token(p, operands.pointers, bias, x + t * in, y + t * out);
+    for (int64_t t = 0; t < tokens; ++t) run_token(p.few(), operands.pointers, bias, x + t * in, y + t * out);
     return;
   }
   const Operands<float> operands(factors, HALF<S>);

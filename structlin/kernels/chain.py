@@ -22,8 +22,9 @@ from torch.utils._device import DeviceContext
 from structlin import planner
 from structlin.kernels import native
 from structlin.kernels.constant import constant
+from structlin.kernels.layouts import cost
 from structlin.kernels.operators import SPECS
-from structlin.kernels.program import cost, program
+from structlin.kernels.program import program
 from structlin.spec import Spec
 
 TENSORS = (Tensor, torch.nn.Parameter)  # no subclasses
@@ -49,15 +50,17 @@ class Chain:
 
     def seconds(self, tokens: int, itemsize: int = 4) -> float:
         """Predict the time of a forward pass in s, for elements of so many bytes."""
-        flops, turned = cost(self.spec)
         if tokens <= planner.NATIVE_ROWS:
-            machine = planner.NATIVE_FEW
-            read = itemsize * tokens * (self.spec.num_parameters + planner.TURNED * turned)
-            return max(flops * tokens / machine.flops, read / machine.bandwidth) + machine.op
+            read = itemsize * self.spec.num_parameters / planner.NATIVE_FEW.bandwidth
+            return tokens * max(cost(self.spec, few=True).seconds, read) + planner.NATIVE_FEW.op
         moved = itemsize * tokens * (self.spec.in_features + self.spec.out_features)
         if itemsize < 4:  # the factors are converted first
             moved += itemsize * self.spec.num_parameters
-        return flops * tokens / planner.NATIVE.flops + moved / planner.NATIVE.bandwidth + planner.NATIVE.op
+        return (
+            cost(self.spec, few=False).flops * tokens / planner.NATIVE.flops
+            + moved / planner.NATIVE.bandwidth
+            + planner.NATIVE.op
+        )
 
     def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         """Compute x W^T + bias for x of shape (..., in_features), all tensors such as `suits` says."""

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
+from structlin.kernels.layouts import Link, links
 from structlin.spec import Equation, Modes, Spec
 
-HEADER, RECORD = 8, 17  # integers, as in chain.cpp
+HEADER, RECORD = 11, 18  # integers, as in chain.cpp
 SHORTEST_RUN = 4  # of outer indices, in floats of the smallest vector
 INPUT, OUTPUT, FIRST, SECOND = range(4)  # buffers; the last two in turn
 
@@ -24,6 +25,7 @@ class Stage:
         source: buffer of a.
         target: buffer of b.
         accumulate: add to b instead of overwriting it.
+        shared: outer i that follow one another share w, and have neighbouring a and b, in runs of this length.
         tables: x, v, o over the outer i; r, m over the rows; c, n over the columns q.
     """
 
@@ -31,6 +33,7 @@ class Stage:
     source: int
     target: int
     accumulate: bool
+    shared: int
     tables: tuple[tuple[int, ...], ...]
 
     @property
@@ -54,7 +57,7 @@ class Stage:
             position += len(table)
         buffers = self.source, self.target, self.accumulate
         order = 1 if _counts(n) else _run(x, v, o)
-        return [self.factor, *buffers, *self.shape, order, _counts(c), entries, *starts]
+        return [self.factor, *buffers, *self.shape, order, _counts(c), entries, self.shared, *starts]
 
 
 def _counts(table: Sequence[int]) -> bool:
@@ -70,37 +73,39 @@ def _run(*tables: Sequence[int]) -> int:
     return length if length >= SHORTEST_RUN and len(tables[0]) % length == 0 and even else 0
 
 
-@lru_cache(maxsize=1024)
-def stages(spec: Spec) -> tuple[Stage, ...]:
-    """Find the stages of all equations, each chain in its cheaper direction."""
+def stages(spec: Spec, few: bool) -> tuple[Stage, ...]:
+    """Write the tables of all chains, for tiles of tokens or for a few."""
     found: list[Stage] = []
     first = 0
-    for eq in spec.equations:
-        found += _stages(eq, _cheaper(eq), first, bool(found))
+    for eq, chain in zip(spec.equations, links(spec, few), strict=True):
+        found += _stages(eq, chain, first, bool(found))
         first += len(eq.factors)
     return tuple(found)
 
 
 @lru_cache(maxsize=1024)
-def cost(spec: Spec) -> tuple[int, int]:
-    """FLOPs of the stages for one token, and the entries of factors that a single token has to put in order first.
-
-    Cheap, also where the tables would be huge.
-    """
-    costs = [_cost(eq, _cheaper(eq)) for eq in spec.equations]
-    return sum(flops for flops, _ in costs), sum(turned for _, turned in costs)
-
-
-@lru_cache(maxsize=1024)
 def program(spec: Spec) -> tuple[int, ...]:
-    """Write the program of a spec: a header, a record for each stage, then the tables."""
-    chain = stages(spec)
+    """Write the program of a spec: that for tiles of tokens, which knows where the one for a few begins behind it."""
+    size = len(_program(spec, False, 0))
+    if links(spec, True) == links(spec, False):
+        return _program(spec, False, 0)
+    return (*_program(spec, False, size), *_program(spec, True, 0))
+
+
+def _program(spec: Spec, few: bool, other: int) -> tuple[int, ...]:
+    """A header, a record for each stage, then the tables."""
+    chain = stages(spec, few)
     position = HEADER + RECORD * len(chain)
     records: list[int] = []
     tables: list[int] = []
     for stage in chain:
         records += stage.record(position + len(tables))
         tables += [offset for table in stage.tables for offset in table]
+    eq, whole = spec.equations[0], links(spec, few)[0]  # several equations take inputs and outputs as they are
+    places: list[int] = []
+    for table in (_places(eq, eq.inputs, whole[0].before), _places(eq, eq.outputs, whole[-1].after)):
+        places.append(position + len(tables) if table else 0)
+        tables += table
     inner = [max(stage.tables[2]) + max(stage.tables[3]) + 1 for stage in chain if stage.target != OUTPUT]
     header = [
         len(chain),
@@ -111,89 +116,32 @@ def program(spec: Spec) -> tuple[int, ...]:
         max(inner, default=0),
         max(size for stage in chain for size in stage.shape[1:]),
         max((stage.shape[1] * stage.shape[2] for stage in chain if not _counts(stage.tables[6])), default=0),
+        *places,
+        other,
     ]
     return tuple(map(int, [*header, *records, *tables]))
 
 
-@dataclass(frozen=True)
-class _Role:
-    """What one factor does: its modes that stay, those of the activations that it does not touch, new and summed."""
-
-    factor: int
-    batch: Modes
-    free: Modes
-    new: Modes
-    summed: Modes
-
-    def flops(self, eq: Equation) -> int:
-        return 2 * eq.numel(self.batch + self.free + self.new + self.summed)
-
-    def in_order(self, eq: Equation) -> bool:
-        """Whether the factor's innermost modes are those that are summed, or one that is shared."""
-        modes = eq.factors[self.factor].modes
-        return modes[len(modes) - len(self.summed) :] == self.summed or modes[-1] in self.batch
-
-
-def _roles(eq: Equation, forward: bool) -> tuple[_Role, ...]:
-    """Absorb the factors of an equation one by one."""
-    order = range(len(eq.factors)) if forward else range(len(eq.factors) - 1, -1, -1)
-    roles = []
-    state: Modes = eq.inputs
-    for step, k in enumerate(order):
-        modes = eq.factors[k].modes
-        needed = {*eq.outputs, *(mode for later in order[step + 1 :] for mode in eq.factors[later].modes)}
-        known = [mode for mode in modes if mode in state]
-        role = _Role(
-            k,
-            batch=tuple(mode for mode in known if mode in needed),
-            free=tuple(mode for mode in state if mode not in modes),
-            new=tuple(mode for mode in modes if mode not in state),
-            summed=tuple(mode for mode in known if mode not in needed),
-        )
-        roles.append(role)
-        state = role.batch + role.free + role.new
-    return tuple(roles)
-
-
-def _cost(eq: Equation, roles: Sequence[_Role]) -> tuple[int, int]:
-    turned = [eq.factors[role.factor].modes for role in roles if not role.in_order(eq)]
-    return sum(role.flops(eq) for role in roles), sum(eq.numel(modes) for modes in turned)
-
-
-def _cheaper(eq: Equation) -> tuple[_Role, ...]:
-    """The direction with fewer FLOPs; where they are nearly equal, with factors that are in order."""
-
-    def weight(roles: tuple[_Role, ...]) -> float:
-        flops, turned = _cost(eq, roles)
-        return flops + 0.1 * turned
-
-    return min((_roles(eq, True), _roles(eq, False)), key=weight)
-
-
-def _stages(eq: Equation, roles: Sequence[_Role], first: int, accumulate: bool) -> Iterator[Stage]:
-    """Lay the activations out and write the tables; `first` is the number of the equation's first factor."""
-    layout: Modes = eq.inputs
+def _stages(eq: Equation, chain: Sequence[Link], first: int, accumulate: bool) -> Iterator[Stage]:
+    """Write the tables of a chain; `first` is the number of the equation's first factor."""
     source = INPUT
-    for step, role in enumerate(roles):
-        last = step == len(roles) - 1
-        outer = role.batch + role.free
-        # The next sum runs over the innermost modes, in the order of its factor, or its vectors along a shared mode.
-        innermost = () if last else _innermost(eq, roles[step + 1])
-        out = eq.outputs if last else tuple(m for m in outer + role.new if m not in innermost) + innermost
-        a, w, b = (_strides(eq, modes) for modes in (layout, eq.factors[role.factor].modes, out))
+    for step, link in enumerate(chain):
+        last = step == len(chain) - 1
+        role, outer = link.role, link.outer
+        a, w, b = (_strides(eq, modes) for modes in (link.before, eq.factors[role.factor].modes, link.after))
         target = OUTPUT if last else (FIRST, SECOND)[step % 2]
         tables = (
             _offsets(eq, outer, a), _offsets(eq, outer, w), _offsets(eq, outer, b),
             _offsets(eq, role.new, b), _offsets(eq, role.new, w),
             _offsets(eq, role.summed, a), _offsets(eq, role.summed, w),
         )  # fmt: skip
-        yield Stage(first + role.factor, source, target, last and accumulate, tables)
-        layout, source = out, target
+        yield Stage(first + role.factor, source, target, last and accumulate, link.run(eq), tables)
+        source = target
 
 
-def _innermost(eq: Equation, role: _Role) -> Modes:
-    final = eq.factors[role.factor].modes[-1]
-    return (final,) if final in role.batch else role.summed
+def _places(eq: Equation, natural: Modes, layout: Modes) -> tuple[int, ...]:
+    """Where the entries of an input or output stand in a layout; nothing where they stay in place."""
+    return () if layout == natural else _offsets(eq, natural, _strides(eq, layout))
 
 
 def _strides(eq: Equation, modes: Modes) -> dict[str, int]:
