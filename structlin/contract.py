@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,33 @@ from structlin.planner import EquationPlan, Merge, Plan, View, merge_plan
 from structlin.spec import Equation, Spec
 
 Operands = list[list[Tensor]]  # of each equation, one for each step of its plan
+Room = Callable[[Sequence[int]], Tensor]  # memory for a tensor of a shape
+
+
+class Spare:
+    """Gives two buffers in turn: what is computed goes into the one that it is not computed from.
+
+    Args:
+        first: flat, with room for the widest activations and for the output of any equation.
+        second: likewise.
+    """
+
+    def __init__(self, first: Tensor, second: Tensor) -> None:
+        self._buffers = first, second
+        self._turn = 0
+        self._views: dict[tuple[int, Sequence[int]], Tensor] = {}
+
+    def restart(self) -> None:
+        """Begin with another input."""
+        self._turn = 0
+
+    def __call__(self, shape: Sequence[int]) -> Tensor:
+        """Return memory of a shape."""
+        self._turn += 1
+        view = self._views.get((self._turn, shape))
+        if view is None:
+            view = self._views[self._turn, shape] = self._buffers[self._turn % 2][: math.prod(shape)].view(shape)
+        return view
 
 
 def apply(spec: Spec, factors: Sequence[Tensor], x: Tensor, plan: Plan) -> Tensor:
@@ -60,6 +88,29 @@ def run(spec: Spec, operands: Operands, x: Tensor, plan: Plan) -> Tensor:
         total = y if total is None else total + y
     assert total is not None
     return total
+
+
+def run_into(out: Tensor, spec: Spec, operands: Operands, x: Tensor, plan: Plan, spare: Spare) -> None:
+    """As `run`, without memory of its own and without a graph.
+
+    Args:
+        out: where the output goes, shape (tokens, out_features), contiguous.
+        spec: the structured matrix.
+        operands: of `fold`.
+        x: input, shape (tokens, in_features).
+        plan: the plan of the operands.
+        spare: for all that comes in between.
+    """
+    spare.restart()
+    for k, (eq_plan, operand) in enumerate(zip(plan.parts, operands, strict=True)):
+        eq = eq_plan.equation
+        padded = F.pad(x, (0, eq.padded_in - spec.in_features)) if eq.padded_in > spec.in_features else x
+        whole = k == 0 and eq.padded_out == spec.out_features
+        y = _run(eq_plan, operand, padded, spare, out.view if whole else spare)
+        if k > 0:
+            out += y[:, : spec.out_features]
+        elif not whole:
+            out.copy_(y[:, : spec.out_features])
 
 
 def to_dense(spec: Spec, factors: Sequence[Tensor]) -> Tensor:
@@ -118,25 +169,30 @@ def _merged(merges: Sequence[Merge], factors: Sequence[Tensor]) -> list[Tensor]:
     return slots
 
 
-def _run(plan: EquationPlan, operands: Sequence[Tensor], x: Tensor) -> Tensor:
+def _run(
+    plan: EquationPlan, operands: Sequence[Tensor], x: Tensor, room: Room | None = None, final: Room | None = None
+) -> Tensor:  # fmt: skip
+    """Where `room` is given, results go where it says, and the last of them where `final` does."""
     value = x
     for step, operand in zip(plan.steps, operands, strict=True):
-        stack = _read(value, step.view)
-        value = _product(operand, stack, step.shared) if step.swapped else _product(stack, operand, False)
-    return _read(value, plan.result)
+        stack = _read(value, step.view, room)
+        left, right = (operand, stack) if step.swapped else (stack, operand)
+        value = _product(left, right, step.shared, final if step is plan.steps[-1] and not plan.result.copy else room)
+    return _read(value, plan.result, final)
 
 
-def _product(left: Tensor, right: Tensor, shared: bool) -> Tensor:
+def _product(left: Tensor, right: Tensor, shared: bool, room: Room | None = None) -> Tensor:
     if right.ndim == 2:
-        return torch.mm(left, right)
-    return torch.bmm(left.expand(right.shape[0], -1, -1) if shared else left, right)
+        return torch.mm(left, right, out=room and room((len(left), right.shape[1])))
+    left = left.expand(len(right), -1, -1) if shared else left
+    return torch.bmm(left, right, out=room and room((*left.shape[:2], right.shape[2])))
 
 
-def _read(tensor: Tensor, view: View) -> Tensor:
+def _read(tensor: Tensor, view: View, room: Room | None = None) -> Tensor:
     if view.modes is not None:
         tensor = tensor.reshape(view.modes)
     if view.axes is not None:
         tensor = tensor.permute(view.axes)
-    if view.shape is not None:
-        tensor = tensor.reshape(view.shape)
-    return tensor.contiguous() if view.copy else tensor
+    if view.copy:  # before it is split again: torch turns matrices faster than stacks
+        tensor = room(tensor.shape).copy_(tensor) if room else tensor.contiguous()
+    return tensor if view.shape is None else tensor.reshape(view.shape)

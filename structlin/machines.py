@@ -114,7 +114,8 @@ def _measured(device: torch.device, machine: Machine) -> Machine:
         half_op=max(0.0, seconds(lambda: torch.mm(half, half)) - op),
         bandwidth=4 * near.numel() / seconds(lambda: torch.mv(near, near[0])),
         far_bandwidth=4 * far.numel() / seconds(lambda: torch.mv(far, far[0])),
-        copies=8 * stack.numel() / seconds(lambda: stack.permute(2, 0, 1).contiguous()),
+        copies=8 * stack.numel() / seconds(lambda: stack.permute(2, 1, 0).contiguous()),
+        turns=8 * stack.numel() / seconds(stack.flatten(0, 1).T.contiguous),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,21 +13,49 @@ from structlin import contract
 from structlin.planner import Plan
 from structlin.spec import Spec
 
+MOST_KEPT = 16 << 20  # bytes of buffers that are kept between calls
+ALIGNED = 64  # entries that buffers are a multiple of
+
 
 def by_chunks(spec: Spec, operands: contract.Operands, x: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
-    """Compute x W^T + bias for x (..., in_features), `plan.chunk` tokens at a time; without a graph."""
+    """Compute x W^T + bias for x (..., in_features), about `plan.chunk` tokens at a time; without a graph."""
     rows = x if x.ndim == 2 else x.reshape(-1, spec.in_features)
     if len(rows) < 2 * plan.chunk:
         y = contract.run(spec, operands, rows, plan)
         return with_bias(y if x.ndim == 2 else y.reshape(*x.shape[:-1], spec.out_features), bias)
     out = x.new_empty((*x.shape[:-1], spec.out_features))
-    for part, piece in zip(out.view(-1, spec.out_features).split(plan.chunk), rows.split(plan.chunk), strict=True):
-        y = contract.run(spec, operands, piece, plan)
-        if bias is None:
-            part.copy_(y)
-        else:
-            torch.add(y, bias, out=part)
+    size = -(-len(rows) // (len(rows) // plan.chunk))
+    widest = max(plan.widest, *(part.equation.padded_out for part in plan.parts))
+    spare = _spare(size * widest, x)
+    for part, piece in zip(out.view(-1, spec.out_features).split(size), rows.split(size), strict=True):
+        contract.run_into(part, spec, operands, piece, plan, spare)
+        if bias is not None:
+            part.add_(bias)
     return out
+
+
+class _Kept(threading.local):
+    """Buffers of a thread, for CPUs only: on a GPU several streams may be at work, and memory is quick to come by."""
+
+    def __init__(self) -> None:
+        self.bytes = torch.empty(0, dtype=torch.uint8)
+
+
+_KEPT = _Kept()
+
+
+def _spare(entries: int, like: Tensor) -> contract.Spare:
+    """Two buffers of so many entries."""
+    entries = -(-entries // ALIGNED) * ALIGNED
+    nbytes = 2 * entries * like.element_size()
+    if not like.is_cpu or nbytes > MOST_KEPT:
+        both = like.new_empty(2 * entries)
+    else:
+        if len(_KEPT.bytes) < nbytes:
+            with torch.inference_mode(False):
+                _KEPT.bytes = torch.empty(nbytes, dtype=torch.uint8)
+        both = _KEPT.bytes[:nbytes].view(like.dtype)
+    return contract.Spare(both[:entries], both[entries:])
 
 
 def with_bias(y: Tensor, bias: Tensor | None) -> Tensor:

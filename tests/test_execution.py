@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES
 
-from structlin import contract, execution, machines, planner
+from structlin import contract, execution, machines, planner, recompute
 from structlin.execution import Execution, Key
 from structlin.layer import build
 from structlin.recompute import by_chunks, recomputed
@@ -26,9 +27,9 @@ def layers(name):
             yield build(structure, in_features, out_features, dtype=torch.float64)
 
 
-def small_chunks(spec, tokens):
+def small_chunks(spec, tokens, order="auto"):
     machine = planner.Machine("small", flops=1e9, bandwidth=1e9, op=1e-9, core_cache=1)
-    return planner.find_plan(spec, tokens, itemsize=8, machine=machine)
+    return planner.find_plan(spec, tokens, itemsize=8, machine=machine, order=order)
 
 
 def gradients(y, x, layer, slope):
@@ -40,14 +41,57 @@ def gradients(y, x, layer, slope):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("tokens", [0, 1, 16, 33, 70])
-def test_chunks_give_the_same(name, tokens):
+@pytest.mark.parametrize("order", ["auto", "forward", "backward"])
+def test_chunks_give_the_same(name, tokens, order):
     for layer in layers(name):
-        plan = small_chunks(layer.spec, 16)
+        plan = small_chunks(layer.spec, 16, order)
         assert plan.chunk == 16
         x = torch.randn(tokens, layer.in_features, dtype=torch.float64)
         with torch.no_grad():
             y = by_chunks(layer.spec, contract.fold(layer.spec, layer.factors, plan), x, layer.bias, plan)
         assert_close(y, F.linear(x, layer.to_dense(), layer.bias), str(layer))
+
+
+def test_buffers_are_used_again():
+    layer, x = large(), torch.randn(900, 64)
+    plan = planner.find_plan(layer.spec, 900)
+    with torch.inference_mode():
+        operands = contract.fold(layer.spec, layer.factors, plan)
+        by_chunks(layer.spec, operands, x, None, plan)
+        place = recompute._KEPT.bytes.data_ptr()
+    with torch.no_grad():
+        y = by_chunks(layer.spec, contract.fold(layer.spec, layer.factors, plan), x, None, plan)
+    assert recompute._KEPT.bytes.data_ptr() == place != 0
+    kept = recompute._KEPT.bytes
+    assert not kept.data_ptr() <= y.data_ptr() < kept.data_ptr() + len(kept)
+    assert y.untyped_storage().nbytes() == y.nbytes
+
+
+def test_what_is_too_large_is_not_kept(monkeypatch):
+    monkeypatch.setattr(recompute, "MOST_KEPT", 0)
+    monkeypatch.setattr(recompute, "_KEPT", recompute._Kept())
+    layer, x = large(), torch.randn(900, 64)
+    plan = planner.find_plan(layer.spec, 900)
+    with torch.no_grad():
+        y = by_chunks(layer.spec, contract.fold(layer.spec, layer.factors, plan), x, layer.bias, plan)
+    assert_close(y, F.linear(x, layer.to_dense(), layer.bias), "chunks", 1e-5)
+    assert len(recompute._KEPT.bytes) == 0
+
+
+def test_threads_have_buffers_of_their_own():
+    layer = large()
+    plan = planner.find_plan(layer.spec, 900)
+    inputs = torch.randn(8, 900, 64)
+    operands = [[operand.detach() for operand in part] for part in contract.fold(layer.spec, layer.factors, plan)]
+
+    def run(x):
+        with torch.no_grad():
+            return [by_chunks(layer.spec, operands, x, None, plan) for _ in range(20)]
+
+    with ThreadPoolExecutor(8) as pool:
+        for x, results in zip(inputs, pool.map(run, inputs), strict=True):
+            assert all(torch.equal(y, results[0]) for y in results)
+            assert_close(results[0], x @ layer.to_dense().T, "threads", 1e-5)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -9,6 +9,7 @@ import pytest
 
 from structlin import KroneckerLinear, LowRankLinear, PHMLinear, planner
 from structlin.planner import CPU, ORDERS, Machine, Plan, bucket, find_plan, flops_per_token, thinness
+from structlin.planner.products import blocks
 from structlin.spec import Spec, equation
 from structlin.structures import Butterfly, Kaleidoscope, Kronecker, LowRank, Monarch, TensorTrain
 
@@ -220,7 +221,7 @@ def test_thin_products_are_slow(batch, rows, summed, columns, low, high):
 
 
 def test_a_machine_predicts():
-    rates = {"flops": 100.0, "half_flops": 200.0, "bandwidth": 10.0, "far_bandwidth": 5.0, "copies": 4.0}
+    rates = {"flops": 100.0, "half_flops": 200.0, "bandwidth": 10.0, "far_bandwidth": 5.0, "copies": 4.0, "turns": 8.0}
     machine = Machine("m", op=1.0, cache=100, tile=1, **rates)
     assert machine.product(1, 1, 1, 1) == 12 / 10 + 1
     assert machine.product(1, 10, 1, 10) == 4 * 120 / 5 + 1  # beyond the cache
@@ -231,8 +232,32 @@ def test_a_machine_predicts():
     assert machine.copy(2, itemsize=8) == 32 / 4 + 1
     assert machine.copy(2, run=15) == 16 / 4 + 1
     assert machine.copy(2, run=16) == 16 / 10 + 1  # a cache line stays together
+    assert machine.copy(2, axes=2) == 16 / 8 + 1  # a matrix is turned
+    assert machine.copy(2, run=16, axes=2) == 16 / 10 + 1
     tiles = Machine("m", flops=1.0, bandwidth=math.inf, op=0.0, tile=64)
     assert tiles.product(1, 1, 10, 65) == 2 * 64 * 10 * 128
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ("abcd", ["abcd"]),
+        ("cdab", ["ab", "cd"]),
+        ("dabc", ["abc", "d"]),
+        ("dcba", ["a", "b", "c", "d"]),
+        ("acbd", [*"abcd"]),
+    ],
+)
+def test_modes_that_stay_neighbours(order, expected):
+    assert ["".join(block) for block in blocks(tuple("abcd"), tuple(order))] == expected
+
+
+def test_results_are_turned_as_matrices():
+    plan = find_plan(Butterfly().resolve(1024, 1024).spec(1024, 1024), 512, folded=True)
+    result = plan.parts[0].result
+    assert result.modes == (32, -1)  # (o2, n o1)
+    assert result.axes == (1, 0)
+    assert result.copy
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5])

@@ -24,6 +24,7 @@ class Machine:
         core_cache: bytes of activations that are worked on at a time, so that they stay close to a core.
         copies: of copies into another layout in which neighbours come apart, bytes read and written, in B/s; as
             `bandwidth` where not given.
+        turns: of copies that are transpositions of matrices, likewise; as `copies` where not given.
         tile: rows and columns that a product is rounded up to; 0 for a CPU, where `thinness` says what thin ones cost.
     """
 
@@ -37,6 +38,7 @@ class Machine:
     cache: float = math.inf
     core_cache: float = math.inf
     copies: float | None = None
+    turns: float | None = None
     tile: int = 0
 
     def product(self, batch: int, rows: int, summed: int, columns: int, itemsize: int = 4) -> float:
@@ -56,12 +58,22 @@ class Machine:
         rate = self.half_flops or self.flops if half else self.flops * 4 / itemsize
         return max(flops * slower / rate, nbytes / self._bandwidth(nbytes)) + self.op + half * self.half_op
 
-    def copy(self, entries: float, itemsize: int = 4, run: int = 1) -> float:
-        """Predict the time to bring so many entries into another layout, in s, runs of them staying together.
+    def copy(self, entries: float, itemsize: int = 4, run: int = 1, axes: int = 3) -> float:
+        """Predict the time to bring so many entries into another layout, in s.
 
         Two-byte entries take as long as float32.
+
+        Args:
+            entries: how many.
+            itemsize: bytes of each.
+            run: how many neighbours stay together.
+            axes: how many change places; two are a transposition.
         """
-        rate = self.bandwidth if run * itemsize >= LINE else self.copies or self.bandwidth
+        rate = self.copies or self.bandwidth
+        if run * itemsize >= LINE:
+            rate = self.bandwidth
+        elif axes == 2:
+            rate = self.turns or rate
         return 2 * entries * max(itemsize, 4) / rate + self.op
 
     def _bandwidth(self, nbytes: float) -> float:
@@ -100,7 +112,7 @@ def thinness(batch: int, rows: int, summed: int, columns: int) -> float:
 # One AVX-512 core (AMD EPYC, torch 2.13 with MKL).
 CPU = Machine(
     "cpu, 1 thread", flops=96e9, bandwidth=60e9, op=3e-6, half_flops=430e9, half_op=12e-6, far_bandwidth=22e9,
-    cache=24 << 20, core_cache=256 << 10, copies=10e9,
+    cache=24 << 20, core_cache=256 << 10, copies=7e9, turns=17e9,
 )  # fmt: skip
 
 # NVIDIA H200, from its data sheet (TF32 off); the cost of an operation is an estimate. Nothing of it was measured here.

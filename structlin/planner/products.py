@@ -65,10 +65,11 @@ class Products:
     def numel(self, modes: Iterable[str]) -> int:
         return math.prod([self.size[mode] for mode in modes])
 
-    def run(self, modes: Modes, order: Modes) -> int:
-        """How many neighbouring entries stay together when modes are brought into an order."""
+    def copy(self, modes: Modes, order: Modes) -> float:
+        """Predict the time to bring a tensor with these modes into an order, in s."""
         same = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(modes), reversed(order), strict=False))
-        return self.numel(mode for mode, _ in same)
+        run = self.numel(mode for mode, _ in same)
+        return self.machine.copy(self.numel(modes), self.itemsize, run, len(blocks(modes, order)))
 
     def ways(self, a: Modes, b: Modes, needed: frozenset[str]) -> Iterator[Product]:
         """All ways to multiply activations (or merged factors) `a` by a factor `b` in one batched product."""
@@ -100,11 +101,11 @@ class Products:
             copies = copies[0] and TOKENS in left, copies[1] and TOKENS in right
         sizes = self.numel(left), self.numel(right)
         sides = zip(sizes, copies, (left, right), (left_groups, right_groups), strict=True)
-        copied = [(size, self.run(modes, sum(groups, ()))) for size, copy, modes, groups in sides if copy]
+        copied = [(size, self.copy(modes, sum(groups, ()))) for size, copy, modes, groups in sides if copy]
         batch, summed, columns = map(self.numel, right_groups)
         rows = self.numel(left_groups[1])
         seconds = self.machine.product(batch, rows, summed, columns, self.itemsize)
-        seconds += sum(self.machine.copy(size, self.itemsize, run) for size, run in copied)
+        seconds += sum(seconds for _, seconds in copied)
         cost = Cost(
             f"[{' '.join(left)}] * [{' '.join(right)}] -> [{' '.join(out)}]",
             2 * self.numel(out) * summed,
@@ -112,6 +113,17 @@ class Products:
             1 + len(copied),
         )
         return Product(left, right, left_groups, right_groups, swapped, broadcast, out, copies, cost, seconds)
+
+
+def blocks(modes: Modes, order: Modes) -> list[Modes]:
+    """Modes that stay neighbours in another order, together."""
+    found: list[Modes] = [modes[:1]]
+    for first, second in pairwise(modes):
+        if order.index(second) == order.index(first) + 1:
+            found[-1] += (second,)
+        else:
+            found.append((second,))
+    return found
 
 
 def _needs_copy(modes: Modes, groups: Groups) -> bool:

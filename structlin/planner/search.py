@@ -131,9 +131,7 @@ class _Search:
         ordered = (TOKENS, *self.eq.outputs)
         if state.modes == ordered:
             return state
-        copy = self.machine.copy(
-            self.products.numel(state.modes), self.itemsize, self.products.run(state.modes, ordered)
-        )
+        copy = self.products.copy(state.modes, ordered)
         return _State(state.modes, state.absorbed, state.cost + copy)
 
     def plan(self, state: _State) -> EquationPlan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from structlin.planner.plan import TOKENS, Merge, Shape, Step, View
-from structlin.planner.products import Groups, Merged, Product
+from structlin.planner.products import Groups, Merged, Product, blocks
 from structlin.spec import Equation, Modes
 
 
@@ -59,10 +59,13 @@ class Writer:
     def view(self, modes: Modes, groups: Groups, copy: bool, shape: Shape) -> View:
         """How to read a tensor of a shape, with these modes, by groups."""
         order = tuple(mode for group in groups for mode in group)
-        split, permuted, target = self.encoded(modes), self.encoded(order), self.stacked(groups)
+        target = self.stacked(groups)
         if modes == order:
             return View(None, None, target if target != shape else None, copy)
-        axes = tuple(modes.index(mode) for mode in order)
+        parts = blocks(modes, order)  # torch turns matrices faster than it permutes
+        axes = tuple(sorted(range(len(parts)), key=lambda k: order.index(parts[k][0])))
+        split = tuple(map(self.extent, parts))
+        permuted = tuple(split[k] for k in axes)
         return View(split if split != shape else None, axes, target if target != permuted else None, copy)
 
     def stacked(self, groups: Groups) -> Shape:
