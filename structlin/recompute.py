@@ -13,6 +13,7 @@ from structlin import contract
 from structlin.planner import Plan
 from structlin.spec import Spec
 
+FEWEST = 32  # tokens to differentiate at a time
 MOST_KEPT = 16 << 20  # bytes of buffers that are kept between calls
 ALIGNED = 64  # entries that buffers are a multiple of
 
@@ -97,22 +98,23 @@ def _by_chunks(
     spec: Spec, x: Tensor, factors: Sequence[Tensor], slopes: Tensor, of_input: bool, wanted: Sequence[int], plan: Plan
 ) -> tuple[Tensor, ...]:
     """The same as `contract.gradients`, without a graph."""
-    leaves = [factor.detach().requires_grad_(k in wanted) for k, factor in enumerate(factors)]
-    with torch.enable_grad():
-        operands = contract.fold(spec, leaves, plan)
-    heads = [[operand.detach().requires_grad_(operand.requires_grad) for operand in part] for part in operands]
-    of_x = torch.empty_like(x) if of_input else None
-    for start in range(0, max(1, len(x)), plan.chunk):
-        chunk = slice(start, start + plan.chunk)
-        rows = x[chunk].detach().requires_grad_(of_input)
-        with torch.enable_grad():
-            y = contract.run(spec, heads, rows, plan)
-        y.backward(slopes[chunk])  # heads add up their gradients
-        if of_x is not None and rows.grad is not None:
-            of_x[chunk] = rows.grad
-    asked = () if of_x is None else (of_x,)
-    if not wanted:
-        return asked
-    learned = [head.grad for part in heads for head in part if head.requires_grad]
-    outputs = [operand for part in operands for operand in part if operand.requires_grad]
-    return *asked, *torch.autograd.grad(outputs, [leaves[k] for k in wanted], learned)
+    pullback = contract.Pullback(spec, factors, wanted, plan)
+    size = _tokens(spec, plan, len(x))
+    if len(x) <= size:
+        of_x = pullback(x, slopes, of_input)
+    else:
+        of_x = torch.empty_like(x) if of_input else None
+        for start in range(0, len(x), size):
+            chunk = slice(start, start + size)
+            found = pullback(x[chunk], slopes[chunk], of_input)
+            if of_x is not None and found is not None:
+                of_x[chunk] = found
+    return (*(() if of_x is None else (of_x,)), *pullback.gradients())
+
+
+def _tokens(spec: Spec, plan: Plan, tokens: int) -> int:
+    """How many tokens to differentiate at a time: a chunk, or fewer where that would take more memory than dense."""
+    dense = spec.in_features * spec.out_features
+    most = 0.1 * tokens * (spec.in_features + spec.out_features) + 1.1 * dense - spec.num_parameters
+    kept = plan.inner + 4 * plan.widest  # for each token: what stands between input and output, and gradients of it
+    return int(max(FEWEST, min(plan.chunk, most / max(1, kept))))

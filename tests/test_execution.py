@@ -96,17 +96,53 @@ def test_threads_have_buffers_of_their_own():
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("tokens", [0, 5, 50])
-def test_recomputed_gradients(name, tokens):
+@pytest.mark.parametrize("order", planner.ORDERS)
+def test_recomputed_gradients(name, tokens, order, monkeypatch):
+    monkeypatch.setattr(recompute, "FEWEST", 16)
     for layer in layers(name):
         x = torch.randn(tokens, layer.in_features, dtype=torch.float64, requires_grad=True)
         slope = torch.randn(tokens, layer.out_features, dtype=torch.float64)
-        y = recomputed(layer.spec, layer.factors, x, layer.bias, small_chunks(layer.spec, 16))
+        y = recomputed(layer.spec, layer.factors, x, layer.bias, small_chunks(layer.spec, 16, order))
         expected = F.linear(x, layer.to_dense(), layer.bias)
         assert_close(y, expected, "forward")
         assert not y._is_view()
         pairs = zip(gradients(y, x, layer, slope), gradients(expected, x, layer, slope), strict=True)
         for ours, theirs in pairs:
             assert_close(ours, theirs, str(layer))
+
+
+@pytest.mark.parametrize("order", planner.ORDERS)
+def test_recomputed_gradients_of_some(order):
+    layer = build(Kaleidoscope(width=2), 33, 48, dtype=torch.float64)
+    plan = small_chunks(layer.spec, 16, order)
+    for learned in ((), (0,), (1, 3), (4,)):
+        for of_input in (True, False):
+            for k, factor in enumerate(layer.factors):
+                factor.requires_grad_(k in learned)
+            x = torch.randn(50, 33, dtype=torch.float64, requires_grad=of_input)
+            leaves = [t for t in (x, *layer.parameters()) if t.requires_grad]
+            slope = torch.randn(50, 48, dtype=torch.float64)
+            found, expected = (
+                torch.autograd.grad(y, leaves, slope)
+                for y in (recomputed(layer.spec, layer.factors, x, layer.bias, plan),
+                          F.linear(x, layer.to_dense(), layer.bias))
+            )  # fmt: skip
+            for ours, theirs in zip(found, expected, strict=True):
+                assert_close(ours, theirs, str(learned))
+
+
+def test_gradients_are_added_up_in_place():
+    layer = large(Kaleidoscope(width=2), (64, 64))
+    plan = planner.find_plan(layer.spec, 512, order="forward")
+    sums = contract.Pullback(layer.spec, layer.factors, range(5), plan)
+    x, slope = torch.randn(512, 64), torch.randn(512, 64)
+    sums(x[:256], slope[:256], False)
+    places = [gradient.data_ptr() for gradient in sums.gradients()]
+    sums(x[256:], slope[256:], False)
+    assert places == [gradient.data_ptr() for gradient in sums.gradients()]
+    expected = torch.autograd.grad(F.linear(x, layer.to_dense()), layer.factors, slope)
+    for ours, theirs in zip(sums.gradients(), expected, strict=True):
+        assert_close(ours, theirs, "sum", 1e-5)
 
 
 def large(structure=None, sizes=(64, 64)):

@@ -59,9 +59,9 @@ def apply(spec: Spec, factors: Sequence[Tensor], x: Tensor, plan: Plan) -> Tenso
 def fold(spec: Spec, factors: Sequence[Tensor], plan: Plan) -> Operands:
     """Merge factors as a plan says, and bring them into the layouts that its products read."""
     operands = []
-    for (_, part), eq_plan in zip(_parts(spec, factors), plan.parts, strict=True):
-        merged = _merged(eq_plan.merges, part)
-        operands.append([_read(merged[step.factor], step.factor_view) for step in eq_plan.steps])
+    for (_, part), eq_plan in zip(of_equations(spec, factors), plan.parts, strict=True):
+        slots = merged(eq_plan.merges, part)
+        operands.append([read(slots[step.factor], step.factor_view) for step in eq_plan.steps])
     return operands
 
 
@@ -81,7 +81,7 @@ def run(spec: Spec, operands: Operands, x: Tensor, plan: Plan) -> Tensor:
     total = None
     for eq_plan, operand in zip(plan.parts, operands, strict=True):
         eq = eq_plan.equation
-        y = _run(
+        y = contracted(
             eq_plan, operand, F.pad(x, (0, eq.padded_in - spec.in_features)) if eq.padded_in > spec.in_features else x
         )
         y = y[:, : spec.out_features] if eq.padded_out > spec.out_features else y
@@ -106,7 +106,7 @@ def run_into(out: Tensor, spec: Spec, operands: Operands, x: Tensor, plan: Plan,
         eq = eq_plan.equation
         padded = F.pad(x, (0, eq.padded_in - spec.in_features)) if eq.padded_in > spec.in_features else x
         whole = k == 0 and eq.padded_out == spec.out_features
-        y = _run(eq_plan, operand, padded, spare, out.view if whole else spare)
+        y = contracted(eq_plan, operand, padded, spare, out.view if whole else spare)
         if k > 0:
             out += y[:, : spec.out_features]
         elif not whole:
@@ -125,70 +125,53 @@ def to_dense(spec: Spec, factors: Sequence[Tensor]) -> Tensor:
         W, shape (out_features, in_features).
     """
     total = None
-    for eq, part in _parts(spec, factors):
+    for eq, part in of_equations(spec, factors):
         merges, view = merge_plan(eq)
-        dense = _read(_merged(merges, part)[-1], view)[: spec.out_features, : spec.in_features]
+        dense = read(merged(merges, part)[-1], view)[: spec.out_features, : spec.in_features]
         total = dense if total is None else total + dense
     assert total is not None
     return total
 
 
-def gradients(
-    spec: Spec, x: Tensor, factors: Sequence[Tensor], slopes: Tensor, of_input: bool, wanted: Sequence[int], plan: Plan
-) -> tuple[Tensor, ...]:
-    """Differentiate `apply` with a graph, so that the gradients can be differentiated again.
-
-    Args:
-        spec: the structured matrix.
-        x: input, shape (tokens, in_features).
-        factors: one tensor per factor of `spec`, in its order.
-        slopes: gradient of the output, shape (tokens, out_features).
-        of_input: whether the gradient of x is wanted.
-        wanted: numbers of the factors whose gradients are.
-        plan: a plan of `spec`.
-    Returns:
-        The gradient of x where it is wanted, then those of the wanted factors.
-    """
-    operands = [x] * of_input + [factors[k] for k in wanted]
-    return torch.autograd.grad(apply(spec, factors, x, plan), operands, slopes, create_graph=True)
-
-
-def _parts(spec: Spec, factors: Sequence[Tensor]) -> Iterator[tuple[Equation, Sequence[Tensor]]]:
+def of_equations(spec: Spec, factors: Sequence[Tensor]) -> Iterator[tuple[Equation, Sequence[Tensor]]]:
+    """Each equation with its factors."""
     start = 0
     for eq in spec.equations:
         yield eq, factors[start : start + len(eq.factors)]
         start += len(eq.factors)
 
 
-def _merged(merges: Sequence[Merge], factors: Sequence[Tensor]) -> list[Tensor]:
+def merged(merges: Sequence[Merge], factors: Sequence[Tensor]) -> list[Tensor]:
     """The factors and what comes of merging them."""
     slots = [*factors]
     for merge in merges:
-        left, right = _read(slots[merge.left], merge.left_view), _read(slots[merge.right], merge.right_view)
-        slots.append(_product(left, right, merge.shared))
+        left, right = read(slots[merge.left], merge.left_view), read(slots[merge.right], merge.right_view)
+        slots.append(product(left, right, merge.shared))
     return slots
 
 
-def _run(
+def contracted(
     plan: EquationPlan, operands: Sequence[Tensor], x: Tensor, room: Room | None = None, final: Room | None = None
 ) -> Tensor:  # fmt: skip
-    """Where `room` is given, results go where it says, and the last of them where `final` does."""
+    """Do all steps of a plan; where `room` is given, in the memory that it gives, at last in that of `final`."""
     value = x
     for step, operand in zip(plan.steps, operands, strict=True):
-        stack = _read(value, step.view, room)
+        stack = read(value, step.view, room)
         left, right = (operand, stack) if step.swapped else (stack, operand)
-        value = _product(left, right, step.shared, final if step is plan.steps[-1] and not plan.result.copy else room)
-    return _read(value, plan.result, final)
+        value = product(left, right, step.shared, final if step is plan.steps[-1] and not plan.result.copy else room)
+    return read(value, plan.result, final)
 
 
-def _product(left: Tensor, right: Tensor, shared: bool, room: Room | None = None) -> Tensor:
+def product(left: Tensor, right: Tensor, shared: bool, room: Room | None = None) -> Tensor:
+    """Multiply two matrices or stacks; where `shared`, one matrix with a stack."""
     if right.ndim == 2:
         return torch.mm(left, right, out=room and room((len(left), right.shape[1])))
     left = left.expand(len(right), -1, -1) if shared else left
     return torch.bmm(left, right, out=room and room((*left.shape[:2], right.shape[2])))
 
 
-def _read(tensor: Tensor, view: View, room: Room | None = None) -> Tensor:
+def read(tensor: Tensor, view: View, room: Room | None = None) -> Tensor:
+    """Read a tensor as a view says."""
     if view.modes is not None:
         tensor = tensor.reshape(view.modes)
     if view.axes is not None:
