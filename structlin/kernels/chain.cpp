@@ -38,6 +38,7 @@ constexpr int ROWS = 8;
 
 constexpr int NARROW = WIDEST > 4 ? WIDEST / 2 : 4;
 constexpr int64_t FEW = 3;  // tokens that go one by one
+constexpr int GROUP = 4;  // outer indices that are worth going through a block of a factor together
 constexpr int64_t MANY = 1 << 21;  // multiplications for one token in a stage that are worth waking threads
 constexpr int64_t CACHE = 1 << 23;  // bytes of intermediates that a tile may have
 
@@ -355,16 +356,18 @@ template <class W> void dot_any_rows(const Stage& s, const int32_t* m, const W* 
   }
 }
 
-// Scratch of a row: the values of one outer index, its results, a block of the factor, and where its rows begin.
+// Scratch of a row: the values of one outer index, its results, a block of the factor, and of its gradient, and where
+// its rows begin.
 struct Row {
-  float *values, *results, *block;
+  float *values, *results, *block, *sums;
   int32_t* begins;
 };
 
-int64_t row_floats(const Program& p) { return 3 * int64_t(p.widest()) + p.block(); }
+int64_t row_floats(const Program& p) { return 3 * int64_t(p.widest()) + 2 * int64_t(p.block()); }
 
 Row row_of(const Program& p, float* memory) {
-  return {memory, memory + p.widest(), memory + 3 * p.widest(), reinterpret_cast<int32_t*>(memory + 2 * p.widest())};
+  float* block = memory + 3 * int64_t(p.widest());
+  return {memory, memory + p.widest(), block, block + p.block(), reinterpret_cast<int32_t*>(memory + 2 * p.widest())};
 }
 
 template <class W> void run_row(const Stage& s, const W* w, const float* a, float* b, const Row& row) {
@@ -552,11 +555,93 @@ void run_tile_backward(const Program& p, const Factors<float>& factors, const S*
   if (dx) write_tile<L, S>(dx, tokens, p.in_features(), p.inputs(), T, d_input, nullptr);
 }
 
+// Outer indices that share a block of the factor, whose rows begin at m(j), are packed and in order, for L columns at a
+// time from q on: dw += sum_i g_i a_i and da_i = w^T g_i.
+template <int L, class W>
+void group_backward(const Stage& s, const int32_t* m, const W* w, const float* a, const float* g, float* da,
+                    bool accumulate, float* dw, int q) {
+  constexpr int MT = 8;
+  for (; q + L <= s.columns; q += L) {
+    for (int j = 0; dw && j < s.rows; j += MT) {
+      const int count = std::min(MT, s.rows - j);
+      Vector<L> sum[MT] = {};
+      for (int i = 0; i < s.outer; ++i) {
+        const Vector<L> value = load<L>(a + s.x[i] + q);
+        const float* slope = g + s.o[i];
+        if (count == MT)
+          for (int p = 0; p < MT; ++p) sum[p] += slope[s.r[j + p]] * value;
+        else
+          for (int p = 0; p < count; ++p) sum[p] += slope[s.r[j + p]] * value;
+      }
+      for (int p = 0; p < count; ++p) {
+        float* to = dw + m[j + p] + q;
+        store<L>(to, load<L>(to) + sum[p]);
+      }
+    }
+    for (int i = 0; da && i < s.outer; i += MT) {
+      const int count = std::min(MT, s.outer - i);
+      Vector<L> sum[MT] = {};
+      for (int j = 0; j < s.rows; ++j) {
+        const Vector<L> weight = load<L>(w + m[j] + q);
+        const float* slope = g + s.r[j];
+        if (count == MT)
+          for (int p = 0; p < MT; ++p) sum[p] += slope[s.o[i + p]] * weight;
+        else
+          for (int p = 0; p < count; ++p) sum[p] += slope[s.o[i + p]] * weight;
+      }
+      for (int p = 0; p < count; ++p) {
+        float* to = da + s.x[i + p] + q;
+        store<L>(to, accumulate ? load<L>(to) + sum[p] : sum[p]);
+      }
+    }
+  }
+  if constexpr (L > 4) {
+    if (q < s.columns) group_backward<L / 2>(s, m, w, a, g, da, accumulate, dw, q);
+  } else {
+    for (; q < s.columns; ++q)
+      for (int i = 0; i < s.outer; ++i) {
+        float sum = accumulate && da ? da[s.x[i] + q] : 0.0f;
+        for (int j = 0; j < s.rows; ++j) {
+          const float slope = g[s.o[i] + s.r[j]];
+          sum += slope * float(w[m[j] + q]);
+          if (dw) dw[m[j] + q] += slope * a[s.x[i] + q];
+        }
+        if (da) da[s.x[i] + q] = sum;
+      }
+  }
+}
+
+// The same for a block in any order.
+template <class W>
+void run_group_backward(const Stage& s, const W* w, const float* a, const float* g, float* da, bool accumulate,
+                        float* dw, const Row& row) {
+  const auto run = [&](const auto* block, const int32_t* m, float* sums) {
+    if (s.columns >= WIDEST) group_backward<WIDEST>(s, m, block, a, g, da, accumulate, sums, 0);
+    else if (s.columns >= NARROW) group_backward<NARROW>(s, m, block, a, g, da, accumulate, sums, 0);
+    else group_backward<4>(s, m, block, a, g, da, accumulate, sums, 0);
+  };
+  if (s.unit) return run(w, s.m, dw);
+  for (int j = 0; j < s.rows; ++j) {
+    row.begins[j] = j * s.columns;
+    for (int q = 0; q < s.columns; ++q) row.block[j * s.columns + q] = w[s.m[j] + s.n[q]];
+  }
+  if (dw) std::fill(row.sums, row.sums + s.rows * s.columns, 0.0f);
+  run(static_cast<const float*>(row.block), row.begins, dw ? row.sums : nullptr);
+  for (int j = 0; dw && j < s.rows; ++j)
+    for (int q = 0; q < s.columns; ++q) dw[s.m[j] + s.n[q]] += row.sums[j * s.columns + q];
+}
+
 // One token of one stage: da = w^T g and dw += g a, row by row of the factor.
 template <class W>
 void run_row_backward(const Stage& s, const W* w, const float* a, const float* g, float* da, bool accumulate,
                       float* dw, const Row& row) {
-  for (int i = 0; i < s.outer; ++i) {
+  for (int i = 0, next; i < s.outer; i = next) {
+    for (next = i + 1; next < s.outer && s.v[next] == s.v[i]; ++next) {}
+    if (s.packed && next - i >= GROUP) {
+      run_group_backward(s.part(i, next - i, 0, s.rows), w + s.v[i], a, g, da, accumulate, dw ? dw + s.v[i] : nullptr, row);
+      continue;
+    }
+    next = i + 1;
     const float* value = a + s.x[i];
     if (!s.packed) {
       for (int q = 0; q < s.columns; ++q) row.values[q] = value[s.c[q]];
@@ -596,7 +681,7 @@ void run_token_backward(const Program& p, const Factors<S>& factors, const S* x,
   float* pong = ping + p.rows();
   const Row row = row_of(p, pong + p.rows());
   std::vector<float*> outputs(p.stages());
-  float* next = row.block + p.block();
+  float* next = row.sums + p.block();
   copy_in(x, p.in_features(), p.in_rows(), p.inputs(), input);
   copy_in(dy, p.out_features(), p.out_rows(), p.outputs(), d_output);
   for (int k = 0; k < p.stages(); ++k) {
