@@ -110,9 +110,13 @@ def unobserved() -> bool:
         and peek_interpreter_stack() is None
         and forward_ad._current_level < 0
         and not _is_tracing()
-        # torch.set_default_device is a mode, which changes nothing here
-        and all(type(_get_function_stack_at(k)) is DeviceContext for k in range(_len_torch_function_stack()))
+        and (_len_torch_function_stack() == 0 or _only_devices())
     )
+
+
+def _only_devices() -> bool:
+    """Whether all modes for functions are torch.set_default_device's, which changes nothing here."""
+    return all(type(_get_function_stack_at(k)) is DeviceContext for k in range(_len_torch_function_stack()))
 
 
 def suits(tensors: Sequence[Tensor]) -> bool:
