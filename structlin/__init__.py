@@ -15,7 +15,7 @@ from structlin.compress import (
 from structlin.embedding import StructuredEmbedding
 from structlin.heal import HealReport, heal
 from structlin.layer import StructuredLinear
-from structlin.machines import measure_machine
+from structlin.measure import measure_machine
 from structlin.structures import (
     BlastLinear,
     ButterflyLinear,

@@ -188,7 +188,7 @@ class Execution:
             options.append((dense if plan.materialises else dense / DENSE_GAIN, DENSE))
         options.append((plan.seconds + PLAN_SECONDS, plan))
         if key.native:
-            options.append((self._chain.seconds(tokens, itemsize), self._chain))
+            options.append((self._chain.seconds(tokens, itemsize, machine), self._chain))
         return [(seconds * key.tokens / tokens, way) for seconds, way in options]
 
     def _find(

@@ -39,7 +39,7 @@ class _Kept(threading.local):
     """Buffers of a thread, for CPUs only: on a GPU several streams may be at work, and memory is quick to come by."""
 
     def __init__(self) -> None:
-        self.bytes = torch.empty(0, dtype=torch.uint8)
+        self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 _KEPT = _Kept()
@@ -54,7 +54,7 @@ def _spare(entries: int, like: Tensor) -> contract.Spare:
     else:
         if len(_KEPT.bytes) < nbytes:
             with torch.inference_mode(False):
-                _KEPT.bytes = torch.empty(nbytes, dtype=torch.uint8)
+                _KEPT.bytes = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
         both = _KEPT.bytes[:nbytes].view(like.dtype)
     return contract.Spare(both[:entries], both[entries:])
 

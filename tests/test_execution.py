@@ -14,6 +14,7 @@ from cases import CASES
 from structlin import contract, execution, machines, planner, recompute
 from structlin.execution import Execution, Key
 from structlin.layer import build
+from structlin.measure import measure_machine
 from structlin.recompute import by_chunks, recomputed
 from structlin.structures import Kaleidoscope, Kronecker, LowRank, Sum, TensorTrain
 from structlin.testing import assert_close
@@ -129,6 +130,19 @@ def test_recomputed_gradients_of_some(order):
             )  # fmt: skip
             for ours, theirs in zip(found, expected, strict=True):
                 assert_close(ours, theirs, str(learned))
+
+
+@pytest.mark.parametrize("structure", [Kaleidoscope(width=2), TensorTrain(rank=3), Kronecker(terms=2)])
+@pytest.mark.parametrize("order", planner.ORDERS)
+def test_recomputed_gradients_of_complex_numbers(structure, order):
+    layer = build(structure, 33, 48, dtype=torch.complex128)
+    x = torch.randn(50, 33, dtype=torch.complex128, requires_grad=True)
+    slope = torch.randn(50, 48, dtype=torch.complex128)
+    y = recomputed(layer.spec, layer.factors, x, layer.bias, small_chunks(layer.spec, 16, order))
+    expected = F.linear(x, layer.to_dense(), layer.bias)
+    pairs = zip(gradients(y, x, layer, slope), gradients(expected, x, layer, slope), strict=True)
+    for ours, theirs in pairs:
+        assert_close(ours, theirs, "complex")
 
 
 def test_gradients_are_added_up_in_place():
@@ -281,7 +295,7 @@ def test_autotune_measures(unmeasured):
 
 def test_measure_machine_keeps_what_it_finds():
     assert machines.machine_of(torch.device("cpu")) is planner.CPU
-    found = machines.measure_machine()
+    found = measure_machine()
     assert machines.machine_of(torch.device("cpu")) == found
     assert "1 thread" in found.name
     assert 1e9 < found.flops < 1e13

@@ -8,6 +8,7 @@ import pickle
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,12 +19,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from structlin import kernels, planner
 from structlin.contract import forward
+from structlin.execution import Key
 from structlin.fit import fit
 from structlin.kernels import native
-from structlin.kernels.chain import chain_of, suits
+from structlin.kernels.chain import Chain, chain_of, suits
 from structlin.kernels.layouts import cost
 from structlin.kernels.program import program, stages
 from structlin.layer import build
+from structlin.measure import measure_machine
 from structlin.structures import PHM, Blast, Kaleidoscope, Kronecker, LowRank, LowRankKaleidoscope, Sum, TensorTrain
 from structlin.testing import assert_close
 
@@ -439,6 +442,20 @@ def test_a_library_that_does_not_load_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(native._State, "usable", None)
     with pytest.warns(UserWarning, match="does not load"):
         assert not native.available()
+
+
+def test_predictions_follow_the_machine():
+    found = measure_machine()
+    assert 0.05 < found.native < 50
+    assert 0.05 < found.native_few < 50
+    assert found.native != 1.0
+    chain = chain_of(build(LowRank(rank=8), 512, 512).spec)
+    slower = replace(planner.CPU, native=2.0, native_few=3.0)
+    assert chain.seconds(64, machine=slower) == 2 * chain.seconds(64)
+    assert chain.seconds(1, machine=slower) == 3 * chain.seconds(1)
+    key = Key(64, torch.float32, torch.device("cpu"), native=True, frozen=False)
+    predicted = {type(way): seconds for seconds, way in build(LowRank(rank=8), 512, 512)._execution.options(key)}
+    assert predicted[Chain] == chain.seconds(64, machine=found)
 
 
 def test_predictions_order_the_sizes():

@@ -28,6 +28,7 @@ LEVELS = {
     "objective": 3,
     "refine": 4,
     "execution": 4,
+    "measure": 4,
     "fit": 5,
     "layer": 6,
     "structures": 7,

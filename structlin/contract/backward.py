@@ -125,6 +125,7 @@ def _pull(
     plan: EquationPlan, operands: Sequence[Tensor], x: Tensor, slopes: Tensor, sums: Sequence[Tensor | None],
     of_input: bool,
 ) -> Tensor | None:  # fmt: skip
+    """Add to the sums for one equation; the gradient of x, if it is wanted."""
     value, shapes, stacks = x, [], []
     for step, operand in zip(plan.steps, operands, strict=True):
         shapes.append(value.shape)
@@ -140,19 +141,19 @@ def _pull(
         if total is not None:
             if step.shared:  # one product for the whole stack
                 slope_rows, stack_rows = (t.transpose(0, 1).reshape(t.shape[1], -1) for t in (slope, stack))
-                total.addmm_(slope_rows, stack_rows.mT)
+                total.addmm_(slope_rows, stack_rows.mH)
             else:
                 add = total.addmm_ if total.ndim == 2 else total.baddbmm_
-                add(*((slope, stack.mT) if step.swapped else (stack.mT, slope)))
+                add(*((slope, stack.mH) if step.swapped else (stack.mH, slope)))
         if not stacks and not of_input:
             return None
-        left, right = (operand.mT, slope) if step.swapped else (slope, operand.mT)
+        left, right = (operand.mH, slope) if step.swapped else (slope, operand.mH)
         slope = _unread(product(left, right, step.shared), step.view, shapes.pop())
     return slope
 
 
 def _unread(tensor: Tensor, view: View, shape: Sequence[int]) -> Tensor:
-    """Undo `_read` of a tensor of a shape."""
+    """Undo `read` of a tensor of a shape."""
     if view.axes is not None:
         modes = view.modes or shape
         inverse = sorted(range(len(view.axes)), key=view.axes.__getitem__)

@@ -25,6 +25,7 @@ from structlin.kernels.constant import constant
 from structlin.kernels.layouts import cost
 from structlin.kernels.operators import SPECS
 from structlin.kernels.program import program
+from structlin.planner import Machine
 from structlin.spec import Spec
 
 TENSORS = (Tensor, torch.nn.Parameter)  # no subclasses
@@ -48,19 +49,18 @@ class Chain:
         SPECS[table] = self.spec
         return table
 
-    def seconds(self, tokens: int, itemsize: int = 4) -> float:
+    def seconds(self, tokens: int, itemsize: int = 4, machine: Machine = planner.CPU) -> float:
         """Predict the time of a forward pass in s, for elements of so many bytes."""
         if tokens <= planner.NATIVE_ROWS:
-            read = itemsize * self.spec.num_parameters / planner.NATIVE_FEW.bandwidth
-            return tokens * max(cost(self.spec, few=True).seconds, read) + planner.NATIVE_FEW.op
+            rates = planner.NATIVE_FEW
+            read = itemsize * self.spec.num_parameters / rates.bandwidth
+            return machine.native_few * (tokens * max(cost(self.spec, few=True).seconds, read) + rates.op)
         moved = itemsize * tokens * (self.spec.in_features + self.spec.out_features)
         if itemsize < 4:  # the factors are converted first
             moved += itemsize * self.spec.num_parameters
-        return (
-            cost(self.spec, few=False).flops * tokens / planner.NATIVE.flops
-            + moved / planner.NATIVE.bandwidth
-            + planner.NATIVE.op
-        )
+        flops = tokens * cost(self.spec, few=False).flops
+        rates = planner.NATIVE
+        return machine.native * (flops / rates.flops + moved / rates.bandwidth + rates.op)
 
     def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         """Compute x W^T + bias for x of shape (..., in_features), all tensors such as `suits` says."""

@@ -25,6 +25,7 @@ from structlin.kernels.constant import constant
 from structlin.machines import cache_folder, processor
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("chain.cpp", "calls.cpp"))
+HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 MODULE = "structlin_chain"  # what the library is to Python, where it was built with Python's headers
 SWITCH = "STRUCTLIN_KERNELS"  # "off": not used; "build": built when first needed; else: used where it is built
 
@@ -167,7 +168,7 @@ def _flags() -> tuple[list[str], list[str]]:
 def _path() -> Path:
     """Where the library of this source, torch and CPU is or would be."""
     flags, link = _flags()
-    sources = [source.read_text(encoding="utf-8") for source in SOURCES]
+    sources = [source.read_text(encoding="utf-8") for source in (*SOURCES, *HEADERS)]
     facts = [*sources, torch.__version__, platform.python_version(), processor(), *flags, *link]
     return cache_folder() / f"chain-{hashlib.sha256(chr(10).join(facts).encode()).hexdigest()[:16]}.so"
 

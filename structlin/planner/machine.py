@@ -25,6 +25,8 @@ class Machine:
         copies: of copies into another layout in which neighbours come apart, bytes read and written, in B/s; as
             `bandwidth` where not given.
         turns: of copies that are transpositions of matrices, likewise; as `copies` where not given.
+        native: how many times longer the native kernel takes for tiles of tokens than its own record says.
+        native_few: the same for a few tokens.
         tile: rows and columns that a product is rounded up to; 0 for a CPU, where `thinness` says what thin ones cost.
     """
 
@@ -39,6 +41,8 @@ class Machine:
     core_cache: float = math.inf
     copies: float | None = None
     turns: float | None = None
+    native: float = 1.0
+    native_few: float = 1.0
     tile: int = 0
 
     def product(self, batch: int, rows: int, summed: int, columns: int, itemsize: int = 4) -> float:
@@ -122,9 +126,8 @@ H200 = Machine(
 
 # The native kernel on the same core as CPU: all stages in one operation, tiles of tokens in cache.
 NATIVE = Machine("native cpu kernel, 1 thread", flops=140e9, bandwidth=40e9, op=3e-6)
-# Up to so many tokens it goes row by row, along the factors.
+# Up to so many tokens it goes row by row; `kernels.layouts` says what that takes, beyond reading the factors.
 NATIVE_ROWS = 3
-TURNED = 8  # how many times longer it takes to read an entry of a factor that is not stored in the order of its sums
 NATIVE_FEW = Machine("native cpu kernel, few tokens", flops=48e9, bandwidth=65e9, op=2.5e-6)
 
 

@@ -1,0 +1,315 @@
+// A few tokens: one at a time, with vectors along the factors.
+
+#pragma once
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "tiles.h"
+
+namespace {
+
+constexpr int GROUP = 4;  // outer indices that are worth going through a block of a factor together
+
+// out[j] = sum_q w[m(j) + q] a[q], L rows at a time; there are at least L rows and columns.
+template <int L, class W> void dot_rows(const Stage& s, const int32_t* m, const W* w, const float* a, float* out) {
+  const int rest = s.columns % L;
+  float last[L] = {};
+  for (int q = L - rest; q < L; ++q) last[q] = a[s.columns - L + q];
+  const Vector<L> tail = load<L>(last);
+  for (int j = 0; j < s.rows; j += L) {
+    const int first = std::min(j, s.rows - L);
+    Vector<L> sum[L] = {};
+    for (int q = 0; q + L <= s.columns; q += L) {
+      const Vector<L> value = load<L>(a + q);
+      for (int p = 0; p < L; ++p) sum[p] += load<L>(w + m[first + p] + q) * value;
+    }
+    if (rest)
+      for (int p = 0; p < L; ++p) sum[p] += load<L>(w + m[first + p] + s.columns - L) * tail;
+    store<L>(out + first, sums<L>(sum));
+  }
+}
+
+// Vectors along outer indices from i on that share nothing: b = sum_q w a, L of them at a time.
+template <int L, class W> void run_along(const Stage& s, int i, const W* w, const float* a, float* b) {
+  for (int j = 0; j < s.rows; ++j)
+    for (int d = 0; d < s.run; d += L) {
+      const int first = std::min(d, s.run - L);  // the last vector overlaps the one before
+      Vector<L> sum = {};
+      for (int q = 0; q < s.columns; ++q)
+        sum += load<L>(w + s.v[i] + s.m[j] + s.n[q] + first) * load<L>(a + s.x[i] + s.c[q] + first);
+      store<L>(b + s.o[i] + s.r[j] + first, sum);
+    }
+}
+
+// Vectors along outer indices that share their block of the factor: b = w a, all columns of it at a time.
+template <int L, int NV, class W> void run_shared(const Stage& s, const W* w, const float* a, float* b) {
+  for (int i = 0; i < s.outer; i += s.shared)
+    register_tiles<L, NV, false>(s, 1, s.shared, w + s.v[i], a + s.x[i], b + s.o[i]);
+}
+
+template <class W> void run_any_shared(const Stage& s, const W* w, const float* a, float* b) {
+  if (s.shared >= 2 * WIDEST) run_shared<WIDEST, 2>(s, w, a, b);
+  else if (s.shared >= WIDEST) run_shared<WIDEST, 1>(s, w, a, b);
+  else if (s.shared >= NARROW) run_shared<NARROW, 1>(s, w, a, b);
+  else run_shared<4, 1>(s, w, a, b);
+}
+
+// The same for any number of rows and columns.
+template <class W> void dot_any_rows(const Stage& s, const int32_t* m, const W* w, const float* a, float* out) {
+  const int smaller = std::min(s.rows, s.columns);
+  if (WIDEST >= 16 && smaller >= 16) return dot_rows<WIDEST>(s, m, w, a, out);
+  if (WIDEST >= 8 && smaller >= 8) return dot_rows<std::min(WIDEST, 8)>(s, m, w, a, out);
+  if (smaller >= 4) return dot_rows<4>(s, m, w, a, out);
+  for (int j = 0; j < s.rows; ++j) {
+    out[j] = 0.0f;
+    for (int q = 0; q < s.columns; ++q) out[j] += float(w[m[j] + q]) * a[q];
+  }
+}
+
+// Scratch of a row: the values of one outer index, its results, a block of the factor, and of its gradient, and where
+// its rows begin.
+struct Row {
+  float *values, *results, *block, *sums;
+  int32_t* begins;
+};
+
+int64_t row_floats(const Program& p) { return 3 * int64_t(p.widest()) + 2 * int64_t(p.block()); }
+
+Row row_of(const Program& p, float* memory) {
+  float* block = memory + 3 * int64_t(p.widest());
+  return {memory, memory + p.widest(), block, block + p.block(), reinterpret_cast<int32_t*>(memory + 2 * p.widest())};
+}
+
+template <class W> void run_row(const Stage& s, const W* w, const float* a, float* b, const Row& row) {
+  // Where vectors overlap, nothing can be added to what is there.
+  if (s.shared >= 4 && !s.accumulates) return run_any_shared(s, w, a, b);
+  if (s.run && !s.accumulates) {
+    for (int i = 0; i < s.outer; i += s.run) {
+      if (WIDEST >= 16 && s.run >= 16) run_along<WIDEST>(s, i, w, a, b);
+      else if (WIDEST >= 8 && s.run >= 8) run_along<std::min(WIDEST, 8)>(s, i, w, a, b);
+      else run_along<4>(s, i, w, a, b);
+    }
+    return;
+  }
+  for (int i = 0; i < s.outer; ++i) {
+    const float* value = a + s.x[i];
+    if (!s.packed) {
+      for (int q = 0; q < s.columns; ++q) row.values[q] = value[s.c[q]];
+      value = row.values;
+    }
+    if (s.unit) {
+      dot_any_rows(s, s.m, w + s.v[i], value, row.results);
+    } else {  // put the block in order; the outer indices that share it follow one another
+      if (i == 0 || s.v[i] != s.v[i - 1])
+        for (int j = 0; j < s.rows; ++j) {
+          row.begins[j] = j * s.columns;
+          for (int q = 0; q < s.columns; ++q) row.block[j * s.columns + q] = w[s.v[i] + s.m[j] + s.n[q]];
+        }
+      dot_any_rows(s, row.begins, row.block, value, row.results);
+    }
+    float* to = b + s.o[i];
+    if (s.accumulates)
+      for (int j = 0; j < s.rows; ++j) to[s.r[j]] += row.results[j];
+    else
+      for (int j = 0; j < s.rows; ++j) to[s.r[j]] = row.results[j];
+  }
+}
+
+// By several threads where it is worth waking them: each takes some of the outer indices, or some of the rows.
+template <class W>
+void run_large_row(const Program& p, const Stage& s, const W* w, const float* a, float* b, const Row& row) {
+  const int64_t threads = at::get_num_threads(), outer = s.outer / std::max(s.shared, 1);
+  const int64_t shares = std::max<int64_t>(outer, s.rows / (2 * WIDEST));
+  if (threads < 2 || shares < threads || s.run || int64_t(s.outer) * s.rows * s.columns < MANY)
+    return run_row(s, w, a, b, row);
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    const Row own = row_of(p, scratch<2>(row_floats(p)));
+    const int64_t all = outer >= threads ? outer : s.rows, runs = s.outer / outer;
+    const int first = all * begin / threads, count = all * end / threads - first;
+    run_row(outer >= threads ? s.part(first * runs, count * runs, 0, s.rows) : s.part(0, s.outer, first, count), w, a, b,
+            own);
+  });
+}
+
+template <class S> void copy_in(const S* x, int features, int rows, const Places& at, float* to) {
+  if (at.table) {
+    for (int f = 0; f < features; ++f) to[at.table[f]] = x[f];
+    for (int f = features; f < rows; ++f) to[at.table[f]] = 0.0f;
+  } else {
+    std::copy(x, x + features, to);
+    std::fill(to + features, to + rows, 0.0f);
+  }
+}
+
+template <class S> void run_token(const Program& p, const Factors<S>& factors, const S* bias, const S* x, S* y) {
+  float* buffer[4] = {scratch(p.in_rows() + p.out_rows() + 2 * p.rows() + row_floats(p))};
+  buffer[1] = buffer[0] + p.in_rows();
+  buffer[2] = buffer[1] + p.out_rows();
+  buffer[3] = buffer[2] + p.rows();
+  const Row row = row_of(p, buffer[3] + p.rows());
+  copy_in(x, p.in_features(), p.in_rows(), p.inputs(), buffer[0]);
+  for (int k = 0; k < p.stages(); ++k) {
+    const Stage s = p.stage(k);
+    run_large_row(p, s, factors[s.factor], buffer[s.source], buffer[s.target], row);
+  }
+  const Places at = p.outputs();
+  for (int f = 0; f < p.out_features(); ++f) y[f] = buffer[1][at[f]] + (bias ? float(bias[f]) : 0.0f);
+}
+
+// Backward --------------------------------------------------------------------------------------------------------------
+
+// Outer indices that share a block of the factor, whose rows begin at m(j), are packed and in order, for L columns at a
+// time from q on: dw += sum_i g_i a_i and da_i = w^T g_i.
+template <int L, class W>
+void group_backward(const Stage& s, const int32_t* m, const W* w, const float* a, const float* g, float* da,
+                    bool accumulate, float* dw, int q) {
+  constexpr int MT = 8;
+  for (; q + L <= s.columns; q += L) {
+    for (int j = 0; dw && j < s.rows; j += MT) {
+      const int count = std::min(MT, s.rows - j);
+      Vector<L> sum[MT] = {};
+      for (int i = 0; i < s.outer; ++i) {
+        const Vector<L> value = load<L>(a + s.x[i] + q);
+        const float* slope = g + s.o[i];
+        if (count == MT)
+          for (int p = 0; p < MT; ++p) sum[p] += slope[s.r[j + p]] * value;
+        else
+          for (int p = 0; p < count; ++p) sum[p] += slope[s.r[j + p]] * value;
+      }
+      for (int p = 0; p < count; ++p) {
+        float* to = dw + m[j + p] + q;
+        store<L>(to, load<L>(to) + sum[p]);
+      }
+    }
+    for (int i = 0; da && i < s.outer; i += MT) {
+      const int count = std::min(MT, s.outer - i);
+      Vector<L> sum[MT] = {};
+      for (int j = 0; j < s.rows; ++j) {
+        const Vector<L> weight = load<L>(w + m[j] + q);
+        const float* slope = g + s.r[j];
+        if (count == MT)
+          for (int p = 0; p < MT; ++p) sum[p] += slope[s.o[i + p]] * weight;
+        else
+          for (int p = 0; p < count; ++p) sum[p] += slope[s.o[i + p]] * weight;
+      }
+      for (int p = 0; p < count; ++p) {
+        float* to = da + s.x[i + p] + q;
+        store<L>(to, accumulate ? load<L>(to) + sum[p] : sum[p]);
+      }
+    }
+  }
+  if constexpr (L > 4) {
+    if (q < s.columns) group_backward<L / 2>(s, m, w, a, g, da, accumulate, dw, q);
+  } else {
+    for (; q < s.columns; ++q)
+      for (int i = 0; i < s.outer; ++i) {
+        float sum = accumulate && da ? da[s.x[i] + q] : 0.0f;
+        for (int j = 0; j < s.rows; ++j) {
+          const float slope = g[s.o[i] + s.r[j]];
+          sum += slope * float(w[m[j] + q]);
+          if (dw) dw[m[j] + q] += slope * a[s.x[i] + q];
+        }
+        if (da) da[s.x[i] + q] = sum;
+      }
+  }
+}
+
+// The same for a block in any order.
+template <class W>
+void run_group_backward(const Stage& s, const W* w, const float* a, const float* g, float* da, bool accumulate,
+                        float* dw, const Row& row) {
+  const auto run = [&](const auto* block, const int32_t* m, float* sums) {
+    if (s.columns >= WIDEST) group_backward<WIDEST>(s, m, block, a, g, da, accumulate, sums, 0);
+    else if (s.columns >= NARROW) group_backward<NARROW>(s, m, block, a, g, da, accumulate, sums, 0);
+    else group_backward<4>(s, m, block, a, g, da, accumulate, sums, 0);
+  };
+  if (s.unit) return run(w, s.m, dw);
+  for (int j = 0; j < s.rows; ++j) {
+    row.begins[j] = j * s.columns;
+    for (int q = 0; q < s.columns; ++q) row.block[j * s.columns + q] = w[s.m[j] + s.n[q]];
+  }
+  if (dw) std::fill(row.sums, row.sums + s.rows * s.columns, 0.0f);
+  run(static_cast<const float*>(row.block), row.begins, dw ? row.sums : nullptr);
+  for (int j = 0; dw && j < s.rows; ++j)
+    for (int q = 0; q < s.columns; ++q) dw[s.m[j] + s.n[q]] += row.sums[j * s.columns + q];
+}
+
+// One token of one stage: da = w^T g and dw += g a, row by row of the factor.
+template <class W>
+void run_row_backward(const Stage& s, const W* w, const float* a, const float* g, float* da, bool accumulate,
+                      float* dw, const Row& row) {
+  for (int i = 0, next; i < s.outer; i = next) {
+    for (next = i + 1; next < s.outer && s.v[next] == s.v[i]; ++next) {}
+    if (s.packed && next - i >= GROUP) {
+      run_group_backward(s.part(i, next - i, 0, s.rows), w + s.v[i], a, g, da, accumulate, dw ? dw + s.v[i] : nullptr, row);
+      continue;
+    }
+    next = i + 1;
+    const float* value = a + s.x[i];
+    if (!s.packed) {
+      for (int q = 0; q < s.columns; ++q) row.values[q] = value[s.c[q]];
+      value = row.values;
+    }
+    float* __restrict__ sum = row.results;
+    if (da) std::fill(sum, sum + s.columns, 0.0f);
+    for (int j = 0; j < s.rows; ++j) {
+      const float slope = g[s.o[i] + s.r[j]];
+      const W* weight = w + s.v[i] + s.m[j];
+      if (s.unit) {
+        if (da)
+          for (int q = 0; q < s.columns; ++q) sum[q] += slope * float(weight[q]);
+        if (float* __restrict__ to = dw ? dw + s.v[i] + s.m[j] : nullptr)
+          for (int q = 0; q < s.columns; ++q) to[q] += slope * value[q];
+      } else {
+        if (da)
+          for (int q = 0; q < s.columns; ++q) sum[q] += slope * float(weight[s.n[q]]);
+        if (dw)
+          for (int q = 0; q < s.columns; ++q) dw[s.v[i] + s.m[j] + s.n[q]] += slope * value[q];
+      }
+    }
+    if (!da) continue;
+    float* to = da + s.x[i];
+    if (accumulate)
+      for (int q = 0; q < s.columns; ++q) to[s.c[q]] += sum[q];
+    else
+      for (int q = 0; q < s.columns; ++q) to[s.c[q]] = sum[q];
+  }
+}
+
+template <class S>
+void run_token_backward(const Program& p, const Factors<S>& factors, const S* x, const S* dy, S* dx,
+                        const std::vector<float*>& gradients) {
+  float* input = scratch(2 * int64_t(p.in_rows()) + p.out_rows() + 2 * p.rows() + kept_rows(p) + row_floats(p));
+  float *d_input = input + p.in_rows(), *d_output = d_input + p.in_rows(), *ping = d_output + p.out_rows();
+  float* pong = ping + p.rows();
+  const Row row = row_of(p, pong + p.rows());
+  std::vector<float*> outputs(p.stages());
+  float* next = row.sums + p.block();
+  copy_in(x, p.in_features(), p.in_rows(), p.inputs(), input);
+  copy_in(dy, p.out_features(), p.out_rows(), p.outputs(), d_output);
+  for (int k = 0; k < p.stages(); ++k) {
+    const Stage s = p.stage(k);
+    if (s.target == 1) continue;
+    outputs[k] = next;
+    next += p.rows();
+    run_row(s, factors[s.factor], s.source == 0 ? input : outputs[k - 1], outputs[k], row);
+  }
+  bool written = false;
+  const float* gradient = d_output;
+  for (int k = p.stages() - 1; k >= 0; --k) {
+    const Stage s = p.stage(k);
+    if (s.target == 1) gradient = d_output;
+    float* to = s.source == 0 ? (dx ? d_input : nullptr) : gradient == ping ? pong : ping;
+    run_row_backward(s, factors[s.factor], s.source == 0 ? input : outputs[k - 1], gradient, to,
+                     s.source == 0 && written, gradients[s.factor], row);
+    if (s.source == 0) written = true;
+    else gradient = to;
+  }
+  const Places at = p.inputs();
+  if (dx)
+    for (int f = 0; f < p.in_features(); ++f) dx[f] = d_input[at[f]];
+}
+
+}  // namespace

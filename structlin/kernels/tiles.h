@@ -1,0 +1,220 @@
+// Many tokens: tiles of them, whose vectors run over tokens.
+
+#pragma once
+
+#include <algorithm>
+
+#include "program.h"
+#include "vectors.h"
+
+namespace {
+
+// MT rows of one outer index, for NV vectors of tokens out of T.
+template <int L, int NV, int MT, bool UNIT, class W>
+inline void register_tile(const Stage& s, int64_t T, const W* w, const float* a, float* b, int j) {
+  const int32_t *m = s.m + j, *r = s.r + j, *c = s.c, *n = s.n;
+  const W* row[MT];
+  Vector<L> sum[MT][NV];
+  for (int p = 0; p < MT; ++p) {
+    row[p] = w + m[p];
+    for (int u = 0; u < NV; ++u) sum[p][u] = s.accumulates ? load<L>(b + r[p] * T + u * L) : Vector<L>{};
+  }
+  for (int q = 0; q < s.columns; ++q) {
+    const float* from = a + c[q] * T;
+    const int offset = UNIT ? q : n[q];
+    Vector<L> value[NV];
+    for (int u = 0; u < NV; ++u) value[u] = load<L>(from + u * L);
+    for (int p = 0; p < MT; ++p) {
+      const float weight = row[p][offset];
+      for (int u = 0; u < NV; ++u) sum[p][u] += weight * value[u];
+    }
+  }
+  for (int p = 0; p < MT; ++p)
+    for (int u = 0; u < NV; ++u) store<L>(b + r[p] * T + u * L, sum[p][u]);
+}
+
+// All rows of one outer index, for `length` columns of a and b, whose rows are T apart. The last vectors overlap those
+// before where they do not fit.
+template <int L, int NV, bool UNIT, int MT, class W>
+inline void register_tiles(const Stage& s, int64_t T, int64_t length, const W* w, const float* a, float* b, int j) {
+  for (; j + MT <= s.rows; j += MT)
+    for (int64_t t = 0; t < length; t += L * NV) {
+      const int64_t first = std::min(t, length - L * NV);
+      register_tile<L, NV, MT, UNIT>(s, T, w, a + first, b + first, j);
+    }
+  if constexpr (MT > 8) register_tiles<L, NV, UNIT, 8>(s, T, length, w, a, b, j);
+  else if constexpr (MT > 4) register_tiles<L, NV, UNIT, 4>(s, T, length, w, a, b, j);
+  else if constexpr (MT > 1) register_tiles<L, NV, UNIT, MT / 2>(s, T, length, w, a, b, j);
+}
+
+template <int L, int NV, bool UNIT, class W>
+inline void register_tiles(const Stage& s, int64_t T, int64_t length, const W* w, const float* a, float* b) {
+  // 16 rows: two tiles of 8, not 12 and 4
+  if (ROWS > 8 && s.rows % ROWS && s.rows % 8 == 0) register_tiles<L, NV, UNIT, 8>(s, T, length, w, a, b, 0);
+  else register_tiles<L, NV, UNIT, ROWS>(s, T, length, w, a, b, 0);
+}
+
+template <int L, int NV, bool UNIT> void run_stage(const Stage& s, int64_t T, const float* w, const float* a, float* b) {
+  for (int i = 0; i < s.outer; ++i)
+    register_tiles<L, NV, UNIT>(s, T, T, w + s.v[i], a + s.x[i] * T, b + s.o[i] * T);
+}
+
+template <int L, int NV> void run_stage(const Stage& s, int64_t T, const float* w, const float* a, float* b) {
+  if (s.unit) run_stage<L, NV, true>(s, T, w, a, b);
+  else run_stage<L, NV, false>(s, T, w, a, b);
+}
+
+// Rows of `features` entries each into a tile of T columns; rows of the tile beyond the features are zero.
+template <int L, class S>
+void read_tile(const S* x, int64_t tokens, int features, int rows, const Places& at, int64_t T, float* tile) {
+  static const S zeros[L] = {};
+  for (int64_t t = 0; t < T; t += L) {
+    int f = 0;
+    for (; f + L <= features; f += L) {
+      Vector<L> part[L];
+      for (int p = 0; p < L; ++p) part[p] = load<L>(t + p < tokens ? x + int64_t(t + p) * features + f : zeros);
+      transpose<L>(part);
+      for (int p = 0; p < L; ++p) store<L>(tile + at[f + p] * T + t, part[p]);
+    }
+    for (; f < features; ++f)
+      for (int p = 0; p < L; ++p)
+        tile[at[f] * T + t + p] = t + p < tokens ? float(x[int64_t(t + p) * features + f]) : 0.0f;
+  }
+  for (int f = features; f < rows; ++f) std::fill_n(tile + at[f] * T, T, 0.0f);
+}
+
+template <int L, class S>
+void write_tile(S* y, int64_t tokens, int features, const Places& at, int64_t T, const float* tile, const S* bias) {
+  for (int64_t t = 0; t < std::min(T, tokens); t += L) {
+    const int count = std::min<int64_t>(L, tokens - t);
+    int f = 0;
+    for (; f + L <= features; f += L) {
+      Vector<L> part[L];
+      for (int p = 0; p < L; ++p) part[p] = load<L>(tile + at[f + p] * T + t);
+      transpose<L>(part);
+      const Vector<L> shift = bias ? load<L>(bias + f) : Vector<L>{};
+      for (int p = 0; p < count; ++p) store<L>(y + int64_t(t + p) * features + f, part[p] + shift);
+    }
+    for (; f < features; ++f)
+      for (int p = 0; p < count; ++p)
+        y[int64_t(t + p) * features + f] = tile[at[f] * T + t + p] + (bias ? float(bias[f]) : 0.0f);
+  }
+}
+
+template <int L, int NV, class S>
+void run_tile(const Program& p, const Factors<float>& factors, const S* bias, const S* x, S* y, int64_t tokens) {
+  constexpr int T = L * NV;
+  float* buffer[4] = {scratch((p.in_rows() + p.out_rows() + 2 * int64_t(p.rows())) * T)};
+  buffer[1] = buffer[0] + int64_t(p.in_rows()) * T;
+  buffer[2] = buffer[1] + int64_t(p.out_rows()) * T;
+  buffer[3] = buffer[2] + int64_t(p.rows()) * T;
+  read_tile<L>(x, tokens, p.in_features(), p.in_rows(), p.inputs(), T, buffer[0]);
+  for (int k = 0; k < p.stages(); ++k) {
+    const Stage s = p.stage(k);
+    run_stage<L, NV>(s, T, factors[s.factor], buffer[s.source], buffer[s.target]);
+  }
+  write_tile<L>(y, tokens, p.out_features(), p.outputs(), T, buffer[1], bias);
+}
+
+// Backward --------------------------------------------------------------------------------------------------------------
+
+// MT rows and NV vectors of columns of one outer index: dw += sum over tokens of g[r(j)] a, a transposed to T x stride.
+template <int L, int NV, int MT>
+inline void gradient_tile(const Stage& s, int64_t T, const float* a, int64_t stride, const float* g, float* dw, int j, int q) {
+  const float* row[MT];
+  for (int p = 0; p < MT; ++p) row[p] = g + s.r[j + p] * T;
+  Vector<L> sum[MT][NV] = {};
+  for (int64_t t = 0; t < T; ++t) {
+    Vector<L> value[NV];
+    for (int u = 0; u < NV; ++u) value[u] = load<L>(a + t * stride + u * L);
+    for (int p = 0; p < MT; ++p) {
+      const float slope = row[p][t];
+      for (int u = 0; u < NV; ++u) sum[p][u] += slope * value[u];
+    }
+  }
+  for (int p = 0; p < MT; ++p) {
+    float* to = dw + s.m[j + p];
+    for (int u = 0; u < NV; ++u) {
+      const int first = q + u * L, count = std::min(L, s.columns - first);
+      if (s.unit && count == L) {
+        store<L>(to + first, load<L>(to + first) + sum[p][u]);
+      } else {
+        float entry[L];
+        store<L>(entry, sum[p][u]);
+        for (int d = 0; d < count; ++d) to[s.n[first + d]] += entry[d];
+      }
+    }
+  }
+}
+
+template <int L, int NV, int MT = 8>
+inline void gradient_tiles(const Stage& s, int64_t T, const float* a, int64_t stride, const float* g, float* dw, int q, int j = 0) {
+  for (; j + MT <= s.rows; j += MT) gradient_tile<L, NV, MT>(s, T, a, stride, g, dw, j, q);
+  if constexpr (MT > 1) gradient_tiles<L, NV, MT / 2>(s, T, a, stride, g, dw, q, j);
+}
+
+// dw[v(i) + m(j) + n(q)] += sum over tokens of g[o(i) + r(j)] a[x(i) + c(q)].
+template <int L> void factor_gradient(const Stage& s, int64_t T, const float* a, const float* g, float* turned, float* dw) {
+  const int64_t stride = (s.columns + L - 1) / L * L;
+  for (int i = 0; i < s.outer; ++i) {
+    const float* from = a + s.x[i] * T;
+    for (int q = 0; q < stride; q += L)
+      for (int64_t t = 0; t < T; t += L) {
+        Vector<L> part[L];
+        for (int p = 0; p < L; ++p) part[p] = q + p < s.columns ? load<L>(from + s.c[q + p] * T + t) : Vector<L>{};
+        transpose<L>(part);
+        for (int p = 0; p < L; ++p) store<L>(turned + (t + p) * stride + q, part[p]);
+      }
+    int q = 0;
+    for (; q + 2 * L <= stride; q += 2 * L)
+      gradient_tiles<L, 2>(s, T, turned + q, stride, g + s.o[i] * T, dw + s.v[i], q);
+    if (q < stride) gradient_tiles<L, 1>(s, T, turned + q, stride, g + s.o[i] * T, dw + s.v[i], q);
+  }
+}
+
+// By vectors that waste little of few columns, and divide the tile.
+template <int L> void any_factor_gradient(const Stage& s, int64_t T, const float* a, const float* g, float* turned, float* dw) {
+  if constexpr (L > 4)
+    if (s.columns <= L / 2) return any_factor_gradient<L / 2>(s, T, a, g, turned, dw);
+  factor_gradient<L>(s, T, a, g, turned, dw);
+}
+
+// Gradients of one tile: activations are computed anew and kept, then the stages are gone through from the last.
+template <int L, int NV, class S>
+void run_tile_backward(const Program& p, const Factors<float>& factors, const S* x, const S* dy, S* dx,
+                       const std::vector<float*>& gradients, int64_t tokens, int T) {
+  const int64_t in = int64_t(p.in_rows()) * T, out = int64_t(p.out_rows()) * T, inner = int64_t(p.rows()) * T;
+  float* memory = scratch(2 * in + out + kept_rows(p) * T + 2 * inner + (p.widest() + L) * int64_t(T));
+  float *input = memory, *d_input = input + in, *d_output = d_input + in, *ping = d_output + out, *pong = ping + inner;
+  float* turned = pong + inner;
+  std::vector<float*> outputs(p.stages());
+  float* next = turned + (p.widest() + L) * int64_t(T);
+  read_tile<L>(x, tokens, p.in_features(), p.in_rows(), p.inputs(), T, input);
+  read_tile<L>(dy, tokens, p.out_features(), p.out_rows(), p.outputs(), T, d_output);
+  for (int k = 0; k < p.stages(); ++k) {
+    const Stage s = p.stage(k);
+    if (s.target == 1) continue;
+    outputs[k] = next;
+    next += inner;
+    run_stage<L, NV>(s, T, factors[s.factor], s.source == 0 ? input : outputs[k - 1], outputs[k]);
+  }
+  bool written = false;
+  const float* gradient = d_output;
+  for (int k = p.stages() - 1; k >= 0; --k) {
+    const Stage s = p.stage(k);
+    if (s.target == 1) gradient = d_output;
+    if (gradients[s.factor])
+      any_factor_gradient<L>(s, T, s.source == 0 ? input : outputs[k - 1], gradient, turned, gradients[s.factor]);
+    if (s.source == 0) {
+      if (dx) run_stage<L, NV>(s.transposed(written), T, factors[s.factor], gradient, d_input);
+      written = true;
+    } else {
+      float* to = gradient == ping ? pong : ping;
+      run_stage<L, NV>(s.transposed(false), T, factors[s.factor], gradient, to);
+      gradient = to;
+    }
+  }
+  if (dx) write_tile<L, S>(dx, tokens, p.in_features(), p.inputs(), T, d_input, nullptr);
+}
+
+}  // namespace

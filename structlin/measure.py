@@ -1,0 +1,94 @@
+"""Measure the machine that runs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from structlin import kernels
+from structlin.machines import name_of, remember, shipped
+from structlin.planner import Machine
+from structlin.spec import Spec, equation
+
+TOKENS = 256  # of a large input
+
+
+def measure_machine(device: torch.device | str = "cpu") -> Machine:
+    """Measure this machine, with as many threads as torch has now, and plan by what was found from then on; 2 s.
+
+    What the native kernel takes is measured too, where it is built. Layers plan anew with the next number of rows that
+    they have not seen. The record is kept in the cache (see `structlin.kernels.build`) and read again by later
+    processes. Without it, layers plan by records that are shipped: `structlin.planner.CPU`, measured on one AVX-512
+    core, and `H200`, from its data sheet.
+
+    Args:
+        device: what to measure, a CPU or a CUDA device.
+    Returns:
+        The record.
+    """
+    device = torch.device(device)
+    found = _measured(device, replace(shipped(device), name=name_of(device)))
+    if device.type == "cpu" and kernels.available():
+        found = replace(found, native=_native(TOKENS), native_few=_native(1))
+    remember(device, found)
+    return found
+
+
+def _measured(device: torch.device, machine: Machine) -> Machine:
+    seconds = partial(_seconds, device)
+
+    def rate(dtype: torch.dtype) -> float:
+        a = torch.ones(1024, 1024, device=device, dtype=dtype)
+        return 2 * 1024**3 / seconds(lambda: torch.mm(a, a))
+
+    small, near, far = (torch.ones(n, n, device=device) for n in (16, 1024, 8192 if device.type == "cuda" else 4096))
+    stack = torch.ones(128, 32, 32, device=device)
+    op = seconds(lambda: torch.mm(small, small))
+    half = small.bfloat16()
+    return replace(
+        machine,
+        flops=rate(torch.float32),
+        half_flops=rate(torch.bfloat16),
+        op=2 * op,  # with the view before it
+        half_op=max(0.0, seconds(lambda: torch.mm(half, half)) - op),
+        bandwidth=4 * near.numel() / seconds(lambda: torch.mv(near, near[0])),
+        far_bandwidth=4 * far.numel() / seconds(lambda: torch.mv(far, far[0])),
+        copies=8 * stack.numel() / seconds(lambda: stack.permute(2, 1, 0).contiguous()),
+        turns=8 * stack.numel() / seconds(stack.flatten(0, 1).T.contiguous),
+    )
+
+
+def _native(tokens: int) -> float:
+    """How many times longer the native kernel takes than is predicted for the machine that its rates come from."""
+    size, rank = 768, 96
+    eq = equation("o r, r i -> o i", ("left", "right"), {"o": size, "r": rank, "i": size})
+    chain = kernels.chain_of(Spec(size, size, (eq,)))
+    x, factors = torch.ones(tokens, size), (torch.ones(size, rank), torch.ones(rank, size))
+    with torch.no_grad():
+        return _seconds(torch.device("cpu"), lambda: chain(x, factors, None)) / chain.seconds(tokens)
+
+
+def _seconds(device: torch.device, call: Callable[[], Tensor]) -> float:
+    call()
+    samples = []
+    for _ in range(7):
+        calls = 0
+        _wait(device)
+        start = time.perf_counter()
+        while calls < 3 or time.perf_counter() - start < 5e-3:
+            call()
+            calls += 1
+        _wait(device)
+        samples.append((time.perf_counter() - start) / calls)
+    return statistics.median(samples)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
