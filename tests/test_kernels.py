@@ -169,10 +169,14 @@ def test_what_suits():
     assert not suits((half, half.to("meta")))
 
 
-def test_threads_give_the_same():
-    layer = build(Kaleidoscope(width=2), 48, 64)
-    x = torch.randn(300, 48, requires_grad=True)
-    slope = torch.randn(300, 64)
+@pytest.mark.parametrize(
+    ("structure", "in_features", "out_features", "tokens"),
+    [(Kaleidoscope(width=2), 48, 64, 300), (LowRank(rank=300), 512, 700, 25)],  # tiles for all, and smaller ones
+)
+def test_threads_give_the_same(structure, in_features, out_features, tokens):
+    layer = build(structure, in_features, out_features)
+    x = torch.randn(tokens, in_features, requires_grad=True)
+    slope = torch.randn(tokens, out_features)
     results = []
     before = torch.get_num_threads()
     try:
@@ -198,9 +202,10 @@ LARGE = [
 
 @pytest.mark.parametrize(("structure", "size"), LARGE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_token_of_a_large_layer_by_threads(structure, size, dtype):
+@pytest.mark.parametrize("tokens", [2, 20])
+def test_a_few_tokens_of_a_large_layer_by_threads(structure, size, dtype, tokens):
     layer = build(structure, size, size, dtype=dtype)
-    x = torch.randn(2, size).to(dtype)
+    x = torch.randn(tokens, size).to(dtype)
     results = []
     before = torch.get_num_threads()
     try:
