@@ -120,7 +120,7 @@ bool unobserved() {
          !at::impl::torch_function_mode_enabled() && !torch::autograd::ForwardADLevel::try_get_by_idx(0);
 }
 
-// recall(known, x, parameters): what a layer with these parameters gives for x, known being a Known of chain.py; None
+// recall(known, x, parameters): what a layer with these parameters gives for x, known being a Known of native.py; None
 // where that does not hold any more, or not for such an input.
 PyObject* call_recall(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
