@@ -306,13 +306,18 @@ def test_a_long_chain_has_a_small_program():
 # When it runs --------------------------------------------------------------------------------------------------------
 
 
+def counting(monkeypatch, owner, name):
+    """A list that grows by one with each call of a function."""
+    calls = []
+    run = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *args: calls.append(1) or run(*args))
+    return calls
+
+
 @pytest.fixture
 def counted(monkeypatch):
     """Counts the contractions by torch, which the kernel makes unnecessary."""
-    calls = []
-    run = forward.contracted
-    monkeypatch.setattr(forward, "contracted", lambda *args: calls.append(1) or run(*args))
-    return calls
+    return counting(monkeypatch, forward, "contracted")
 
 
 def test_layers_use_it_by_themselves(counted):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_kernels import built, counted, dense, gradients  # noqa: F401
+from test_kernels import built, counted, counting, dense, gradients  # noqa: F401
 from torch import nn
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
@@ -27,10 +27,7 @@ def layer(request):
 @pytest.fixture
 def asked(monkeypatch):
     """Counts how often a layer asks how to run."""
-    calls = []
-    run = Execution.__call__
-    monkeypatch.setattr(Execution, "__call__", lambda *args: calls.append(1) or run(*args))
-    return calls
+    return counting(monkeypatch, Execution, "__call__")
 
 
 def known(layer, tokens=1):

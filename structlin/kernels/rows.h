@@ -160,24 +160,32 @@ template <class S> void run_token(const Program& p, const Factors<S>& factors, c
 
 // Backward --------------------------------------------------------------------------------------------------------------
 
+// sum[p] = sum_k scale(p, k) value(k), for p below a count of at most MT.
+template <int L, int MT, class Value, class Scale>
+inline void sums_of(int count, int terms, const Value& value, const Scale& scale, Vector<L>* sum) {
+  for (int p = 0; p < MT; ++p) sum[p] = Vector<L>{};
+  for (int k = 0; k < terms; ++k) {
+    const Vector<L> vector = value(k);
+    if (count == MT)
+      for (int p = 0; p < MT; ++p) sum[p] += scale(p, k) * vector;
+    else
+      for (int p = 0; p < count; ++p) sum[p] += scale(p, k) * vector;
+  }
+}
+
 // Outer indices that share a block of the factor, whose rows begin at m(j), are packed and in order, for L columns at a
 // time from q on: dw += sum_i g_i a_i and da_i = w^T g_i.
 template <int L, class W>
 void group_backward(const Stage& s, const int32_t* m, const W* w, const float* a, const float* g, float* da,
                     bool accumulate, float* dw, int q) {
   constexpr int MT = 8;
+  Vector<L> sum[MT];
   for (; q + L <= s.columns; q += L) {
     for (int j = 0; dw && j < s.rows; j += MT) {
       const int count = std::min(MT, s.rows - j);
-      Vector<L> sum[MT] = {};
-      for (int i = 0; i < s.outer; ++i) {
-        const Vector<L> value = load<L>(a + s.x[i] + q);
-        const float* slope = g + s.o[i];
-        if (count == MT)
-          for (int p = 0; p < MT; ++p) sum[p] += slope[s.r[j + p]] * value;
-        else
-          for (int p = 0; p < count; ++p) sum[p] += slope[s.r[j + p]] * value;
-      }
+      sums_of<L, MT>(
+          count, s.outer, [&](int i) { return load<L>(a + s.x[i] + q); },
+          [&](int p, int i) { return g[s.o[i] + s.r[j + p]]; }, sum);
       for (int p = 0; p < count; ++p) {
         float* to = dw + m[j + p] + q;
         store<L>(to, load<L>(to) + sum[p]);
@@ -185,15 +193,9 @@ void group_backward(const Stage& s, const int32_t* m, const W* w, const float* a
     }
     for (int i = 0; da && i < s.outer; i += MT) {
       const int count = std::min(MT, s.outer - i);
-      Vector<L> sum[MT] = {};
-      for (int j = 0; j < s.rows; ++j) {
-        const Vector<L> weight = load<L>(w + m[j] + q);
-        const float* slope = g + s.r[j];
-        if (count == MT)
-          for (int p = 0; p < MT; ++p) sum[p] += slope[s.o[i + p]] * weight;
-        else
-          for (int p = 0; p < count; ++p) sum[p] += slope[s.o[i + p]] * weight;
-      }
+      sums_of<L, MT>(
+          count, s.rows, [&](int j) { return load<L>(w + m[j] + q); },
+          [&](int p, int j) { return g[s.o[i + p] + s.r[j]]; }, sum);
       for (int p = 0; p < count; ++p) {
         float* to = da + s.x[i + p] + q;
         store<L>(to, accumulate ? load<L>(to) + sum[p] : sum[p]);
