@@ -151,10 +151,12 @@ class Execution:
         return with_bias(y.reshape(*x.shape[:-1], self.spec.out_features), bias)
 
     def _large(self, plan: Plan, x: Tensor) -> bool:
-        """Whether to keep the activations for the backward pass would take more memory than the dense layer does."""
-        tokens, sizes = x.numel() // self.spec.in_features, (self.spec.in_features, self.spec.out_features)
-        most = tokens * (plan.inner + 2 * plan.widest)  # kept, and in flight: a gradient and its copy
-        return most * x.element_size() >= _SMALL and most > sizes[0] * sizes[1] + tokens * sizes[0]
+        """Whether what autograd would keep for the backward pass would take more memory than the dense layer does."""
+        tokens = x.numel() // self.spec.in_features
+        dense = self.spec.in_features * self.spec.out_features
+        # Kept, and in flight: a gradient and its copy. A dense matrix is made and differentiated by way of copies.
+        most = tokens * (plan.inner + 2 * plan.widest) + 4 * dense * plan.materialises
+        return most * x.element_size() >= _SMALL and most > dense + tokens * self.spec.in_features
 
     def _traces(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> bool:
         """Whether torch.compile shall call the native kernel."""

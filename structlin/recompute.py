@@ -1,4 +1,4 @@
-"""Contract by chunks of tokens, and in training keep the input and the factors only."""
+"""Contract by chunks of tokens or blocks of rows, and in training keep the input and the factors only."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from structlin import contract
-from structlin.planner import Plan
+from structlin.planner import Plan, find_plan
 from structlin.spec import Spec
 
-FEWEST = 32  # tokens to differentiate at a time
+FEWEST = 16  # tokens to differentiate at a time
+MOST_BLOCKS = 16  # to build the dense matrix by
 MOST_KEPT = 16 << 20  # bytes of buffers that are kept between calls
 ALIGNED = 64  # entries that buffers are a multiple of
 
@@ -68,36 +69,43 @@ def with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def recomputed(spec: Spec, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
-    """Compute x W^T + bias for x (..., in_features); the backward pass computes the activations anew, by chunks."""
-    result: Tensor = _Function.apply(spec, plan, x, bias, *factors)
+    """Compute x W^T + bias for x (..., in_features); the backward pass computes anew what it needs.
+
+    These are the activations, by chunks of tokens, or the dense matrix, by blocks of rows, where that is faster.
+    """
+    result: Tensor = _Function.apply(spec, plan, _again(spec, plan), x, bias, *factors)
     return result
 
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, spec: Spec, plan: Plan, x: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
-        ctx.spec, ctx.plan = spec, plan
+    def forward(
+        ctx: Any, spec: Spec, plan: Plan, again: Plan, x: Tensor, bias: Tensor | None, *factors: Tensor
+    ) -> Tensor:
+        ctx.spec, ctx.plan = spec, again
         ctx.save_for_backward(x, *factors)
         return by_chunks(spec, contract.fold(spec, factors, plan), x, bias, plan)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         x, *factors = ctx.saved_tensors
-        _, _, of_input, of_bias, *of_factors = ctx.needs_input_grad
+        _, _, _, of_input, of_bias, *of_factors = ctx.needs_input_grad
         slopes, rows = gradient.reshape(-1, ctx.spec.out_features), x.reshape(-1, ctx.spec.in_features)
         wanted = [k for k, needed in enumerate(of_factors) if needed]
         # With create_graph=True the gradients must be differentiable themselves.
-        differentiate = contract.gradients if torch.is_grad_enabled() else _by_chunks
+        differentiate = contract.gradients if torch.is_grad_enabled() else _gradients
         found = iter(differentiate(ctx.spec, rows, factors, slopes, of_input, wanted, ctx.plan))
         of_x = next(found).reshape(x.shape) if of_input else None
         bias = slopes.sum(0) if of_bias else None
-        return None, None, of_x, bias, *(next(found) if needed else None for needed in of_factors)
+        return None, None, None, of_x, bias, *(next(found) if needed else None for needed in of_factors)
 
 
-def _by_chunks(
+def _gradients(
     spec: Spec, x: Tensor, factors: Sequence[Tensor], slopes: Tensor, of_input: bool, wanted: Sequence[int], plan: Plan
 ) -> tuple[Tensor, ...]:
     """The same as `contract.gradients`, without a graph."""
+    if plan.materialises:
+        return contract.pulled_back(spec, x, factors, slopes, of_input, wanted, _rows(spec, len(x)))
     pullback = contract.Pullback(spec, factors, wanted, plan)
     size = _tokens(spec, plan, len(x))
     if len(x) <= size:
@@ -112,9 +120,25 @@ def _by_chunks(
     return (*(() if of_x is None else (of_x,)), *pullback.gradients())
 
 
+def _again(spec: Spec, plan: Plan) -> Plan:
+    """The plan to differentiate by: a chain does its products three times then, and the dense matrix is in two."""
+    part = plan.parts[0]
+    dense = find_plan(spec, part.tokens, itemsize=part.itemsize, machine=part.machine, order="materialise")
+    return dense if dense.materialises and 2 * dense.seconds < 3 * plan.seconds else plan
+
+
+def _room(spec: Spec, tokens: int) -> float:
+    """Entries that a training step may hold, beside input, output and their gradients, at 1.1 times dense's memory."""
+    return 0.1 * tokens * (spec.in_features + spec.out_features) + 1.1 * spec.in_features * spec.out_features
+
+
 def _tokens(spec: Spec, plan: Plan, tokens: int) -> int:
     """How many tokens to differentiate at a time: a chunk, or fewer where that would take more memory than dense."""
-    dense = spec.in_features * spec.out_features
-    most = 0.1 * tokens * (spec.in_features + spec.out_features) + 1.1 * dense - spec.num_parameters
     kept = plan.inner + 4 * plan.widest  # for each token: what stands between input and output, and gradients of it
-    return int(max(FEWEST, min(plan.chunk, most / max(1, kept))))
+    return int(max(FEWEST, min(plan.chunk, (_room(spec, tokens) - spec.num_parameters) / max(1, kept))))
+
+
+def _rows(spec: Spec, tokens: int) -> int:
+    """How many rows of the dense matrix to build at a time."""
+    kept = 4 * spec.in_features  # for each row: of the matrix, its gradient, and copies of them
+    return int(max(spec.out_features / MOST_BLOCKS, (_room(spec, tokens) - spec.num_parameters) / kept, 1))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from cases import CASES
 
 from structlin import contract, execution, machines, planner, recompute
+from structlin.contract.blocks import blocks
 from structlin.execution import Execution, Key
 from structlin.layer import build
 from structlin.measure import measure_machine
@@ -98,8 +99,7 @@ def test_threads_have_buffers_of_their_own():
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("tokens", [0, 5, 50])
 @pytest.mark.parametrize("order", planner.ORDERS)
-def test_recomputed_gradients(name, tokens, order, monkeypatch):
-    monkeypatch.setattr(recompute, "FEWEST", 16)
+def test_recomputed_gradients(name, tokens, order):
     for layer in layers(name):
         x = torch.randn(tokens, layer.in_features, dtype=torch.float64, requires_grad=True)
         slope = torch.randn(tokens, layer.out_features, dtype=torch.float64)
@@ -143,6 +143,24 @@ def test_recomputed_gradients_of_complex_numbers(structure, order):
     pairs = zip(gradients(y, x, layer, slope), gradients(expected, x, layer, slope), strict=True)
     for ours, theirs in pairs:
         assert_close(ours, theirs, "complex")
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("most", [1, 5, 16, 1000])
+def test_gradients_by_blocks_of_rows(name, most):
+    for layer in layers(name):
+        for eq in layer.spec.equations:
+            rows = [row for block in blocks(layer.spec, eq, most) for row in range(layer.out_features)[block.rows]]
+            assert rows == [*range(layer.out_features)]
+            assert all(block.spec.out_features <= most for block in blocks(layer.spec, eq, most))
+        x = torch.randn(9, layer.in_features, dtype=torch.float64, requires_grad=True)
+        slope = torch.randn(9, layer.out_features, dtype=torch.float64)
+        found = contract.pulled_back(
+            layer.spec, x.detach(), layer.factors, slope, True, range(len(layer.factors)), most
+        )  # fmt: skip
+        expected = torch.autograd.grad(F.linear(x, layer.to_dense()), [x, *layer.factors], slope)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert_close(ours, theirs, str(layer))
 
 
 def test_gradients_are_added_up_in_place():

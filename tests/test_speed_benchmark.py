@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from structlin import KMatrix, KroneckerLinear, LowRankLinear
-from structlin.structures import LowRank
+from structlin.kernels.native import SWITCH
+from structlin.layer import build
+from structlin.structures import PHM, Kaleidoscope, Kronecker, LowRank
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -90,6 +92,19 @@ def test_bytes(speed):
     inference = speed.Call.new(dense, dense.weight, "inference", 8)
     assert speed.saved_bytes(inference) is None
     assert speed.peak_bytes(inference) is None
+
+
+@pytest.mark.parametrize("structure", [PHM(n=2), PHM(n=4), Kronecker(terms=16), Kaleidoscope(width=4)])
+@pytest.mark.parametrize("features", [512, 768])
+def test_a_step_takes_little_more_memory_than_dense(structure, features, speed, monkeypatch):
+    """In plain torch, at 512 tokens, once the buffers that are kept between calls are there."""
+    monkeypatch.setenv(SWITCH, "off")
+    dense = nn.Linear(features, features)
+    layer = build(structure, features, features)
+    _, ours, theirs = (
+        speed.peak_bytes(speed.Call.new(module, dense.weight, "training", 512)) for module in (layer, layer, dense)
+    )
+    assert 0 < ours <= 1.1 * theirs
 
 
 def test_missing_library_is_said(speed, monkeypatch):

@@ -1,6 +1,19 @@
 """Run plans on tensors, forward and backward, or build the dense matrix."""
 
 from structlin.contract.backward import Pullback, gradients
+from structlin.contract.blocks import pulled_back
 from structlin.contract.forward import Operands, Spare, apply, fold, keep, run, run_into, to_dense
 
-__all__ = ["Operands", "Pullback", "Spare", "apply", "fold", "gradients", "keep", "run", "run_into", "to_dense"]
+__all__ = [
+    "Operands",
+    "Pullback",
+    "Spare",
+    "apply",
+    "fold",
+    "gradients",
+    "keep",
+    "pulled_back",
+    "run",
+    "run_into",
+    "to_dense",
+]
