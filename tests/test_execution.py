@@ -177,6 +177,20 @@ def test_gradients_are_added_up_in_place():
         assert_close(ours, theirs, "sum", 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("structure", [Kaleidoscope(width=2), TensorTrain(rank=4), LowRank(rank=4)])
+def test_sums_over_many_tokens_in_half_precision(structure, dtype):
+    """Added up in half precision, equal gradients would stop to count once the sum is some hundred times as large."""
+    layer = build(structure, 64, 64, dtype=dtype, bias=False)
+    x, slope = torch.full((9000, 64), 0.5, dtype=dtype, requires_grad=True), torch.full((9000, 64), 0.01, dtype=dtype)
+    y = recomputed(layer.spec, layer.factors, x, None, small_chunks(layer.spec, 16, "forward"))
+    found = gradients(y, x, layer, slope)
+    wide, x = layer.double(), x.detach().double().requires_grad_()
+    for ours, theirs in zip(found, gradients(F.linear(x, wide.to_dense()), x, wide, slope.double()), strict=True):
+        assert ours.dtype is dtype
+        assert_close(ours.double(), theirs, str(structure), 0.03)
+
+
 def large(structure=None, sizes=(64, 64)):
     """A layer whose activations are worth computing anew at 9000 tokens."""
     return build(structure or TensorTrain(rank=4, in_modes=(4, 4, 4), out_modes=(4, 4, 4)), *sizes)

@@ -85,7 +85,7 @@ class _Part:
     def __init__(self, plan: EquationPlan, leaves: Sequence[Tensor]) -> None:
         self.plan = plan
         self._leaves = [leaf for leaf in leaves if leaf.requires_grad]
-        self._totals = [torch.zeros_like(leaf) if leaf.requires_grad else None for leaf in leaves]
+        self._totals = [_zeros(leaf) if leaf.requires_grad else None for leaf in leaves]
         self._folded: list[Tensor] = []
         views = self._views()
         if views is None:
@@ -94,7 +94,7 @@ class _Part:
                 slots = merged(plan.merges, leaves)
                 self._folded = [read(slots[step.factor], step.factor_view) for step in plan.steps]
             self.operands = [operand.detach() for operand in self._folded]
-            self.sums = [torch.zeros_like(operand) if operand.requires_grad else None for operand in self._folded]
+            self.sums = [_zeros(operand) if operand.requires_grad else None for operand in self._folded]
         else:
             self.sums = views
             self.operands = [read(leaves[step.factor].detach(), step.factor_view) for step in plan.steps]
@@ -113,12 +113,11 @@ class _Part:
         return views
 
     def gradients(self) -> Sequence[Tensor]:
-        if self._totals:
-            return [total for total in self._totals if total is not None]
-        if not self._leaves:
-            return ()
-        outputs = [operand for operand in self._folded if operand.requires_grad]
-        return torch.autograd.grad(outputs, self._leaves, [total for total in self.sums if total is not None])
+        dtype = self.operands[0].dtype
+        sums = [total.to(dtype) for total in self._totals or self.sums if total is not None]
+        if self._totals or not sums:
+            return sums
+        return torch.autograd.grad([operand for operand in self._folded if operand.requires_grad], self._leaves, sums)
 
 
 def _pull(
@@ -141,15 +140,29 @@ def _pull(
         if total is not None:
             if step.shared:  # one product for the whole stack
                 slope_rows, stack_rows = (t.transpose(0, 1).reshape(t.shape[1], -1) for t in (slope, stack))
-                total.addmm_(slope_rows, stack_rows.mH)
+                _add(total, slope_rows, stack_rows.mH)
             else:
-                add = total.addmm_ if total.ndim == 2 else total.baddbmm_
-                add(*((slope, stack.mH) if step.swapped else (stack.mH, slope)))
+                _add(total, *((slope, stack.mH) if step.swapped else (stack.mH, slope)))
         if not stacks and not of_input:
             return None
         left, right = (operand.mH, slope) if step.swapped else (slope, operand.mH)
         slope = _unread(product(left, right, step.shared), step.view, shapes.pop())
     return slope
+
+
+def _zeros(like: Tensor) -> Tensor:
+    """To add many gradients to: in half precision sums would stop growing."""
+    return torch.zeros_like(like, dtype=max(like.dtype, torch.float32, key=lambda dtype: dtype.itemsize))
+
+
+def _add(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add a product of matrices or stacks, which may be in a lower precision."""
+    if total.dtype is not left.dtype:
+        total += left @ right
+    elif total.ndim == 2:
+        total.addmm_(left, right)
+    else:
+        total.baddbmm_(left, right)
 
 
 def _unread(tensor: Tensor, view: View, shape: Sequence[int]) -> Tensor:

@@ -199,7 +199,10 @@ std::vector<at::Tensor> chain_backward(const at::Tensor& dy, const at::Tensor& x
   };
   if (half) go(at::BFloat16());
   else go(0.0f);
-  for (const at::Tensor& gradient : gradients) result.push_back(half ? gradient.to(at::kBFloat16) : gradient);
+  for (at::Tensor& gradient : gradients) {
+    result.push_back(half ? gradient.to(at::kBFloat16) : gradient);
+    gradient.reset();
+  }
   return result;
 }
 
