@@ -15,18 +15,19 @@ from structlin.spec import Spec
 
 FEWEST = 16  # tokens to differentiate at a time
 MOST_BLOCKS = 16  # to build the dense matrix by
+SMALL = 1 << 19  # bytes of activations for which new memory is as quick as buffers
 MOST_KEPT = 16 << 20  # bytes of buffers that are kept between calls
 ALIGNED = 64  # entries that buffers are a multiple of
 
 
 def by_chunks(spec: Spec, operands: contract.Operands, x: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
-    """Compute x W^T + bias for x (..., in_features), about `plan.chunk` tokens at a time; without a graph."""
+    """Compute x W^T + bias for x (..., in_features), at most `plan.chunk` tokens at a time; without a graph."""
     rows = x if x.ndim == 2 else x.reshape(-1, spec.in_features)
-    if len(rows) < 2 * plan.chunk:
+    if len(rows) <= plan.chunk and len(rows) * plan.widest * x.element_size() < SMALL:
         y = contract.run(spec, operands, rows, plan)
         return with_bias(y if x.ndim == 2 else y.reshape(*x.shape[:-1], spec.out_features), bias)
     out = x.new_empty((*x.shape[:-1], spec.out_features))
-    size = -(-len(rows) // (len(rows) // plan.chunk))
+    size = -(-len(rows) // -(-len(rows) // plan.chunk))
     widest = max(plan.widest, *(part.equation.padded_out for part in plan.parts))
     spare = _spare(size * widest, x)
     for part, piece in zip(out.view(-1, spec.out_features).split(size), rows.split(size), strict=True):
