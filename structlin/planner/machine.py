@@ -21,7 +21,7 @@ class Machine:
         half_op: what an operation costs more in two-byte dtypes, in s.
         far_bandwidth: of operands beyond the last cache, in B/s; as within it where not given.
         cache: bytes of that cache.
-        core_cache: bytes of activations (of one kind) that are worked on at a time, so that they stay close to a core.
+        core_cache: bytes of activations that are worked on at a time, so that they stay close to a core.
         copies: of copies into another layout in which neighbours come apart, bytes read and written, in B/s; as
             `bandwidth` where not given.
         turns: of copies that are transpositions of matrices, likewise; as `copies` where not given.
@@ -116,7 +116,7 @@ def thinness(batch: int, rows: int, summed: int, columns: int) -> float:
 # One AVX-512 core (AMD EPYC, torch 2.13 with MKL).
 CPU = Machine(
     "cpu, 1 thread", flops=96e9, bandwidth=60e9, op=3e-6, half_flops=430e9, half_op=12e-6, far_bandwidth=22e9,
-    cache=24 << 20, core_cache=2 << 20, copies=7e9, turns=17e9,
+    cache=24 << 20, core_cache=512 << 10, copies=7e9, turns=17e9,
 )  # fmt: skip
 
 # NVIDIA H200, from its data sheet (TF32 off); the cost of an operation is an estimate. Nothing of it was measured here.

@@ -10,7 +10,7 @@ from structlin.spec import Equation
 
 TOKENS = "n"  # the name of the token axis in a plan; mode names of equations must differ from it
 
-CHUNK_STEP = 16  # chunks have a multiple of so many tokens
+CHUNK, CHUNK_STEP = 128, 16  # tokens that a chunk should have, and what it has a multiple of
 
 Shape = tuple[int, ...]  # of activations: -1 is the axis with the tokens
 
@@ -202,10 +202,10 @@ class Plan:
 
     @cached_property
     def chunk(self) -> int:
-        """Tokens at a time, so that activations stay close to a core."""
+        """Tokens at a time: activations stay in a core's own cache, or close to it where that would be few tokens."""
         widest = max(1, *(part.widest * part.itemsize for part in self.parts))
         room = min(self.parts[0].machine.core_cache / widest, 1 << 30)
-        return max(1, int(room) // CHUNK_STEP) * CHUNK_STEP
+        return max(1, int(max(room, min(CHUNK, 4 * room))) // CHUNK_STEP) * CHUNK_STEP
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.parts))
