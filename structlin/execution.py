@@ -26,7 +26,8 @@ _in_a_group: Callable[[], bool] = getattr(torch.distributed, "is_initialized", l
 # torch.compile gets one plan for all numbers of tokens: a plan per number would recompile for each.
 COMPILED_TOKENS = 256
 MOST_TOKENS = 1024  # to plan for: more of them go by the same plan
-# Of a plan: the bias and new memory make it so much slower than its products and copies; and the Python around them.
+# Of a plan: the bias and new memory make it so much slower than its products and copies, where these are not in half
+# precision (measured); and the Python around them.
 PLAN_SLOWER, PLAN_SECONDS = 1.15, 6e-6
 DENSE_SECONDS = 2e-6  # of the kept dense matrix, beyond its product
 DENSE_GAIN = 0.9  # the dense matrix is kept in eval where its predicted time is below this share of every other's
@@ -189,7 +190,7 @@ class Execution:
             sizes = self.spec.in_features, self.spec.out_features
             dense = planner.dense_seconds(*sizes, tokens, itemsize, machine) + DENSE_SECONDS
             options.append((dense if plan.materialises else dense / DENSE_GAIN, DENSE))
-        options.append((PLAN_SLOWER * plan.seconds + PLAN_SECONDS, plan))
+        options.append((plan.seconds * (PLAN_SLOWER if itemsize >= 4 else 1.0) + PLAN_SECONDS, plan))
         if key.native:
             options.append((self._chain.seconds(tokens, itemsize, machine), self._chain))
         return [(seconds * key.tokens / tokens, way) for seconds, way in options]
