@@ -15,7 +15,7 @@ from structlin.spec import Spec
 
 FEWEST = 16  # tokens to differentiate at a time
 MOST_BLOCKS = 16  # to build the dense matrix by
-SMALL = 1 << 19  # bytes of activations for which new memory is as quick as buffers
+FRESH = 1 << 19  # bytes of activations from which on buffers are quicker than new memory
 MOST_KEPT = 16 << 20  # bytes of buffers that are kept between calls
 ALIGNED = 64  # entries that buffers are a multiple of
 
@@ -23,7 +23,7 @@ ALIGNED = 64  # entries that buffers are a multiple of
 def by_chunks(spec: Spec, operands: contract.Operands, x: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
     """Compute x W^T + bias for x (..., in_features), at most `plan.chunk` tokens at a time; without a graph."""
     rows = x if x.ndim == 2 else x.reshape(-1, spec.in_features)
-    if len(rows) <= plan.chunk and len(rows) * plan.widest * x.element_size() < SMALL:
+    if len(rows) <= plan.chunk and len(rows) * plan.widest * x.element_size() < FRESH:
         y = contract.run(spec, operands, rows, plan)
         return with_bias(y if x.ndim == 2 else y.reshape(*x.shape[:-1], spec.out_features), bias)
     out = x.new_empty((*x.shape[:-1], spec.out_features))
@@ -129,17 +129,18 @@ def _again(spec: Spec, plan: Plan) -> Plan:
 
 
 def _room(spec: Spec, tokens: int) -> float:
-    """Entries that a training step may hold, beside input, output and their gradients, at 1.1 times dense's memory."""
-    return 0.1 * tokens * (spec.in_features + spec.out_features) + 1.1 * spec.in_features * spec.out_features
+    """Entries that a backward pass may hold, beside gradients of input and factors, at 1.1 times dense's memory."""
+    sizes = spec.in_features, spec.out_features
+    return 0.1 * tokens * sum(sizes) + 1.1 * sizes[0] * sizes[1] - spec.num_parameters
 
 
 def _tokens(spec: Spec, plan: Plan, tokens: int) -> int:
     """How many tokens to differentiate at a time: a chunk, or fewer where that would take more memory than dense."""
     kept = plan.inner + 4 * plan.widest  # for each token: what stands between input and output, and gradients of it
-    return int(max(FEWEST, min(plan.chunk, (_room(spec, tokens) - spec.num_parameters) / max(1, kept))))
+    return int(max(FEWEST, min(plan.chunk, _room(spec, tokens) / max(1, kept))))
 
 
 def _rows(spec: Spec, tokens: int) -> int:
     """How many rows of the dense matrix to build at a time."""
     kept = 4 * spec.in_features  # for each row: of the matrix, its gradient, and copies of them
-    return int(max(spec.out_features / MOST_BLOCKS, (_room(spec, tokens) - spec.num_parameters) / kept, 1))
+    return int(max(spec.out_features / MOST_BLOCKS, _room(spec, tokens) / kept, 1))

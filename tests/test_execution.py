@@ -17,7 +17,7 @@ from structlin.execution import Execution, Key
 from structlin.layer import build
 from structlin.measure import measure_machine
 from structlin.recompute import by_chunks, recomputed
-from structlin.structures import Kaleidoscope, Kronecker, LowRank, Sum, TensorTrain
+from structlin.structures import PHM, Kaleidoscope, Kronecker, LowRank, Sum, TensorTrain
 from structlin.testing import assert_close
 
 SIZES = [(16, 20), (33, 48), (64, 64), (17, 5), (1, 7), (96, 130)]
@@ -36,6 +36,12 @@ def small_chunks(spec, tokens, order="auto"):
 
 def gradients(y, x, layer, slope):
     return torch.autograd.grad(y, [x, *(p for p in layer.parameters() if p.requires_grad)], slope)
+
+
+@pytest.fixture
+def as_planned(monkeypatch):
+    """Differentiate by the very plan that is given."""
+    monkeypatch.setattr(recompute, "_again", lambda _, plan: plan)
 
 
 # Chunks and recomputation --------------------------------------------------------------------------------------------
@@ -99,7 +105,7 @@ def test_threads_have_buffers_of_their_own():
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("tokens", [0, 5, 50])
 @pytest.mark.parametrize("order", planner.ORDERS)
-def test_recomputed_gradients(name, tokens, order):
+def test_recomputed_gradients(name, tokens, order, as_planned):
     for layer in layers(name):
         x = torch.randn(tokens, layer.in_features, dtype=torch.float64, requires_grad=True)
         slope = torch.randn(tokens, layer.out_features, dtype=torch.float64)
@@ -113,7 +119,7 @@ def test_recomputed_gradients(name, tokens, order):
 
 
 @pytest.mark.parametrize("order", planner.ORDERS)
-def test_recomputed_gradients_of_some(order):
+def test_recomputed_gradients_of_some(order, as_planned):
     layer = build(Kaleidoscope(width=2), 33, 48, dtype=torch.float64)
     plan = small_chunks(layer.spec, 16, order)
     for learned in ((), (0,), (1, 3), (4,)):
@@ -134,7 +140,7 @@ def test_recomputed_gradients_of_some(order):
 
 @pytest.mark.parametrize("structure", [Kaleidoscope(width=2), TensorTrain(rank=3), Kronecker(terms=2)])
 @pytest.mark.parametrize("order", planner.ORDERS)
-def test_recomputed_gradients_of_complex_numbers(structure, order):
+def test_recomputed_gradients_of_complex_numbers(structure, order, as_planned):
     layer = build(structure, 33, 48, dtype=torch.complex128)
     x = torch.randn(50, 33, dtype=torch.complex128, requires_grad=True)
     slope = torch.randn(50, 48, dtype=torch.complex128)
@@ -163,6 +169,14 @@ def test_gradients_by_blocks_of_rows(name, most):
             assert_close(ours, theirs, str(layer))
 
 
+def test_differentiated_by_what_is_faster():
+    """A chain three times, or the dense matrix twice."""
+    for structure, order in ((PHM(n=2), "materialise"), (Kaleidoscope(width=2), "auto")):
+        found = build(structure, 768, 768).spec
+        assert recompute._again(found, planner.find_plan(found, 512)) == planner.find_plan(found, 512, order=order)
+    assert not planner.find_plan(build(PHM(n=2), 768, 768).spec, 512).materialises
+
+
 def test_gradients_are_added_up_in_place():
     layer = large(Kaleidoscope(width=2), (64, 64))
     plan = planner.find_plan(layer.spec, 512, order="forward")
@@ -179,7 +193,7 @@ def test_gradients_are_added_up_in_place():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("structure", [Kaleidoscope(width=2), TensorTrain(rank=4), LowRank(rank=4)])
-def test_sums_over_many_tokens_in_half_precision(structure, dtype):
+def test_sums_over_many_tokens_in_half_precision(structure, dtype, as_planned):
     """Added up in half precision, equal gradients would stop to count once the sum is some hundred times as large."""
     layer = build(structure, 64, 64, dtype=dtype, bias=False)
     x, slope = torch.full((9000, 64), 0.5, dtype=dtype, requires_grad=True), torch.full((9000, 64), 0.01, dtype=dtype)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from structlin import KMatrix, KroneckerLinear, LowRankLinear
-from structlin.kernels.native import SWITCH
 from structlin.layer import build
 from structlin.structures import PHM, Kaleidoscope, Kronecker, LowRank
 
@@ -96,9 +95,8 @@ def test_bytes(speed):
 
 @pytest.mark.parametrize("structure", [PHM(n=2), PHM(n=4), Kronecker(terms=16), Kaleidoscope(width=4)])
 @pytest.mark.parametrize("features", [512, 768])
-def test_a_step_takes_little_more_memory_than_dense(structure, features, speed, monkeypatch):
+def test_a_step_takes_little_more_memory_than_dense(structure, features, speed):
     """In plain torch, at 512 tokens, once the buffers that are kept between calls are there."""
-    monkeypatch.setenv(SWITCH, "off")
     dense = nn.Linear(features, features)
     layer = build(structure, features, features)
     _, ours, theirs = (
