@@ -18,8 +18,8 @@ from _speed import Subject
 from einops import rearrange
 from torch import Tensor, nn
 
+from structlin.equation.structure import Structure
 from structlin.layer import StructuredLinear
-from structlin.structure import Structure
 from structlin.structures import PHM, Butterfly, Kaleidoscope, Kronecker, TensorTrain
 
 

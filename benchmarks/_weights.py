@@ -15,7 +15,7 @@ from torch import Tensor
 
 from structlin.compress.calibrate import collect_statistics
 from structlin.contract import to_dense
-from structlin.spec import Spec
+from structlin.equation.spec import Spec
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))  # scripts, not a package
 

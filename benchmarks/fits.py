@@ -41,8 +41,8 @@ from _weights import (
 )
 
 from structlin.budget import within
+from structlin.equation.structure import registered, show
 from structlin.fit import fit
-from structlin.structure import registered, show
 
 Row = dict[str, Any]
 Places = list[tuple[int, str]]  # number and role of each layer

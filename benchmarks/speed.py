@@ -29,10 +29,10 @@ from _speed import INFERENCE, MODES, TRAINING, Effort, Row, Subject, measure
 from torch import nn
 
 from structlin.budget import within
+from structlin.equation.modes import divisors
+from structlin.equation.structure import Structure, registered, show, structure_class
 from structlin.kernels.native import SWITCH
 from structlin.layer import build
-from structlin.modes import divisors
-from structlin.structure import Structure, registered, show, structure_class
 from structlin.structures import PHM, Butterfly, Kaleidoscope, Kronecker, LowRank, Sum, TensorTrain
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))  # scripts, not a package

@@ -46,7 +46,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import structlin
-from structlin.structure import registered
+from structlin.equation.structure import registered
 
 MOST_STEPS = 100  # of refinement by default: a structure's own number may take longer than the ten minutes of a run
 COLUMNS = {

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import structlin
-from structlin.structure import registered
+from structlin.equation.structure import registered
 
 START = 1  # the id of the token that a story starts with
 NAMES = ("svd", "lowrank", *sorted(registered(sized=True).keys() - {"lowrank"}), "auto")

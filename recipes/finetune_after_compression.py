@@ -26,7 +26,7 @@ from _results import RESULTS, environment, say, store
 from torch import nn
 
 import structlin
-from structlin.structure import registered
+from structlin.equation.structure import registered
 
 COLUMNS = {
     "structure": ("structure", ""),

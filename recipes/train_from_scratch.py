@@ -25,8 +25,8 @@ from _results import RESULTS, environment, say, store
 from torch import nn
 
 from structlin.budget import within
+from structlin.equation.structure import registered, structure_class
 from structlin.layer import build
-from structlin.structure import registered, structure_class
 
 COLUMNS = {
     "structure": ("structure", ""),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal, get_args
 
+from structlin.equation.structure import Structure
 from structlin.planner import flops_per_token
-from structlin.structure import Structure
 
 Budget = Literal["parameters", "bytes", "flops"]
 

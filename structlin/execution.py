@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from structlin import contract, kernels, planner
+from structlin.equation.spec import Spec
 from structlin.kernels.chain import TENSORS, Chain, chain_of, plain, suits, unobserved
 from structlin.machines import machine_of
 from structlin.planner import Order, Plan
 from structlin.recompute import by_chunks, recomputed, with_bias
-from structlin.spec import Spec
 
 _in_a_group: Callable[[], bool] = getattr(torch.distributed, "is_initialized", lambda: False)  # absent in some builds
 

@@ -13,6 +13,7 @@ from torch.compiler import is_compiling
 from typing_extensions import Self
 
 from structlin import contract, kernels, planner
+from structlin.equation.structure import Structure, hyperparameters
 from structlin.execution import Execution, Key
 from structlin.fit import Family, Fit, fit
 from structlin.init import initial_factors
@@ -20,7 +21,6 @@ from structlin.kernels.chain import Chain, suits
 from structlin.machines import machine_of
 from structlin.objective import Root
 from structlin.planner import Order, Plan
-from structlin.structure import Structure, hyperparameters
 
 KEPT = "the dense matrix, kept"  # one of the ways that `explain` names
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from structlin import kernels
+from structlin.equation.spec import Spec, equation
 from structlin.machines import name_of, remember, shipped
 from structlin.planner import Machine
-from structlin.spec import Spec, equation
 
 TOKENS = 256  # of a large input
 

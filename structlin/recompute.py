@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from structlin import contract
+from structlin.equation.spec import Spec
 from structlin.planner import Plan, find_plan
-from structlin.spec import Spec
 
 FEWEST = 16  # tokens to differentiate at a time
 MOST_BLOCKS = 16  # to build the dense matrix by

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from structlin.equation.spec import Equation, Spec
+from structlin.equation.structure import Structure
 from structlin.fit import fit
 from structlin.layer import StructuredLinear, build
 from structlin.planner import ORDERS, Order
-from structlin.spec import Equation, Spec
-from structlin.structure import Structure
 
 # Relative Frobenius error between two ways to compute the same. A chain of products loses about one rounding (2e-16,
 # 6e-8, 4e-3, 5e-4) per product; the longest chains in use have some thirty.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from structlin.structure import Structure
+from structlin.equation.structure import Structure
 from structlin.structures import (
     PHM,
     Blast,

@@ -35,9 +35,9 @@ from structlin import (
     TTLinear,
 )
 from structlin.checkpoint import CheckpointError, _directory, _files, _manifest, _skeleton, api, load, save, verify
+from structlin.equation.spec import Spec, equation
+from structlin.equation.structure import Structure, register, registered
 from structlin.layer import build
-from structlin.spec import Spec, equation
-from structlin.structure import Structure, register, registered
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 IN, OUT = 16, 12
@@ -227,7 +227,7 @@ def test_recurrent_module_sees_its_new_weights(tmp_path: Path) -> None:
 
 
 def test_structure_of_a_third_party_without_a_layer_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("structlin.structure._REGISTRY", registered())
+    monkeypatch.setattr("structlin.equation.structure._REGISTRY", registered())
 
     @register
     @dataclass(frozen=True)
@@ -261,7 +261,7 @@ def test_structure_of_a_third_party_without_a_layer_class(tmp_path: Path, monkey
     assert type(found[0]) is StructuredLinear
     assert found[0].structure == structure
     assert_equal(tensors_of(found), tensors_of(original))
-    structlin.structure._REGISTRY.pop("scaled")
+    structlin.equation.structure._REGISTRY.pop("scaled")
     with pytest.raises(CheckpointError, match="layer '0': kind 'scaled' is not registered; import the module"):
         verify(path)
     with pytest.raises(CheckpointError, match="layer '0': Scaled is not registered; decorate it with @register"):

@@ -12,7 +12,7 @@ from torch import nn
 import structlin
 from structlin import CompressionPlan, LowRankLinear, StructuredLinear, compress_model, plan_compression, to_dense_
 from structlin.compress import apply as apply_module
-from structlin.structure import registered
+from structlin.equation.structure import registered
 from structlin.structures import Kronecker, LowRank, TensorTrain
 
 

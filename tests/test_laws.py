@@ -11,10 +11,10 @@ from cases import CASES, CLOSED, ONE, SIZES, SMALL, SMALL_SIZES, largest
 from torch import nn
 
 from structlin import StructuredLinear, testing
+from structlin.equation.structure import registered
 from structlin.fit import fit
 from structlin.layer import build
 from structlin.planner import ORDERS
-from structlin.structure import registered
 from structlin.testing import LAWS, assert_close, check_structure
 
 PAIRS = list(itertools.product(SIZES, SIZES))

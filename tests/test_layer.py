@@ -28,8 +28,8 @@ from structlin import (
     TTLinear,
 )
 from structlin.contract import forward
+from structlin.equation.spec import Spec, equation
 from structlin.layer import build
-from structlin.spec import Spec, equation
 from structlin.structures import LowRank, TensorTrain
 from structlin.testing import assert_close
 

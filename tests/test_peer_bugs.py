@@ -19,7 +19,7 @@ from structlin import (
     StructuredLinear,
     TTLinear,
 )
-from structlin.structure import registered
+from structlin.equation.structure import registered
 
 LAYERS = {
     "lowrank": lambda i, o, **kw: LowRankLinear(i, o, rank=2, **kw),

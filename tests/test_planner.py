@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from structlin import KroneckerLinear, LowRankLinear, PHMLinear, planner
+from structlin.equation.spec import Spec, equation
 from structlin.planner import CPU, ORDERS, Machine, Plan, bucket, find_plan, flops_per_token, thinness
 from structlin.planner.products import blocks
-from structlin.spec import Spec, equation
 from structlin.structures import Butterfly, Kaleidoscope, Kronecker, LowRank, Monarch, TensorTrain
 
 

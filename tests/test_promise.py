@@ -10,10 +10,10 @@ from torch import nn
 
 import structlin
 from structlin import StructuredLinear
-from structlin import structure as registry
+from structlin.equation import structure as registry
+from structlin.equation.spec import Spec, equation
+from structlin.equation.structure import Structure, register
 from structlin.linalg import truncated_svd
-from structlin.spec import Spec, equation
-from structlin.structure import Structure, register
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 
 from structlin.checkpoint import _files
 from structlin.checkpoint._files import CheckpointError, Stored
-from structlin.structure import Structure, hyperparameters, registered
+from structlin.equation.structure import Structure, hyperparameters, registered
 
 MANIFEST = "structlin.json"
 FORMAT_VERSION = 1

@@ -24,10 +24,10 @@ from structlin.compress.targets import Target, find_targets, module_names, unrea
 from structlin.compress.workers import bar, each
 from structlin.contract import to_dense
 from structlin.embedding import StructuredEmbedding
+from structlin.equation.structure import show
 from structlin.fit import Fit, fit, relative_error
 from structlin.layer import StructuredLinear, build, from_fit
 from structlin.objective import Root
-from structlin.structure import show
 
 _HOOKS = (
     "_forward_hooks",

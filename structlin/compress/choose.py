@@ -18,8 +18,8 @@ from structlin.compress.spend import spend
 from structlin.compress.statistics import Statistics
 from structlin.compress.targets import Target, find_targets, last_target
 from structlin.compress.workers import each
+from structlin.equation.structure import Structure, show
 from structlin.fit import check_weight, fit
-from structlin.structure import Structure, show
 
 
 def plan_compression(

@@ -8,8 +8,8 @@ from dataclasses import replace
 from structlin.compress.evidence import Evidence
 from structlin.compress.plan import PlanEntry, fingerprint
 from structlin.compress.targets import Target
+from structlin.equation.structure import Structure
 from structlin.fit import extend
-from structlin.structure import Structure
 from structlin.structures import LowRank, Sum
 
 

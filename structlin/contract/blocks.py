@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from structlin.contract.forward import of_equations, to_dense
-from structlin.spec import Equation, Spec
+from structlin.equation.spec import Equation, Spec
 
 
 @dataclass(frozen=True)

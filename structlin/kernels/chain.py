@@ -20,13 +20,13 @@ from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 from structlin import planner
+from structlin.equation.spec import Spec
 from structlin.kernels import native
 from structlin.kernels.constant import constant
 from structlin.kernels.layouts import cost
 from structlin.kernels.operators import SPECS
 from structlin.kernels.program import program
 from structlin.planner import Machine
-from structlin.spec import Spec
 
 TENSORS = (Tensor, torch.nn.Parameter)  # no subclasses
 DTYPES = (torch.float32, torch.bfloat16)

@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import pairwise, takewhile, zip_longest
 from typing import Any, NamedTuple
 
-from structlin.spec import Equation, Modes, Spec
+from structlin.equation.spec import Equation, Modes, Spec
 
 # What a single token costs, in ns, as measured: a FLOP in vectors along outer indices that share their block of the
 # factor; a vector of a row of a factor, or two of its sum, in any other way; an entry of a factor that is put in order

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from structlin import contract, planner
-from structlin.spec import Spec
+from structlin.equation.spec import Spec
 
 SPECS: WeakIdKeyDictionary = WeakIdKeyDictionary()  # what the programs are for, by their tensors
 

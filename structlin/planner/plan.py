@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from structlin.equation.spec import Equation
 from structlin.planner.machine import Machine
-from structlin.spec import Equation
 
 TOKENS = "n"  # the name of the token axis in a plan; mode names of equations must differ from it
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 
+from structlin.equation.spec import Equation, Modes
 from structlin.planner.machine import Machine
 from structlin.planner.plan import TOKENS, Cost
-from structlin.spec import Equation, Modes
 
 Groups = tuple[Modes, Modes, Modes]  # the (batch, rows, columns) of an operand
 

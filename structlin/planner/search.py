@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
 
+from structlin.equation.spec import Equation, Modes, Spec
 from structlin.planner.machine import CPU, Machine
 from structlin.planner.plan import TOKENS, EquationPlan, Merge, Plan, Shape, Step, View
 from structlin.planner.products import Merged, Product, Products
 from structlin.planner.write import Writer
-from structlin.spec import Equation, Modes, Spec
 
 Order = Literal["auto", "forward", "backward", "materialise"]
 ORDERS: tuple[Order, ...] = ("auto", "forward", "backward", "materialise")
@@ -182,7 +182,7 @@ def find_plan(
     Raises:
         ValueError: if order is unknown.
     Example:
-        >>> from structlin.spec import equation
+        >>> from structlin.equation.spec import equation
         >>> eq = equation("o r, r i -> o i", ("left", "right"), {"o": 64, "r": 16, "i": 64})
         >>> print(find_plan(Spec(64, 64, (eq,)), 32, order="backward"))
         o r, r i -> o i

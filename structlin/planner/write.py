@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from structlin.equation.spec import Equation, Modes
 from structlin.planner.plan import TOKENS, Merge, Shape, Step, View
 from structlin.planner.products import Groups, Merged, Product, blocks
-from structlin.spec import Equation, Modes
 
 
 class Writer:

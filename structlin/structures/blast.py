@@ -12,10 +12,11 @@ from einops import rearrange
 from torch import Tensor
 from typing_extensions import Self
 
-from structlin import linalg, modes
+from structlin import linalg
+from structlin.equation import modes
+from structlin.equation.spec import Spec, equation
+from structlin.equation.structure import Structure, register
 from structlin.layer import StructuredLinear, layer_of
-from structlin.spec import Spec, equation
-from structlin.structure import Structure, register
 
 
 @register

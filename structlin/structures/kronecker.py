@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from structlin import linalg, modes
+from structlin import linalg
+from structlin.equation import modes
+from structlin.equation.spec import Equation, Spec, equation
+from structlin.equation.structure import Structure, register
 from structlin.layer import StructuredLinear, layer_of
 from structlin.linalg import Shape
-from structlin.spec import Equation, Spec, equation
-from structlin.structure import Structure, register
 
 
 def kronecker_equation(terms: int, shape: Shape, left: tuple[float, ...] | None = None) -> Equation:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type
 
 from torch import Tensor
 
-from structlin.spec import Spec
+from structlin.equation.spec import Spec
 
 
 class Structure(ABC):
