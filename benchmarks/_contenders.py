@@ -12,10 +12,10 @@ import torch
 from _weights import Layer, output_error
 from torch import Tensor
 
-from structlin import planner
-from structlin.contract import apply, to_dense
 from structlin.objective import leading_basis, make_objective
 from structlin.refine import WARM_UP, Refinement
+from structlin.runtime import planner
+from structlin.runtime.contract import apply, to_dense
 from structlin.structures import Kaleidoscope, LowRank, Sum
 
 Factors = list[Tensor]

@@ -14,8 +14,8 @@ import transformers
 from torch import Tensor
 
 from structlin.compress.calibrate import collect_statistics
-from structlin.contract import to_dense
 from structlin.equation.spec import Spec
+from structlin.runtime.contract import to_dense
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))  # scripts, not a package
 

@@ -22,7 +22,7 @@ import transformers
 from torch import nn
 
 import structlin
-from structlin.kernels.native import SWITCH, available
+from structlin.runtime.kernels.native import SWITCH, available
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))  # scripts, not a package
 

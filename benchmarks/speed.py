@@ -31,8 +31,8 @@ from torch import nn
 from structlin.budget import within
 from structlin.equation.modes import divisors
 from structlin.equation.structure import Structure, registered, show, structure_class
-from structlin.kernels.native import SWITCH
 from structlin.layer import build
+from structlin.runtime.kernels.native import SWITCH
 from structlin.structures import PHM, Butterfly, Kaleidoscope, Kronecker, LowRank, Sum, TensorTrain
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))  # scripts, not a package

@@ -1,6 +1,6 @@
 """Structured linear layers for PyTorch."""
 
-from structlin import kernels, structures
+from structlin import structures
 from structlin.checkpoint import CheckpointError, load, save, verify
 from structlin.compress import (
     CompressionPlan,
@@ -15,7 +15,8 @@ from structlin.compress import (
 from structlin.embedding import StructuredEmbedding
 from structlin.heal import HealReport, heal
 from structlin.layer import StructuredLinear
-from structlin.measure import measure_machine
+from structlin.runtime import kernels
+from structlin.runtime.measure import measure_machine
 from structlin.structures import (
     BlastLinear,
     ButterflyLinear,

@@ -6,7 +6,7 @@ import math
 from typing import Literal, get_args
 
 from structlin.equation.structure import Structure
-from structlin.planner import flops_per_token
+from structlin.runtime.planner import flops_per_token
 
 Budget = Literal["parameters", "bytes", "flops"]
 

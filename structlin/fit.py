@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from structlin.budget import Budget, within
-from structlin.contract import to_dense
 from structlin.equation.spec import Spec
 from structlin.equation.structure import Structure
 from structlin.objective import Objective, Root, make_objective
 from structlin.refine import Refinement, low_rank_summand
+from structlin.runtime.contract import to_dense
 
 STEPS = 300  # of refinement, at least, where a Gram is given and the closed form is for G = I
 RACE = 60  # steps that every one of several candidates gets, before the best of each class gets all

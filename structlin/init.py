@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from structlin.contract import to_dense
 from structlin.equation.spec import Equation, Factor, Modes, Spec
+from structlin.runtime.contract import to_dense
 
 # Weights up to this many entries are measured and scaled exactly; above it chance averages out.
 EXACT = 1 << 16

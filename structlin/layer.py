@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from typing_extensions import Self
 
-from structlin import contract, kernels, planner
 from structlin.equation.structure import Structure, hyperparameters
-from structlin.execution import Execution, Key
 from structlin.fit import Family, Fit, fit
 from structlin.init import initial_factors
-from structlin.kernels.chain import Chain, suits
-from structlin.machines import machine_of
 from structlin.objective import Root
-from structlin.planner import Order, Plan
+from structlin.runtime import contract, kernels, planner
+from structlin.runtime.execution import Execution, Key
+from structlin.runtime.kernels.chain import Chain, suits
+from structlin.runtime.machines import machine_of
+from structlin.runtime.planner import Order, Plan
 
 KEPT = "the dense matrix, kept"  # one of the ways that `explain` names
 

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from structlin import kernels, planner
-from structlin.contract import apply, to_dense
 from structlin.equation.spec import Spec
-from structlin.kernels.chain import Chain, chain_of, plain, suits, unobserved
 from structlin.objective import Objective, leading_basis
-from structlin.planner import Plan
+from structlin.runtime import kernels, planner
+from structlin.runtime.contract import apply, to_dense
+from structlin.runtime.kernels.chain import Chain, chain_of, plain, suits, unobserved
+from structlin.runtime.planner import Plan
 
 # Chosen by benchmarks/optimisers.py.
 LEARNING_RATE = 2.0  # relative to the root mean square entry of a factor ...

@@ -15,7 +15,7 @@ from structlin.equation.spec import Equation, Spec
 from structlin.equation.structure import Structure
 from structlin.fit import fit
 from structlin.layer import StructuredLinear, build
-from structlin.planner import ORDERS, Order
+from structlin.runtime.planner import ORDERS, Order
 
 # Relative Frobenius error between two ways to compute the same. A chain of products loses about one rounding (2e-16,
 # 6e-8, 4e-3, 5e-4) per product; the longest chains in use have some thirty.

@@ -10,7 +10,7 @@ os.environ["STRUCTLIN_KERNELS"] = "off"
 import pytest
 import torch
 
-from structlin import machines
+from structlin.runtime import machines
 
 torch.set_num_threads(1)  # the tests run in several processes
 

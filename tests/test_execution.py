@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from cases import CASES
 
-from structlin import contract, execution, machines, planner, recompute
-from structlin.contract.blocks import blocks
-from structlin.execution import Execution, Key
 from structlin.layer import build
-from structlin.measure import measure_machine
-from structlin.recompute import by_chunks, recomputed
+from structlin.runtime import contract, execution, machines, planner, recompute
+from structlin.runtime.contract.blocks import blocks
+from structlin.runtime.execution import Execution, Key
+from structlin.runtime.measure import measure_machine
+from structlin.runtime.recompute import by_chunks, recomputed
 from structlin.structures import PHM, Kaleidoscope, Kronecker, LowRank, Sum, TensorTrain
 from structlin.testing import assert_close
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from structlin import planner
 from structlin.layer import build
+from structlin.runtime import planner
 from structlin.structures import Kaleidoscope, Kronecker
 from structlin.testing import assert_close
 

@@ -17,16 +17,16 @@ from cases import CASES
 from torch.func import functional_call, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
-from structlin import kernels, planner
-from structlin.contract import forward
-from structlin.execution import Key
 from structlin.fit import fit
-from structlin.kernels import native
-from structlin.kernels.chain import Chain, chain_of, suits
-from structlin.kernels.layouts import cost
-from structlin.kernels.program import program, stages
 from structlin.layer import build
-from structlin.measure import measure_machine
+from structlin.runtime import kernels, planner
+from structlin.runtime.contract import forward
+from structlin.runtime.execution import Key
+from structlin.runtime.kernels import native
+from structlin.runtime.kernels.chain import Chain, chain_of, suits
+from structlin.runtime.kernels.layouts import cost
+from structlin.runtime.kernels.program import program, stages
+from structlin.runtime.measure import measure_machine
 from structlin.structures import PHM, Blast, Kaleidoscope, Kronecker, LowRank, LowRankKaleidoscope, Sum, TensorTrain
 from structlin.testing import assert_close
 
@@ -404,8 +404,9 @@ NARROW = """
 import copy
 import torch
 import torch.nn.functional as F
-from structlin import BlastLinear, KMatrix, kernels
-from structlin.kernels import chain_of
+from structlin import BlastLinear, KMatrix
+from structlin.runtime import kernels
+from structlin.runtime.kernels import chain_of
 kernels.build()
 assert kernels.available()
 for layer in (KMatrix(48, 64, width=2), BlastLinear(33, 20, blocks=3, rank=7)):

@@ -10,9 +10,9 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from structlin.execution import Execution
-from structlin.kernels import chain_of, native
 from structlin.layer import build
+from structlin.runtime.execution import Execution
+from structlin.runtime.kernels import chain_of, native
 from structlin.structures import Kaleidoscope, LowRank
 from structlin.testing import assert_close
 

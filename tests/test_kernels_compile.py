@@ -13,8 +13,8 @@ from torch import nn
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from structlin.kernels.chain import chain_of
 from structlin.layer import build
+from structlin.runtime.kernels.chain import chain_of
 from structlin.structures import PHM, Butterfly, Kaleidoscope, Kronecker, LowRank, Sum
 from structlin.testing import assert_close
 

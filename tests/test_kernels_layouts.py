@@ -7,10 +7,10 @@ import torch
 from cases import CASES
 from test_kernels import built, dense, gradients, low  # noqa: F401
 
-from structlin.kernels import chain_of
-from structlin.kernels.layouts import Cost, cost, links
-from structlin.kernels.program import program, stages
 from structlin.layer import build
+from structlin.runtime.kernels import chain_of
+from structlin.runtime.kernels.layouts import Cost, cost, links
+from structlin.runtime.kernels.program import program, stages
 from structlin.structures import Kronecker, LowRank, Sum, TensorTrain
 from structlin.testing import assert_close
 

@@ -14,7 +14,7 @@ from structlin import StructuredLinear, testing
 from structlin.equation.structure import registered
 from structlin.fit import fit
 from structlin.layer import build
-from structlin.planner import ORDERS
+from structlin.runtime.planner import ORDERS
 from structlin.testing import LAWS, assert_close, check_structure
 
 PAIRS = list(itertools.product(SIZES, SIZES))

@@ -27,9 +27,9 @@ from structlin import (
     SumLinear,
     TTLinear,
 )
-from structlin.contract import forward
 from structlin.equation.spec import Spec, equation
 from structlin.layer import build
+from structlin.runtime.contract import forward
 from structlin.structures import LowRank, TensorTrain
 from structlin.testing import assert_close
 

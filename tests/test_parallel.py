@@ -13,8 +13,8 @@ from test_kernels import switch_on
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from structlin.kernels import native
 from structlin.layer import build
+from structlin.runtime.kernels import native
 from structlin.structures import Kaleidoscope, LowRank, Sum, TensorTrain
 
 SCRIPT = """
@@ -25,7 +25,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from structlin import KMatrix, LowRankLinear, TTLinear, kernels
+from structlin import KMatrix, LowRankLinear, TTLinear
+from structlin.runtime import kernels
 rank, kernel = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", rank=rank, world_size=2)

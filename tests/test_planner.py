@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
-from structlin import KroneckerLinear, LowRankLinear, PHMLinear, planner
+from structlin import KroneckerLinear, LowRankLinear, PHMLinear
 from structlin.equation.spec import Spec, equation
-from structlin.planner import CPU, ORDERS, Machine, Plan, bucket, find_plan, flops_per_token, thinness
-from structlin.planner.products import blocks
+from structlin.runtime import planner
+from structlin.runtime.planner import CPU, ORDERS, Machine, Plan, bucket, find_plan, flops_per_token, thinness
+from structlin.runtime.planner.products import blocks
 from structlin.structures import Butterfly, Kaleidoscope, Kronecker, LowRank, Monarch, TensorTrain
 
 
@@ -276,7 +277,7 @@ def test_long_chain_plans_quickly():
     spec = spec_of(Kaleidoscope(radix=2), 4096, 4096)
     assert len(spec.factors) == 23
     code = (
-        "import time; from structlin.structures import Kaleidoscope; from structlin.planner import find_plan\n"
+        "import time; from structlin.structures import Kaleidoscope; from structlin.runtime.planner import find_plan\n"
         "spec = Kaleidoscope(radix=2).resolve(4096, 4096).spec(4096, 4096)\n"
         "start = time.process_time(); find_plan(spec, 32); print(time.process_time() - start)"
     )

@@ -22,12 +22,12 @@ from structlin.compress.speed import only_faster
 from structlin.compress.statistics import Statistics
 from structlin.compress.targets import Target, find_targets, module_names, unreached
 from structlin.compress.workers import bar, each
-from structlin.contract import to_dense
 from structlin.embedding import StructuredEmbedding
 from structlin.equation.structure import show
 from structlin.fit import Fit, fit, relative_error
 from structlin.layer import StructuredLinear, build, from_fit
 from structlin.objective import Root
+from structlin.runtime.contract import to_dense
 
 _HOOKS = (
     "_forward_hooks",

@@ -10,10 +10,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from structlin import planner
 from structlin.compress.report import LayerReport
 from structlin.compress.targets import Target
 from structlin.layer import StructuredLinear
+from structlin.runtime import planner
 
 TOKENS = (16, 512)  # rows of the inputs that are timed: a sentence, and a batch of them
 _SAMPLES, _SECONDS = 9, 2e-3  # of each layer, and what one takes at least

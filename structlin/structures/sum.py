@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from structlin.contract import to_dense
 from structlin.equation.spec import Spec
 from structlin.equation.structure import Structure, register
 from structlin.layer import StructuredLinear, layer_of
+from structlin.runtime.contract import to_dense
 from structlin.structures.blast import Blast
 from structlin.structures.kmatrix import Kaleidoscope
 from structlin.structures.lowrank import LowRank

@@ -10,8 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from structlin.contract.forward import of_equations, to_dense
 from structlin.equation.spec import Equation, Spec
+from structlin.runtime.contract.forward import of_equations, to_dense
 
 
 @dataclass(frozen=True)

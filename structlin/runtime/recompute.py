@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structlin import contract
 from structlin.equation.spec import Spec
-from structlin.planner import Plan, find_plan
+from structlin.runtime import contract
+from structlin.runtime.planner import Plan, find_plan
 
 FEWEST = 16  # tokens to differentiate at a time
 MOST_BLOCKS = 16  # to build the dense matrix by

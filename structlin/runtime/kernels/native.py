@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from structlin.kernels import operators
-from structlin.kernels.constant import constant
-from structlin.machines import cache_folder, processor
+from structlin.runtime.kernels import operators
+from structlin.runtime.kernels.constant import constant
+from structlin.runtime.machines import cache_folder, processor
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("chain.cpp", "calls.cpp"))
 HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))

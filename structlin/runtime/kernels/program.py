@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import product
 
 from structlin.equation.spec import Equation, Modes, Spec
-from structlin.kernels.layouts import Link, links
+from structlin.runtime.kernels.layouts import Link, links
 
 HEADER, RECORD = 11, 18  # integers, as in chain.cpp
 SHORTEST_RUN = 4  # of outer indices, in floats of the smallest vector

@@ -11,10 +11,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from structlin import kernels
 from structlin.equation.spec import Spec, equation
-from structlin.machines import name_of, remember, shipped
-from structlin.planner import Machine
+from structlin.runtime import kernels
+from structlin.runtime.machines import name_of, remember, shipped
+from structlin.runtime.planner import Machine
 
 TOKENS = 256  # of a large input
 
@@ -24,8 +24,8 @@ def measure_machine(device: torch.device | str = "cpu") -> Machine:
 
     What the native kernel takes is measured too, where it is built. Layers plan anew with the next number of rows that
     they have not seen. The record is kept in the cache (see `structlin.kernels.build`) and read again by later
-    processes. Without it, layers plan by records that are shipped: `structlin.planner.CPU`, measured on one AVX-512
-    core, and `H200`, from its data sheet.
+    processes. Without it, layers plan by records that are shipped: `structlin.runtime.planner.CPU`, measured on one
+    AVX-512 core, and `H200`, from its data sheet.
 
     Args:
         device: what to measure, a CPU or a CUDA device.

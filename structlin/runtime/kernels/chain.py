@@ -19,14 +19,14 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
-from structlin import planner
 from structlin.equation.spec import Spec
-from structlin.kernels import native
-from structlin.kernels.constant import constant
-from structlin.kernels.layouts import cost
-from structlin.kernels.operators import SPECS
-from structlin.kernels.program import program
-from structlin.planner import Machine
+from structlin.runtime import planner
+from structlin.runtime.kernels import native
+from structlin.runtime.kernels.constant import constant
+from structlin.runtime.kernels.layouts import cost
+from structlin.runtime.kernels.operators import SPECS
+from structlin.runtime.kernels.program import program
+from structlin.runtime.planner import Machine
 
 TENSORS = (Tensor, torch.nn.Parameter)  # no subclasses
 DTYPES = (torch.float32, torch.bfloat16)

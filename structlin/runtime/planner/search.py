@@ -14,10 +14,10 @@ from functools import cached_property, lru_cache
 from typing import Literal
 
 from structlin.equation.spec import Equation, Modes, Spec
-from structlin.planner.machine import CPU, Machine
-from structlin.planner.plan import TOKENS, EquationPlan, Merge, Plan, Shape, Step, View
-from structlin.planner.products import Merged, Product, Products
-from structlin.planner.write import Writer
+from structlin.runtime.planner.machine import CPU, Machine
+from structlin.runtime.planner.plan import TOKENS, EquationPlan, Merge, Plan, Shape, Step, View
+from structlin.runtime.planner.products import Merged, Product, Products
+from structlin.runtime.planner.write import Writer
 
 Order = Literal["auto", "forward", "backward", "materialise"]
 ORDERS: tuple[Order, ...] = ("auto", "forward", "backward", "materialise")

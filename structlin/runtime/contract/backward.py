@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from structlin.contract.forward import apply, merged, of_equations, product, read
 from structlin.equation.spec import Spec
-from structlin.planner import EquationPlan, Plan, View
+from structlin.runtime.contract.forward import apply, merged, of_equations, product, read
+from structlin.runtime.planner import EquationPlan, Plan, View
 
 
 def gradients(

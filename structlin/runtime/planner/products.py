@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise, takewhile
 
 from structlin.equation.spec import Equation, Modes
-from structlin.planner.machine import Machine
-from structlin.planner.plan import TOKENS, Cost
+from structlin.runtime.planner.machine import Machine
+from structlin.runtime.planner.plan import TOKENS, Cost
 
 Groups = tuple[Modes, Modes, Modes]  # the (batch, rows, columns) of an operand
 

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from structlin import contract, kernels, planner
 from structlin.equation.spec import Spec
-from structlin.kernels.chain import TENSORS, Chain, chain_of, plain, suits, unobserved
-from structlin.machines import machine_of
-from structlin.planner import Order, Plan
-from structlin.recompute import by_chunks, recomputed, with_bias
+from structlin.runtime import contract, kernels, planner
+from structlin.runtime.kernels.chain import TENSORS, Chain, chain_of, plain, suits, unobserved
+from structlin.runtime.machines import machine_of
+from structlin.runtime.planner import Order, Plan
+from structlin.runtime.recompute import by_chunks, recomputed, with_bias
 
 _in_a_group: Callable[[], bool] = getattr(torch.distributed, "is_initialized", lambda: False)  # absent in some builds
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structlin.equation.spec import Equation, Spec
-from structlin.planner import EquationPlan, Merge, Plan, View, merge_plan
+from structlin.runtime.planner import EquationPlan, Merge, Plan, View, merge_plan
 
 Operands = list[list[Tensor]]  # of each equation, one for each step of its plan
 Room = Callable[[Sequence[int]], Tensor]  # memory for a tensor of a shape

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from structlin.equation.spec import Equation
-from structlin.planner.machine import Machine
+from structlin.runtime.planner.machine import Machine
 
 TOKENS = "n"  # the name of the token axis in a plan; mode names of equations must differ from it
 

@@ -1,6 +1,6 @@
 """Choose how to contract an equation with a batch of tokens: pure integer code, tested without tensors."""
 
-from structlin.planner.machine import (
+from structlin.runtime.planner.machine import (
     CPU,
     H200,
     NATIVE,
@@ -11,8 +11,8 @@ from structlin.planner.machine import (
     dense_seconds,
     thinness,
 )
-from structlin.planner.plan import TOKENS, Cost, EquationPlan, Merge, Plan, Step, View
-from structlin.planner.search import ORDERS, Order, find_plan, flops_per_token, merge_plan
+from structlin.runtime.planner.plan import TOKENS, Cost, EquationPlan, Merge, Plan, Step, View
+from structlin.runtime.planner.search import ORDERS, Order, find_plan, flops_per_token, merge_plan
 
 __all__ = [
     "CPU",

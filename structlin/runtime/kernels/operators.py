@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from structlin import contract, planner
 from structlin.equation.spec import Spec
+from structlin.runtime import contract, planner
 
 SPECS: WeakIdKeyDictionary = WeakIdKeyDictionary()  # what the programs are for, by their tensors
 

@@ -1,8 +1,8 @@
 """Run plans on tensors, forward and backward, or build the dense matrix."""
 
-from structlin.contract.backward import Pullback, gradients
-from structlin.contract.blocks import pulled_back
-from structlin.contract.forward import Operands, Spare, apply, fold, keep, run, run_into, to_dense
+from structlin.runtime.contract.backward import Pullback, gradients
+from structlin.runtime.contract.blocks import pulled_back
+from structlin.runtime.contract.forward import Operands, Spare, apply, fold, keep, run, run_into, to_dense
 
 __all__ = [
     "Operands",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from structlin.equation.spec import Equation, Modes
-from structlin.planner.plan import TOKENS, Merge, Shape, Step, View
-from structlin.planner.products import Groups, Merged, Product, blocks
+from structlin.runtime.planner.plan import TOKENS, Merge, Shape, Step, View
+from structlin.runtime.planner.products import Groups, Merged, Product, blocks
 
 
 class Writer:

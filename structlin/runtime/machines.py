@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from structlin.planner import CPU, H200, Machine
+from structlin.runtime.planner import CPU, H200, Machine
 
 
 def cache_folder() -> Path:

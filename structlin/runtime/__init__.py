@@ -1,0 +1,1 @@
+"""How an equation runs: plans by predicted time, contraction, the native kernel, and the choice between them."""
