@@ -12,8 +12,8 @@ import torch
 from _weights import Layer, output_error
 from torch import Tensor
 
-from structlin.objective import leading_basis, make_objective
-from structlin.refine import WARM_UP, Refinement
+from structlin.fitting.objective import leading_basis, make_objective
+from structlin.fitting.refine import WARM_UP, Refinement
 from structlin.runtime import planner
 from structlin.runtime.contract import apply, to_dense
 from structlin.structures import Kaleidoscope, LowRank, Sum

@@ -40,9 +40,9 @@ from _weights import (
     store,
 )
 
-from structlin.budget import within
 from structlin.equation.structure import registered, show
-from structlin.fit import fit
+from structlin.fitting.budget import within
+from structlin.fitting.fit import fit
 
 Row = dict[str, Any]
 Places = list[tuple[int, str]]  # number and role of each layer

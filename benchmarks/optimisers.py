@@ -27,9 +27,9 @@ import torch
 from _contenders import CONTENDERS, SIZE, STRUCTURE, Problem
 from _weights import RESULTS, Columns, Layer, environment, output_error, read_layers, say, side_by_side, store
 
-from structlin.budget import within
 from structlin.equation.structure import Structure, show
-from structlin.fit import fit
+from structlin.fitting.budget import within
+from structlin.fitting.fit import fit
 from structlin.structures import Blast, Kaleidoscope, LowRank, Monarch, Sum
 
 Row = dict[str, Any]

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from structlin.fit import fit
-from structlin.linalg import butterfly_projection
+from structlin.fitting.fit import fit
+from structlin.fitting.linalg import butterfly_projection
 from structlin.structures import Butterfly
 
 RESULT = Path(__file__).resolve().parent / "results" / "butterfly_projection.jsonl"

@@ -28,9 +28,9 @@ from _peers import counterparts, versions
 from _speed import INFERENCE, MODES, TRAINING, Effort, Row, Subject, measure
 from torch import nn
 
-from structlin.budget import within
 from structlin.equation.modes import divisors
 from structlin.equation.structure import Structure, registered, show, structure_class
+from structlin.fitting.budget import within
 from structlin.layer import build
 from structlin.runtime.kernels.native import SWITCH
 from structlin.structures import PHM, Butterfly, Kaleidoscope, Kronecker, LowRank, Sum, TensorTrain

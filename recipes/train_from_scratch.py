@@ -24,8 +24,8 @@ from _digits import accuracy, digits, mlp, parameters, train
 from _results import RESULTS, environment, say, store
 from torch import nn
 
-from structlin.budget import within
 from structlin.equation.structure import registered, structure_class
+from structlin.fitting.budget import within
 from structlin.layer import build
 
 COLUMNS = {

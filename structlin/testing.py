@@ -13,7 +13,7 @@ from torch import Tensor
 
 from structlin.equation.spec import Equation, Spec
 from structlin.equation.structure import Structure
-from structlin.fit import fit
+from structlin.fitting.fit import fit
 from structlin.layer import StructuredLinear, build
 from structlin.runtime.planner import ORDERS, Order
 

@@ -17,7 +17,7 @@ from structlin.compress.report import Report
 from structlin.compress.sequential import shifted
 from structlin.compress.spend import spend
 from structlin.compress.targets import find_targets
-from structlin.fit import fit
+from structlin.fitting.fit import fit
 from structlin.runtime.contract import to_dense
 from structlin.structures import LowRank, Monarch, Sum
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from structlin import KMatrix, LowRankLinear, StructuredLinear, TTLinear
-from structlin.budget import COARSE, SLACK, within
 from structlin.equation.structure import registered
-from structlin.fit import fit, relative_error
+from structlin.fitting.budget import COARSE, SLACK, within
+from structlin.fitting.fit import fit, relative_error
 from structlin.structures import Kaleidoscope, LowRank, TensorTrain
 
 every_structure = pytest.mark.parametrize("name", sorted(registered(sized=True)))

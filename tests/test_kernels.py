@@ -17,7 +17,7 @@ from cases import CASES
 from torch.func import functional_call, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
-from structlin.fit import fit
+from structlin.fitting.fit import fit
 from structlin.layer import build
 from structlin.runtime import kernels, planner
 from structlin.runtime.contract import forward
@@ -273,7 +273,7 @@ def test_fits_refine_by_it(monkeypatch):
     weight, inputs = torch.randn(48, 64), torch.randn(100, 64) * torch.logspace(0, -1, 64)
     gram = inputs.T @ inputs
     with monkeypatch.context() as patch:
-        patch.setattr("structlin.refine.apply", lambda *_: pytest.fail("torch ran"))
+        patch.setattr("structlin.fitting.refine.apply", lambda *_: pytest.fail("torch ran"))
         fast = fit(weight, LowRankKaleidoscope, ratio=0.5, gram=gram, refine=30)
     monkeypatch.setattr(native._State, "usable", False)
     slow = fit(weight, LowRankKaleidoscope, ratio=0.5, gram=gram, refine=30)

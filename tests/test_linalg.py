@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from structlin import ButterflyLinear, KMatrix, PHMLinear, StructuredLinear, TTLinear, linalg
-from structlin.fit import fit
+from structlin import ButterflyLinear, KMatrix, PHMLinear, StructuredLinear, TTLinear
+from structlin.fitting import linalg
+from structlin.fitting.fit import fit
 from structlin.structures import (
     PHM,
     Butterfly,

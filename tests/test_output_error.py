@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from structlin import SumLinear
-from structlin.budget import within
 from structlin.equation.structure import from_record, registered, show, to_record
-from structlin.fit import fit
-from structlin.objective import Root, make_objective
-from structlin.refine import Refinement, low_rank_summand
+from structlin.fitting.budget import within
+from structlin.fitting.fit import fit
+from structlin.fitting.objective import Root, make_objective
+from structlin.fitting.refine import Refinement, low_rank_summand
 from structlin.runtime.contract import to_dense
 from structlin.runtime.planner import flops_per_token
 from structlin.structures import PHM, Blast, Kaleidoscope, Kronecker, LowRank, LowRankKaleidoscope, Monarch, Sum

@@ -13,7 +13,7 @@ from structlin import StructuredLinear
 from structlin.equation import structure as registry
 from structlin.equation.spec import Spec, equation
 from structlin.equation.structure import Structure, register
-from structlin.linalg import truncated_svd
+from structlin.fitting.linalg import truncated_svd
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from structlin import layer as layer_module
 from structlin import testing
 from structlin.equation.spec import Spec, equation
 from structlin.equation.structure import Structure
+from structlin.fitting.linalg import pad_to
 from structlin.layer import StructuredLinear
-from structlin.linalg import pad_to
 from structlin.structures import LowRank
 from structlin.testing import LAWS, assert_close, check_structure
 

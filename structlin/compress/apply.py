@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from structlin.budget import Budget
 from structlin.compress.choose import make_plan
 from structlin.compress.evidence import Evidence, gather
 from structlin.compress.observe import Forward
@@ -24,9 +23,10 @@ from structlin.compress.targets import Target, find_targets, module_names, unrea
 from structlin.compress.workers import bar, each
 from structlin.embedding import StructuredEmbedding
 from structlin.equation.structure import show
-from structlin.fit import Fit, fit, relative_error
+from structlin.fitting.budget import Budget
+from structlin.fitting.fit import Fit, fit, relative_error
+from structlin.fitting.objective import Root
 from structlin.layer import StructuredLinear, build, from_fit
-from structlin.objective import Root
 from structlin.runtime.contract import to_dense
 
 _HOOKS = (

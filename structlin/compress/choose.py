@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from structlin.budget import Budget, within
 from structlin.compress.allocate import Share, allocate
 from structlin.compress.evidence import Evidence, gather
 from structlin.compress.observe import Forward
@@ -19,7 +18,8 @@ from structlin.compress.statistics import Statistics
 from structlin.compress.targets import Target, find_targets, last_target
 from structlin.compress.workers import each
 from structlin.equation.structure import Structure, show
-from structlin.fit import check_weight, fit
+from structlin.fitting.budget import Budget, within
+from structlin.fitting.fit import check_weight, fit
 
 
 def plan_compression(

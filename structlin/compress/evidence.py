@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from structlin.compress.calibrate import collect_statistics
 from structlin.compress.observe import Forward, call, device_of, evaluating, moved
 from structlin.compress.statistics import Statistics
+from structlin.fitting.objective import Root
 from structlin.heal.objective import output_distance
-from structlin.objective import Root
 
 HELD_BACK = 0.1  # share of the calibration batches that checks are made on
 MOST_HELD_BACK = 8  # batches

@@ -13,7 +13,7 @@ from torch import Tensor
 from structlin.compress.report import table
 from structlin.compress.targets import Target
 from structlin.equation.structure import Structure, from_record, show, to_record
-from structlin.fit import Fit
+from structlin.fitting.fit import Fit
 
 
 def fingerprint(weight: Tensor) -> tuple[float, float]:

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from structlin.budget import check_ratio
 from structlin.equation.structure import Structure, structure_class
-from structlin.fit import Family
+from structlin.fitting.budget import check_ratio
+from structlin.fitting.fit import Family
 from structlin.structures import LowRank, LowRankBlast, LowRankKaleidoscope
 
 # What "auto" chooses from: low rank is always solved exactly, so that the choice is never worse; the two sums were best

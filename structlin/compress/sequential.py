@@ -11,7 +11,7 @@ from structlin.compress.calibrate import collect_shifted
 from structlin.compress.evidence import Evidence
 from structlin.compress.statistics import SHRINKAGE, Statistics
 from structlin.compress.targets import Target
-from structlin.objective import Root
+from structlin.fitting.objective import Root
 
 
 def groups(targets: Sequence[Target], statistics: Statistics) -> list[list[Target]]:

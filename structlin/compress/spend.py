@@ -9,7 +9,7 @@ from structlin.compress.evidence import Evidence
 from structlin.compress.plan import PlanEntry, fingerprint
 from structlin.compress.targets import Target
 from structlin.equation.structure import Structure
-from structlin.fit import extend
+from structlin.fitting.fit import extend
 from structlin.structures import LowRank, Sum
 
 

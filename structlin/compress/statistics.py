@@ -17,7 +17,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from structlin.objective import Root
+from structlin.fitting.objective import Root
 
 FIELDS = ("grams", "output_grams", "crosses")
 VERSION = 1

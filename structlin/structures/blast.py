@@ -12,10 +12,10 @@ from einops import rearrange
 from torch import Tensor
 from typing_extensions import Self
 
-from structlin import linalg
 from structlin.equation import modes
 from structlin.equation.spec import Spec, equation
 from structlin.equation.structure import Structure, register
+from structlin.fitting import linalg
 from structlin.layer import StructuredLinear, layer_of
 
 
@@ -93,7 +93,7 @@ class BlastLinear(StructuredLinear):
     Raises:
         ValueError: if blocks or rank is out of range.
     Source: Lee, Kwon, Qu & Kim 2024, BLAST: block-level adaptive structured matrices for efficient deep neural network
-        inference. They fit by preconditioned gradient descent; we by `structlin.refine`.
+        inference. They fit by preconditioned gradient descent; we by `structlin.fitting.refine`.
     Example:
         >>> BlastLinear(64, 64, blocks=4, rank=8).num_parameters
         1152

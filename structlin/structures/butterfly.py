@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from structlin import linalg
 from structlin.equation import modes
 from structlin.equation.spec import Equation, Spec, equation
 from structlin.equation.structure import Structure, register
+from structlin.fitting import linalg
 from structlin.layer import StructuredLinear, layer_of
 
 Digits = tuple[int, ...]

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from structlin import linalg
 from structlin.equation import modes
 from structlin.equation.spec import Equation, Spec, equation
 from structlin.equation.structure import Structure, register
+from structlin.fitting import linalg
+from structlin.fitting.linalg import Shape
 from structlin.layer import StructuredLinear, layer_of
-from structlin.linalg import Shape
 
 
 def kronecker_equation(terms: int, shape: Shape, left: tuple[float, ...] | None = None) -> Equation:

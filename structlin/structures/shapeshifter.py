@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from structlin import linalg
 from structlin.equation.spec import Spec, equation
 from structlin.equation.structure import Structure, register
+from structlin.fitting import linalg
 from structlin.layer import StructuredLinear, layer_of
 from structlin.structures.kronecker import balanced_shape, check_terms, kronecker_equation, max_terms, nearest
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from structlin.equation.spec import Spec
-from structlin.objective import Objective, leading_basis
+from structlin.fitting.objective import Objective, leading_basis
 from structlin.runtime import kernels, planner
 from structlin.runtime.contract import apply, to_dense
 from structlin.runtime.kernels.chain import Chain, chain_of, plain, suits, unobserved

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from structlin.budget import Budget, within
 from structlin.equation.spec import Spec
 from structlin.equation.structure import Structure
-from structlin.objective import Objective, Root, make_objective
-from structlin.refine import Refinement, low_rank_summand
+from structlin.fitting.budget import Budget, within
+from structlin.fitting.objective import Objective, Root, make_objective
+from structlin.fitting.refine import Refinement, low_rank_summand
 from structlin.runtime.contract import to_dense
 
 STEPS = 300  # of refinement, at least, where a Gram is given and the closed form is for G = I
@@ -60,7 +60,7 @@ def fit(
 
     Without a Gram the error is ||W - What||^2; with one it is the layer's output error tr((W - What) G (W - What)^T),
     and with an output Gram H too, tr(H (W - What) G (W - What)^T). Low rank is solved in closed form in all three.
-    Other structures start from their closed form for W, or a projection; refinement (`structlin.refine`) follows, and
+    Other structures start from their closed form for W, or a projection; refinement (`fitting.refine`) follows, and
     the result is never worse than its start. Of several sizes of a class the best after a short
     refinement is taken. Deterministic.
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from structlin import linalg
+from structlin.fitting import linalg
 
 # Below this share of the largest eigenvalue, rounding decides.
 _NOISE = 1e-13

@@ -1,0 +1,1 @@
+"""How one dense weight becomes the factors of a structure of a given size."""
