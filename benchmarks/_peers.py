@@ -19,7 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from structlin.equation.structure import Structure
-from structlin.layer import StructuredLinear
+from structlin.layers.linear import StructuredLinear
 from structlin.structures import PHM, Butterfly, Kaleidoscope, Kronecker, TensorTrain
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
-from structlin.layer import StructuredLinear
+from structlin.layers.linear import StructuredLinear
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes two lines for each use otherwise
 

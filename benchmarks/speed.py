@@ -31,7 +31,7 @@ from torch import nn
 from structlin.equation.modes import divisors
 from structlin.equation.structure import Structure, registered, show, structure_class
 from structlin.fitting.budget import within
-from structlin.layer import build
+from structlin.layers.linear import build
 from structlin.runtime.kernels.native import SWITCH
 from structlin.structures import PHM, Butterfly, Kaleidoscope, Kronecker, LowRank, Sum, TensorTrain
 

@@ -26,7 +26,7 @@ from torch import nn
 
 from structlin.equation.structure import registered, structure_class
 from structlin.fitting.budget import within
-from structlin.layer import build
+from structlin.layers.linear import build
 
 COLUMNS = {
     "structure": ("structure", ""),

@@ -12,9 +12,9 @@ from structlin.compress import (
     statistics_by_layer,
     to_dense_,
 )
-from structlin.embedding import StructuredEmbedding
 from structlin.heal import HealReport, heal
-from structlin.layer import StructuredLinear
+from structlin.layers.embedding import StructuredEmbedding
+from structlin.layers.linear import StructuredLinear
 from structlin.runtime import kernels
 from structlin.runtime.measure import measure_machine
 from structlin.structures import (

@@ -14,7 +14,7 @@ from torch import Tensor
 from structlin.equation.spec import Equation, Spec
 from structlin.equation.structure import Structure
 from structlin.fitting.fit import fit
-from structlin.layer import StructuredLinear, build
+from structlin.layers.linear import StructuredLinear, build
 from structlin.runtime.planner import ORDERS, Order
 
 # Relative Frobenius error between two ways to compute the same. A chain of products loses about one rounding (2e-16,

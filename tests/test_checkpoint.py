@@ -37,7 +37,7 @@ from structlin import (
 from structlin.checkpoint import CheckpointError, _directory, _files, _manifest, _skeleton, api, load, save, verify
 from structlin.equation.spec import Spec, equation
 from structlin.equation.structure import Structure, register, registered
-from structlin.layer import build
+from structlin.layers.linear import build
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 IN, OUT = 16, 12

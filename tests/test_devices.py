@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from cases import CASES
 
-from structlin.layer import build
+from structlin.layers.linear import build
 from structlin.structures import Kaleidoscope, Kronecker, LowRank, Sum, TensorTrain
 
 CUDA = pytest.param(

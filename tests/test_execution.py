@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from cases import CASES
 
-from structlin.layer import build
+from structlin.layers.linear import build
 from structlin.runtime import contract, execution, machines, planner, recompute
 from structlin.runtime.contract.blocks import blocks
 from structlin.runtime.execution import Execution, Key

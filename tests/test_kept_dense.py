@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from structlin.layer import build
+from structlin.layers.linear import build
 from structlin.runtime import planner
 from structlin.structures import Kaleidoscope, Kronecker
 from structlin.testing import assert_close

@@ -18,7 +18,7 @@ from torch.func import functional_call, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from structlin.fitting.fit import fit
-from structlin.layer import build
+from structlin.layers.linear import build
 from structlin.runtime import kernels, planner
 from structlin.runtime.contract import forward
 from structlin.runtime.execution import Key

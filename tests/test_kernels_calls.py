@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from structlin.layer import build
+from structlin.layers.linear import build
 from structlin.runtime.execution import Execution
 from structlin.runtime.kernels import chain_of, native
 from structlin.structures import Kaleidoscope, LowRank

@@ -13,7 +13,7 @@ from torch import nn
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from structlin.layer import build
+from structlin.layers.linear import build
 from structlin.runtime.kernels.chain import chain_of
 from structlin.structures import PHM, Butterfly, Kaleidoscope, Kronecker, LowRank, Sum
 from structlin.testing import assert_close

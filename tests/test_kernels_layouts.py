@@ -7,7 +7,7 @@ import torch
 from cases import CASES
 from test_kernels import built, dense, gradients, low  # noqa: F401
 
-from structlin.layer import build
+from structlin.layers.linear import build
 from structlin.runtime.kernels import chain_of
 from structlin.runtime.kernels.layouts import Cost, cost, links
 from structlin.runtime.kernels.program import program, stages

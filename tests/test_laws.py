@@ -13,7 +13,7 @@ from torch import nn
 from structlin import StructuredLinear, testing
 from structlin.equation.structure import registered
 from structlin.fitting.fit import fit
-from structlin.layer import build
+from structlin.layers.linear import build
 from structlin.runtime.planner import ORDERS
 from structlin.testing import LAWS, assert_close, check_structure
 

@@ -28,7 +28,7 @@ from structlin import (
     TTLinear,
 )
 from structlin.equation.spec import Spec, equation
-from structlin.layer import build
+from structlin.layers.linear import build
 from structlin.runtime.contract import forward
 from structlin.structures import LowRank, TensorTrain
 from structlin.testing import assert_close

@@ -1,10 +1,11 @@
-"""The house: imports go down the levels only, and importing structlin is quick and brings in nothing else."""
+"""The house: wings import downward only, and importing structlin brings in nothing else."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,16 +13,13 @@ import pytest
 import structlin
 
 ROOT = Path(structlin.__file__).parent
-# The wings from the ground up: a wing imports those below it.
+# The wings from the ground up. A wing imports lower ones; within a wing, and between wings of one number, no circles.
 WINGS = {
     "equation": 1,
     "runtime": 2,
-    "init": 3.1,
     "fitting": 3,
-    "layer": 4,
     "layers": 4,
     "structures": 5,
-    "embedding": 5,
     "testing": 6,
     "checkpoint": 7,
     "heal": 7,
@@ -37,8 +35,8 @@ def name_of(file: Path) -> str:
     return ".".join(part for part in parts if part != "__init__")
 
 
-def unit(module: str) -> str:
-    """The module or package directly below structlin."""
+def wing_of(module: str) -> str:
+    """The wing (or module) directly below structlin."""
     return module.split(".", maxsplit=1)[0]
 
 
@@ -65,28 +63,64 @@ def is_module(name: str) -> bool:
     return path.is_dir() or path.with_suffix(".py").is_file()
 
 
-def violations(module: str, imported: set[str], levels: dict[str, float]) -> list[str]:
-    own = unit(module)
-    inside = {name.removeprefix("structlin").lstrip(".") for name in imported if name.split(".")[0] == "structlin"}
+def inside(imported: set[str]) -> set[str]:
+    """The modules of structlin among absolute names, without its prefix."""
+    return {name.removeprefix("structlin").lstrip(".") for name in imported if name.split(".")[0] == "structlin"}
+
+
+def violations(graph: dict[str, set[str]]) -> list[str]:
+    """Imports that go up, from each module to those that it imports."""
     return [
-        f"{module} imports {other}" for other in inside if unit(other) != own and levels[unit(other)] >= levels[own]
+        f"{module} imports {other}"
+        for module, others in graph.items()
+        for other in sorted(others)
+        if WINGS[wing_of(other)] > WINGS[wing_of(module)]
     ]
 
 
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, none if there is no circle."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+GRAPH = {name_of(file): inside(imports(file)) - {name_of(file)} for file in FILES}
+
+
 def test_every_module_is_in_a_wing():
-    assert {unit(name_of(file)) for file in FILES} <= WINGS.keys()
+    assert {wing_of(module) for module in GRAPH} == WINGS.keys()
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_imports_go_down(file):
-    assert violations(name_of(file), imports(file), WINGS) == []
+def test_every_wing_says_what_it_is_for_in_a_sentence():
+    for wing in WINGS:
+        file = ROOT / wing / "__init__.py"
+        if file.exists():
+            sentence = ast.get_docstring(ast.parse(file.read_text())) or ""
+            assert sentence.endswith("."), wing
+            assert 3 <= len(sentence.split()) <= 30, wing
 
 
-def test_the_check_sees_an_import_upwards():
-    assert violations("fitting.fit", {"structlin.layer", "torch"}, WINGS) == ["fitting.fit imports layer"]
-    assert violations("checkpoint.api", {"structlin.heal"}, WINGS) == ["checkpoint.api imports heal"]
-    assert violations("structures.tt", {"structlin.structures.butterfly", "structlin.equation.modes"}, WINGS) == []
-    assert violations("fitting.fit", {"structlin"}, WINGS) == ["fitting.fit imports "]
+def test_wings_import_downward_only():
+    assert violations(GRAPH) == []
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert circle(GRAPH) == []
+
+
+def test_wings_of_one_number_import_each_other_in_one_direction():
+    pairs = {(wing_of(module), wing_of(other)) for module, others in GRAPH.items() for other in others}
+    assert [pair for pair in pairs if pair[0] != pair[1] and pair[::-1] in pairs] == []
+
+
+def test_the_checks_see_what_they_look_for():
+    assert violations({"fitting.fit": {"layers.linear", "runtime"}}) == ["fitting.fit imports layers.linear"]
+    assert violations({"fitting.fit": {""}}) == ["fitting.fit imports "]
+    assert violations({"checkpoint.api": {"layers.linear", "checkpoint._files"}}) == []
+    assert circle({"heal.run": {"heal.state"}, "heal.state": {"heal.run"}}) == ["heal.run", "heal.state", "heal.run"]
 
 
 @pytest.mark.parametrize("part", NO_TORCH)
@@ -107,7 +141,7 @@ def test_imports_inside_functions_are_optional_dependencies():
             if isinstance(node, (ast.Import, ast.ImportFrom))
             for alias in node.names
         }
-        assert late <= {"tqdm", "tqdm.auto"} or unit(name_of(file)) == "integrations", f"{file.name} imports {late}"
+        assert late <= {"tqdm", "tqdm.auto"} or wing_of(name_of(file)) == "integrations", f"{file.name} imports {late}"
 
 
 # A fresh process -----------------------------------------------------------------------------------------------------

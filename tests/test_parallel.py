@@ -13,7 +13,7 @@ from test_kernels import switch_on
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from structlin.layer import build
+from structlin.layers.linear import build
 from structlin.runtime.kernels import native
 from structlin.structures import Kaleidoscope, LowRank, Sum, TensorTrain
 

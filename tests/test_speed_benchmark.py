@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from structlin import KMatrix, KroneckerLinear, LowRankLinear
-from structlin.layer import build
+from structlin.layers.linear import build
 from structlin.structures import PHM, Kaleidoscope, Kronecker, LowRank
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"

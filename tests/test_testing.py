@@ -10,12 +10,12 @@ import pytest
 import torch
 from cases import SMALL_SIZES
 
-from structlin import layer as layer_module
 from structlin import testing
 from structlin.equation.spec import Spec, equation
 from structlin.equation.structure import Structure
 from structlin.fitting.linalg import pad_to
-from structlin.layer import StructuredLinear
+from structlin.layers import linear as layer_module
+from structlin.layers.linear import StructuredLinear
 from structlin.structures import LowRank
 from structlin.testing import LAWS, assert_close, check_structure
 

@@ -13,8 +13,8 @@ from torch.nn.parameter import is_lazy
 
 from structlin.checkpoint._files import CheckpointError, Stored
 from structlin.checkpoint._manifest import Checkpoint, Layer
-from structlin.embedding import StructuredEmbedding
-from structlin.layer import StructuredLinear, build
+from structlin.layers.embedding import StructuredEmbedding
+from structlin.layers.linear import StructuredLinear, build
 
 
 @dataclass(frozen=True)

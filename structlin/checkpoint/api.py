@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from structlin.checkpoint import _directory, _files, _manifest, _skeleton
 from structlin.checkpoint._files import CheckpointError
 from structlin.checkpoint._manifest import Layer
-from structlin.layer import StructuredLinear
+from structlin.layers.linear import StructuredLinear
 
 __all__ = ["CheckpointError", "Summary", "load", "save", "verify"]
 

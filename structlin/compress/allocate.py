@@ -14,7 +14,7 @@ from structlin.compress.observe import find_places, swapped
 from structlin.compress.targets import Target
 from structlin.fitting.fit import fit
 from structlin.fitting.objective import make_objective
-from structlin.layer import from_fit
+from structlin.layers.linear import from_fit
 from structlin.structures import LowRank
 
 # A layer's ratio stays between these multiples of the given one, and below 1: the model of the errors is local.

@@ -21,12 +21,12 @@ from structlin.compress.speed import only_faster
 from structlin.compress.statistics import Statistics
 from structlin.compress.targets import Target, find_targets, module_names, unreached
 from structlin.compress.workers import bar, each
-from structlin.embedding import StructuredEmbedding
 from structlin.equation.structure import show
 from structlin.fitting.budget import Budget
 from structlin.fitting.fit import Fit, fit, relative_error
 from structlin.fitting.objective import Root
-from structlin.layer import StructuredLinear, build, from_fit
+from structlin.layers.embedding import StructuredEmbedding
+from structlin.layers.linear import StructuredLinear, build, from_fit
 from structlin.runtime.contract import to_dense
 
 _HOOKS = (

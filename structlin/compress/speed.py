@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from structlin.compress.report import LayerReport
 from structlin.compress.targets import Target
-from structlin.layer import StructuredLinear
+from structlin.layers.linear import StructuredLinear
 from structlin.runtime import planner
 
 TOKENS = (16, 512)  # rows of the inputs that are timed: a sentence, and a batch of them

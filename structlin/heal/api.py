@@ -15,7 +15,7 @@ from structlin.heal.objective import Forward, Loss, Objective, find_blocks, outp
 from structlin.heal.report import HealReport
 from structlin.heal.run import Limits, Run
 from structlin.heal.stream import Stream
-from structlin.layer import StructuredLinear
+from structlin.layers.linear import StructuredLinear
 
 PROBE = 4  # training batches that stand for validation where there is none
 

@@ -15,7 +15,7 @@ from structlin.equation.spec import Equation, Spec, equation
 from structlin.equation.structure import Structure, register
 from structlin.fitting import linalg
 from structlin.fitting.linalg import Shape
-from structlin.layer import StructuredLinear, layer_of
+from structlin.layers.linear import StructuredLinear, layer_of
 
 
 def kronecker_equation(terms: int, shape: Shape, left: tuple[float, ...] | None = None) -> Equation:

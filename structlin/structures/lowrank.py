@@ -13,7 +13,7 @@ from typing_extensions import Self
 from structlin.equation.spec import Spec, equation
 from structlin.equation.structure import Structure, register
 from structlin.fitting import linalg
-from structlin.layer import StructuredLinear, layer_of
+from structlin.layers.linear import StructuredLinear, layer_of
 
 
 @register

@@ -15,7 +15,7 @@ from structlin.equation import modes
 from structlin.equation.spec import Spec, equation
 from structlin.equation.structure import Structure, register
 from structlin.fitting import linalg
-from structlin.layer import StructuredLinear, layer_of
+from structlin.layers.linear import StructuredLinear, layer_of
 
 
 @register

@@ -15,7 +15,7 @@ from structlin.equation.spec import Spec
 from structlin.equation.structure import Structure, register
 from structlin.fitting import linalg
 from structlin.fitting.linalg import Shape
-from structlin.layer import StructuredLinear, layer_of
+from structlin.layers.linear import StructuredLinear, layer_of
 from structlin.structures.kronecker import check_terms, kronecker_equation, max_terms, nearest
 
 # The quaternion algebra as matrices of left multiplication by 1, i, j, k: q p = (sum_t q_t HAMILTON[t]) p.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from structlin.equation.spec import Spec
 from structlin.equation.structure import Structure, register
-from structlin.layer import StructuredLinear, layer_of
+from structlin.layers.linear import StructuredLinear, layer_of
 from structlin.runtime.contract import to_dense
 from structlin.structures.blast import Blast
 from structlin.structures.kmatrix import Kaleidoscope

@@ -15,7 +15,7 @@ from structlin.equation import modes
 from structlin.equation.spec import Spec, equation
 from structlin.equation.structure import Structure, register
 from structlin.fitting import linalg
-from structlin.layer import StructuredLinear, build, layer_of
+from structlin.layers.linear import StructuredLinear, build, layer_of
 
 _MOST_CORES = 32
 

@@ -15,7 +15,7 @@ from typing_extensions import Self
 from structlin.equation.structure import Structure, hyperparameters
 from structlin.fitting.fit import Family, Fit, fit
 from structlin.fitting.objective import Root
-from structlin.init import initial_factors
+from structlin.layers.init import initial_factors
 from structlin.runtime import contract, kernels, planner
 from structlin.runtime.execution import Execution, Key
 from structlin.runtime.kernels.chain import Chain, suits

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from structlin.layer import StructuredLinear
+from structlin.layers.linear import StructuredLinear
 
 
 class StructuredEmbedding(nn.Module):
