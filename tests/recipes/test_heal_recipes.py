@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 DATA = Path(os.environ.get("STRUCTLIN_DATA", "no folder given"))
 
 np = pytest.importorskip("numpy")

@@ -15,7 +15,7 @@ from structlin import KMatrix, KroneckerLinear, LowRankLinear
 from structlin.layers.linear import build
 from structlin.structures import PHM, Kaleidoscope, Kronecker, LowRank
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture

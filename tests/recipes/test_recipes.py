@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 pytest.importorskip("sklearn")
 transformers = pytest.importorskip("transformers")
