@@ -12,7 +12,7 @@ from structlin.compress import (
     statistics_by_layer,
     to_dense_,
 )
-from structlin.heal import HealReport, heal
+from structlin.heal import HealReport, distillation_loss, heal
 from structlin.layers.embedding import StructuredEmbedding
 from structlin.layers.linear import StructuredLinear
 from structlin.runtime import kernels
@@ -50,6 +50,7 @@ __all__ = [
     "TTLinear",
     "collect_statistics",
     "compress_model",
+    "distillation_loss",
     "heal",
     "kernels",
     "load",
