@@ -2,7 +2,7 @@
 
 from structlin.structures.blast import Blast, BlastLinear
 from structlin.structures.butterfly import Butterfly, ButterflyLinear
-from structlin.structures.kmatrix import Kaleidoscope, KMatrix
+from structlin.structures.kaleidoscope import Kaleidoscope, KMatrix
 from structlin.structures.kronecker import Kronecker, KroneckerLinear
 from structlin.structures.lowrank import LowRank, LowRankLinear
 from structlin.structures.monarch import Monarch, MonarchLinear

@@ -15,7 +15,7 @@ from structlin.equation.structure import Structure, register
 from structlin.layers.linear import StructuredLinear, layer_of
 from structlin.runtime.contract import to_dense
 from structlin.structures.blast import Blast
-from structlin.structures.kmatrix import Kaleidoscope
+from structlin.structures.kaleidoscope import Kaleidoscope
 from structlin.structures.lowrank import LowRank
 
 _OPTIONS = 2  # candidates of each family but the first that the budget search tries
