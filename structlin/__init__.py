@@ -20,6 +20,7 @@ from structlin.runtime.measure import measure_machine
 from structlin.structures import (
     BlastLinear,
     ButterflyLinear,
+    KaleidoscopeLinear,
     KMatrix,
     KroneckerLinear,
     LowRankLinear,
@@ -37,6 +38,7 @@ __all__ = [
     "CompressionPlan",
     "HealReport",
     "KMatrix",
+    "KaleidoscopeLinear",
     "KroneckerLinear",
     "LowRankLinear",
     "MonarchLinear",

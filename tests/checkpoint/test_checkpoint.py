@@ -57,7 +57,7 @@ IN, OUT = 16, 12
 def one_of_each() -> list[Structure]:
     """A resolved member of every registered structure, and of those with an option that changes the equation."""
     found = []
-    for kind in registered(sized=True).values():
+    for kind in structlin.structures.families().values():
         budgets = (IN * OUT * k // 8 for k in range(4, 17))
         found.append(next(member for budget in budgets for member in kind.candidates(IN, OUT, budget)))
     found += [
