@@ -144,6 +144,34 @@ def test_imports_inside_functions_are_optional_dependencies():
         assert late <= {"tqdm", "tqdm.auto"} or wing_of(name_of(file)) == "integrations", f"{file.name} imports {late}"
 
 
+# The process of compression ------------------------------------------------------------------------------------------
+
+DATA = {"config", "data", "plan", "report", "statistics", "tables", "targets"}  # files of compress/ that hold data
+
+
+def longest_chain(graph: dict[str, set[str]], module: str) -> list[str]:
+    """The longest chain of imports that begins with a module."""
+    return [module, *max((longest_chain(graph, other) for other in graph[module]), key=len, default=[])]
+
+
+def test_import_chains_of_compress_are_at_most_six_deep():
+    modules = {module for module in GRAPH if module.startswith("compress.")}
+    inner = {module: GRAPH[module] & modules for module in modules}
+    longest = max((longest_chain(inner, module) for module in sorted(modules)), key=len)
+    assert len(longest) <= 6, longest
+
+
+def test_data_files_of_compress_import_no_running_file():
+    files = {f"compress.{name}" for name in DATA}
+    assert files <= GRAPH.keys()
+    imported = {other for file in files for other in GRAPH[file] if other.startswith("compress.")}
+    assert imported <= files
+
+
+def test_the_process_stands_on_one_page():
+    assert len((ROOT / "compress" / "pipeline.py").read_text().splitlines()) <= 150
+
+
 # A fresh process -----------------------------------------------------------------------------------------------------
 
 

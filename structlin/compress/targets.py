@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -134,7 +134,7 @@ def _tie_reason(
     return f"its weight is tied to {'.'.join(filter(None, (names[module][0], attribute)))}; {way_out} to compress it"
 
 
-def last_target(model: nn.Module, targets: list[Target]) -> Target | None:
+def last_target(model: nn.Module, targets: Sequence[Target]) -> Target | None:
     """The output layer: what `get_output_embeddings` of a transformers model returns, else the last one found."""
     getter = getattr(model, "get_output_embeddings", None)
     declared = getter() if callable(getter) else None

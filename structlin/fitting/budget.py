@@ -17,6 +17,10 @@ SLACK = 0.01
 _BISECTIONS = 12
 
 
+class NoMemberError(ValueError):
+    """No member of a structure is within the budget of a layer."""
+
+
 def within(
     family: Family, in_features: int, out_features: int, ratio: float, budget: Budget = "parameters"
 ) -> list[Structure]:  # fmt: skip
@@ -34,7 +38,7 @@ def within(
     Returns:
         Resolved structures, at least one.
     Raises:
-        ValueError: if ratio or budget is out of range, or ratio so small that no member fits.
+        ValueError: if ratio or budget is out of range; NoMemberError if the ratio is so small that no member fits.
     """
     check_ratio(ratio)
     if budget not in get_args(Budget):
@@ -49,7 +53,7 @@ def within(
         if budget == "bytes":
             found = {s: n for s, n in found.items() if _entries(s, in_features, out_features) <= ratio * dense}
     if not found:
-        raise ValueError(
+        raise NoMemberError(
             f"no {family.name} structure of a {out_features} x {in_features} layer keeps {ratio:.3g} of its {budget} "
             "or fewer; use a larger ratio or another structure"
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from structlin.equation.spec import Spec
 from structlin.equation.structure import Family, Structure
-from structlin.fitting.budget import Budget, within
+from structlin.fitting.budget import Budget, NoMemberError, within
 from structlin.fitting.objective import Objective, Root, make_objective
 from structlin.fitting.refine import Refinement, low_rank_summand
 from structlin.runtime.contract import to_dense
@@ -100,7 +100,7 @@ def fit(
     for family in structure if isinstance(structure, Sequence) else [structure]:
         try:
             options = within(family, weight.shape[1], weight.shape[0], ratio, budget)
-        except ValueError as error:
+        except NoMemberError as error:
             errors.append(error)
         else:
             fits.append(problem.best(options, refine))
