@@ -12,7 +12,8 @@ from structlin.equation.spec import Spec
 from structlin.fitting.objective import Objective, leading_basis
 from structlin.runtime import kernels, planner
 from structlin.runtime.contract import apply, to_dense
-from structlin.runtime.kernels.chain import Chain, chain_of, plain, suits, unobserved
+from structlin.runtime.eager import plain, suits, unobserved
+from structlin.runtime.kernels.chain import Chain, chain_of
 from structlin.runtime.planner import Plan
 
 # Chosen by benchmarks/optimisers.py.

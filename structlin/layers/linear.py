@@ -17,8 +17,9 @@ from structlin.fitting.fit import Families, Fit, fit
 from structlin.fitting.objective import Root
 from structlin.layers.init import initial_factors
 from structlin.runtime import contract, kernels, planner
+from structlin.runtime.eager import suits
 from structlin.runtime.execution import Execution, Key
-from structlin.runtime.kernels.chain import Chain, suits
+from structlin.runtime.kernels.chain import Chain
 from structlin.runtime.machines import machine_of
 from structlin.runtime.planner import Order, Plan
 

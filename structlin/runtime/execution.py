@@ -16,7 +16,8 @@ from torch.compiler import is_compiling
 
 from structlin.equation.spec import Spec
 from structlin.runtime import contract, kernels, planner
-from structlin.runtime.kernels.chain import TENSORS, Chain, chain_of, plain, suits, unobserved
+from structlin.runtime.eager import TENSORS, plain, suits, unobserved
+from structlin.runtime.kernels.chain import Chain, chain_of
 from structlin.runtime.machines import machine_of
 from structlin.runtime.planner import Order, Plan
 from structlin.runtime.recompute import by_chunks, recomputed, with_bias

@@ -21,9 +21,10 @@ from structlin.fitting.fit import fit
 from structlin.layers.linear import build
 from structlin.runtime import kernels, planner
 from structlin.runtime.contract import forward
+from structlin.runtime.eager import suits
 from structlin.runtime.execution import Key
 from structlin.runtime.kernels import native
-from structlin.runtime.kernels.chain import Chain, chain_of, suits
+from structlin.runtime.kernels.chain import Chain, chain_of
 from structlin.runtime.kernels.layouts import cost
 from structlin.runtime.kernels.program import program, stages
 from structlin.runtime.measure import measure_machine
