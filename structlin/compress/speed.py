@@ -14,6 +14,7 @@ from structlin.compress.report import LayerReport
 from structlin.compress.targets import Target
 from structlin.layers.linear import StructuredLinear
 from structlin.runtime import planner
+from structlin.runtime.machines import machine_of
 
 TOKENS = (16, 512)  # rows of the inputs that are timed: a sentence, and a batch of them
 _SAMPLES, _SECONDS = 9, 2e-3  # of each layer, and what one takes at least
@@ -89,7 +90,10 @@ def only_faster(
 
 
 def _taken_back(row: LayerReport, layer: StructuredLinear, tokens: int) -> LayerReport:
-    dense = planner.dense_seconds(row.in_features, row.out_features, tokens)
+    weight = layer.factors[0]
+    dense = planner.dense_seconds(
+        row.in_features, row.out_features, tokens, itemsize=weight.element_size(), machine=machine_of(weight.device)
+    )
     predicted = layer.plan(tokens).seconds / dense
     reason = (
         f"{row.structure} takes {row.speed:.2f} of the dense time at {tokens} rows (predicted {predicted:.2f}), "
