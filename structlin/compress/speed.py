@@ -77,9 +77,10 @@ def only_faster(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 
 def _left_dense(outcome: Outcome, layer: StructuredLinear, tokens: int) -> Outcome:
-    row = outcome.row
-    device = layer.factors[0].device
-    dense = planner.dense_seconds(row.in_features, row.out_features, tokens, machine=machine_of(device))
+    row, weight = outcome.row, layer.factors[0]
+    dense = planner.dense_seconds(
+        row.in_features, row.out_features, tokens, itemsize=weight.element_size(), machine=machine_of(weight.device)
+    )
     predicted = layer.plan(tokens).seconds / dense
     reason = (
         f"{row.structure} takes {row.speed:.2f} of the dense time at {tokens} rows (predicted {predicted:.2f}), "

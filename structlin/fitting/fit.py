@@ -235,11 +235,9 @@ def check_weight(weight: Tensor) -> None:
 
 def _rescaled(spec: Spec, factors: Sequence[Tensor], scale: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Give the scale back to the learned factors, evenly, and cast."""
-    result, start = [], 0
-    for eq in spec.equations:
+    result = []
+    for eq, part in spec.split(factors):
         share = scale ** (1 / sum(factor.learned for factor in eq.factors))
-        for factor in eq.factors:
-            value = factors[start] * share if factor.learned else factors[start]
-            result.append(value.to(dtype).contiguous())
-            start += 1
+        for factor, tensor in zip(eq.factors, part, strict=True):
+            result.append((tensor * share if factor.learned else tensor).to(dtype).contiguous())
     return tuple(result)

@@ -14,6 +14,7 @@ from structlin.runtime import kernels, planner
 from structlin.runtime.contract import apply, to_dense
 from structlin.runtime.eager import plain, suits, unobserved
 from structlin.runtime.kernels.chain import Chain, chain_of
+from structlin.runtime.machines import machine_of
 from structlin.runtime.planner import Plan
 
 # Chosen by benchmarks/optimisers.py.
@@ -76,17 +77,17 @@ class Refinement:
         self._rest = Spec(spec.in_features, spec.out_features, others)
         longest = max((len(eq.factors) for eq in others), default=1)
         self.learning_rate = learning_rate or LEARNING_RATE * min(1.0, FACTORS / longest)
-        self._work = [
-            factors[j].detach().clone() for k, slot in enumerate(_slots(spec)) if k != self._low for j in slot
-        ]
+        parts = [part for _, part in spec.split(factors)]
+        self._work = [factor.detach().clone() for k, part in enumerate(parts) if k != self._low for factor in part]
         self._plan: Plan | None = None
         self._chain: Chain | None = None
         if objective.inputs is not None and others:
             rows = objective.inputs
-            self._plan = planner.find_plan(self._rest, rows.shape[0], itemsize=rows.element_size())
+            machine = machine_of(rows.device)
+            self._plan = planner.find_plan(self._rest, rows.shape[0], machine=machine, itemsize=rows.element_size())
             if kernels.available() and unobserved() and plain(self._work) and suits((rows, *self._work)):
                 chain = chain_of(self._rest)
-                self._chain = chain if chain.seconds(rows.shape[0]) < self._plan.seconds else None
+                self._chain = chain if chain.seconds(rows.shape[0], machine=machine) < self._plan.seconds else None
         self._basis: Tensor | None = None
         if self._low is not None:
             with torch.no_grad():
@@ -99,7 +100,8 @@ class Refinement:
     @property
     def _rank(self) -> int:
         assert self._low is not None
-        return self.spec.shapes[_slots(self.spec)[self._low][0]][1]
+        eq = self.spec.equations[self._low]
+        return eq.shape(eq.factors[0].modes)[1]
 
     @property
     def finished(self) -> bool:
@@ -124,7 +126,7 @@ class Refinement:
             if self._rest.equations:
                 difference = difference - to_dense(self._rest, self._best)
             basis = leading_basis(self.objective.error(difference), self._rank)
-            parts = [tuple(self._best[j] for j in slot) for slot in _slots(self._rest)]
+            parts = [part for _, part in self._rest.split(self._best)]
             parts.insert(self._low, self.objective.low_rank(difference, basis))
         return [factor for part in parts for factor in part]
 
@@ -203,15 +205,6 @@ class Refinement:
             if self._marks and error > (1 - PLATEAU) * self._marks[-1]:
                 self._speed = HURRY
             self._marks.append(error)
-
-
-def _slots(spec: Spec) -> list[range]:
-    """The positions of each equation's factors."""
-    result, start = [], 0
-    for eq in spec.equations:
-        result.append(range(start, start + len(eq.factors)))
-        start += len(eq.factors)
-    return result
 
 
 def _rms(tensor: Tensor) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from structlin.equation.spec import Spec
 from structlin.runtime import planner
+from structlin.runtime.costs import NATIVE_ROWS
 from structlin.runtime.eager import constant, plain, suits, unobserved
 from structlin.runtime.kernels import native
 from structlin.runtime.kernels.layouts import cost
@@ -36,14 +37,15 @@ class Chain:
         SPECS[table] = self.spec
         return table
 
-    def seconds(self, tokens: int, itemsize: int = 4, machine: Machine = planner.CPU) -> float:
-        """Predict the time of a forward pass in s, for elements of so many bytes."""
-        if tokens <= planner.NATIVE_ROWS:
+    def seconds(self, tokens: int, *, itemsize: int = 4, machine: Machine) -> float:
+        """Predict the time of a forward pass in s."""
+        if tokens <= NATIVE_ROWS:
+            # Each token takes its arithmetic or one pass over the factors, whichever is longer.
             rates = planner.NATIVE_FEW
             read = itemsize * self.spec.num_parameters / rates.bandwidth
             return machine.native_few * (tokens * max(cost(self.spec, few=True).seconds, read) + rates.op)
         moved = itemsize * tokens * (self.spec.in_features + self.spec.out_features)
-        if itemsize < 4:  # the factors are converted first
+        if itemsize < 4:  # the kernel converts the factors to float32 first
             moved += itemsize * self.spec.num_parameters
         flops = tokens * cost(self.spec, few=False).flops
         rates = planner.NATIVE
