@@ -171,6 +171,14 @@ def test_a_plan_is_a_compression_whose_rules_name_every_layer(model):
     assert json.loads(report.to_json())["compression"]["settings"]["ratio"] == 0.5
 
 
+def test_a_checkpoint_carries_the_plan(model, tmp_path):
+    report = compress_model(model, "lowrank", ratio=0.5, calibration=batches(4))
+    structlin.save(model, tmp_path / "out", compression=report.compression, metadata={"by": "us"})
+    metadata = structlin.verify(tmp_path / "out").metadata
+    assert metadata["by"] == "us"
+    assert CompressionPlan.from_record(metadata["compression"]) == report.compression
+
+
 @pytest.mark.parametrize("name", ["structure", "ratio", "rules", "budget", "allocation", "tied", "skip_last", "refine"])
 def test_what_a_plan_has_answered_is_not_asked_again(model, name):
     plan = plan_compression(model, "lowrank", ratio=0.5)
