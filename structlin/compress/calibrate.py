@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from structlin.compress.config import Mask
+from structlin.compress.config import Mask, check_mask
 from structlin.compress.observe import hooked, replaced, run_until
 from structlin.compress.statistics import Statistics
 from structlin.compress.sums import Held, Sums, as_rows, not_finite, plainly, scalar, zeros
@@ -46,8 +46,7 @@ class Collecting:
     def __post_init__(self) -> None:
         if self.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype={self.dtype} is too narrow for sums; use torch.float32 or torch.float64")
-        if self.mask is not None and self.mask != "auto" and not callable(self.mask):
-            raise ValueError(f"mask={self.mask!r} is unknown; use 'auto', None or a callable(batch)")
+        check_mask(self.mask)
         if self.output not in ("full", "diagonal"):
             raise ValueError(f"output={self.output!r} is unknown; use 'full' or 'diagonal'")
 

@@ -106,8 +106,7 @@ class Compression:
         if self.refine is not None:
             _check_count("refine", self.refine)
         _check_count("seed", self.seed)
-        if self.mask is not None and self.mask != "auto" and not callable(self.mask):
-            raise ValueError(f"mask={self.mask!r} is unknown; use 'auto', None or a callable(batch)")
+        check_mask(self.mask)
         if not 0 < self.held_back < 1:
             raise ValueError(f"held_back={self.held_back} is outside (0, 1); it is a share of the calibration batches")
         if not 0 <= self.shrinkage < math.inf:
@@ -204,6 +203,12 @@ def check_names(settings: Mapping[str, Any], caller: str) -> None:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"the settings are {known}"
             raise TypeError(f"{caller} has no setting {name!r}; {hint}")
+
+
+def check_mask(mask: Mask) -> None:
+    """Refuse what does not tell which tokens count."""
+    if mask is not None and mask != "auto" and not callable(mask):
+        raise ValueError(f"mask={mask!r} is unknown; use 'auto', None or a callable(batch)")
 
 
 def matches(pattern: Pattern, names: Sequence[str], module: nn.Module) -> bool:

@@ -181,30 +181,32 @@ def allocate(shares: Sequence[Share], data: Data, distance: Distance) -> dict[st
     if len(given) < 2:
         return given
     curves = {share.target.name: _curve(share.target, data) for share in shares}
-    proxies = {share.target.name: _proxy(share.target, share.ratio, data) for share in shares}
+    uniform = {share.target.name: _answers(share.target, share.ratio, data) for share in shares}
     weights: dict[str, float] = {}
     for share in shares:
         name = share.target.name
-        kept = _rank(share.target, share.ratio)
-        lost = curves[name][min(kept, len(curves[name]) - 1)].item()
         if data.statistics is not None and name in data.statistics.output_grams:
             weights[name] = _loss_energy(share.target, data)
         else:
-            weights[name] = distance(_answers(share.target, proxies[name])) / max(lost, 1e-12)
+            lost = curves[name][min(_rank(share.target, share.ratio), len(curves[name]) - 1)].item()
+            weights[name] = distance(uniform[name]) / max(lost, 1e-12)
     felt = [share for share in shares if weights[share.target.name] > 0]
     if len(felt) < 2:
         return given
     found = given | _filled(felt, curves, weights)
-    uniform = {k: v for share in felt for k, v in _answers(share.target, proxies[share.target.name]).items()}
-    other = {
-        k: v
-        for share in felt
-        for k, v in _answers(share.target, _proxy(share.target, found[share.target.name], data)).items()
-    }
-    return found if distance(other) < distance(uniform) else given
+    other = [_answers(share.target, found[share.target.name], data) for share in felt]
+    before, after = (
+        distance({old: new for answers in each for old, new in answers.items()}) for each in (uniform.values(), other)
+    )
+    return found if after < before else given
 
 
-def _answers(target: Target, proxy: nn.Module) -> dict[nn.Module, nn.Module]:
+def _answers(target: Target, ratio: float, data: Data) -> dict[nn.Module, nn.Module]:
+    """Return the whitened low-rank approximation of a layer for each module that uses its weight."""
+    gram, output_gram = data.grams(target.name)
+    weight = target.linear.weight
+    found = fit(weight, LowRank(_rank(target, ratio)), gram=gram, output_gram=output_gram, refine=0)
+    proxy = from_fit(found, target.linear)
     return {linear: proxy for linear, _ in target.linears}
 
 
@@ -222,13 +224,6 @@ def _curve(target: Target, data: Data) -> Tensor:
     energy = torch.linalg.eigvalsh(smaller).clamp_min(0)  # ascending
     tails = torch.cat([energy.cumsum(0).flip(0), energy.new_zeros(1)])
     return (tails / tails[0].clamp_min(1e-300)).cpu()
-
-
-def _proxy(target: Target, ratio: float, data: Data) -> nn.Module:
-    gram, output_gram = data.grams(target.name)
-    weight = target.linear.weight
-    found = fit(weight, LowRank(_rank(target, ratio)), gram=gram, output_gram=output_gram, refine=0)
-    return from_fit(found, target.linear)
 
 
 def _loss_energy(target: Target, data: Data) -> float:
