@@ -17,10 +17,20 @@ autodoc_typehints = "none"  # the signature has them
 napoleon_custom_sections = ["Source"]
 
 
-def escape(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Keep the bars of norms, |W|, from being read as substitutions of reStructuredText."""
-    lines[:] = [line if line.lstrip().startswith(">>>") else line.replace("|", r"\|") for line in lines]
+def plain(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Make reStructuredText of a docstring as ours are written.
+
+    The bars of norms, |W|, are no substitutions, and "Source: Author year." in one line is a section.
+    """
+    result: list[str] = []
+    for line in lines:
+        if line.startswith("Source: "):
+            result += ["", "Source:", f"    {line.removeprefix('Source: ')}"]
+        else:
+            result.append(line if line.lstrip().startswith(">>>") else line.replace("|", r"\|"))
+    lines[:] = result
 
 
 def setup(app: Any) -> None:
-    app.connect("autodoc-process-docstring", escape)
+    """Run before napoleon, which reads the sections."""
+    app.connect("autodoc-process-docstring", plain, priority=400)
