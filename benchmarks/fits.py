@@ -40,9 +40,10 @@ from _weights import (
     store,
 )
 
-from structlin.equation.structure import registered, show
+from structlin.equation.structure import show
 from structlin.fitting.budget import within
 from structlin.fitting.fit import fit
+from structlin.structures import families, family
 
 Row = dict[str, Any]
 Places = list[tuple[int, str]]  # number and role of each layer
@@ -61,7 +62,7 @@ class Case:
 
     Args:
         layer: its weight and Grams.
-        structure: registered name.
+        structure: name of its family.
         ratio: of the parameters.
         weighted: whether the Gram of the calibration sentences is given.
         refine: steps; None for the library's choice.
@@ -79,7 +80,7 @@ def measure(case: Case) -> Row:
     layer = case.layer
     gram = layer.gram if case.weighted else None
     start = time.perf_counter()
-    found = fit(layer.weight, registered()[case.structure], ratio=case.ratio, gram=gram, refine=case.refine)
+    found = fit(layer.weight, family(case.structure), ratio=case.ratio, gram=gram, refine=case.refine)
     seconds = time.perf_counter() - start
     grams = {"frobenius": None, "error": layer.gram, "held_out": layer.held_out}
     errors = {name: output_error(layer.weight, found.spec, found.factors, gram) for name, gram in grams.items()}
@@ -159,7 +160,7 @@ def weighted_cases(layers: Sequence[Layer]) -> list[Case]:
     """For every structure and weight, the fit without a Gram or refinement, then that with the Gram."""
     return [
         Case(layer, name, 0.5, weighted, None if weighted else 0)
-        for name in sorted(registered(sized=True))
+        for name in sorted(families())
         for layer in layers
         if _exists(name, layer)
         for weighted in (False, True)
@@ -169,7 +170,7 @@ def weighted_cases(layers: Sequence[Layer]) -> list[Case]:
 def _exists(name: str, layer: Layer) -> bool:
     out_features, in_features = layer.weight.shape
     try:
-        within(registered()[name], in_features, out_features, 0.5)
+        within(family(name), in_features, out_features, 0.5)
     except ValueError as error:
         say(f"  left out: {error}")
         return False

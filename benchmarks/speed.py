@@ -29,11 +29,11 @@ from _speed import INFERENCE, MODES, TRAINING, Effort, Row, Subject, measure
 from torch import nn
 
 from structlin.equation.modes import divisors
-from structlin.equation.structure import Structure, registered, show, structure_class
+from structlin.equation.structure import Structure, show
 from structlin.fitting.budget import within
 from structlin.layers.linear import build
 from structlin.runtime.kernels.native import SWITCH
-from structlin.structures import PHM, Butterfly, Kaleidoscope, Kronecker, LowRank, Sum, TensorTrain
+from structlin.structures import PHM, Butterfly, Kaleidoscope, Kronecker, LowRank, Sum, TensorTrain, families, family
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))  # scripts, not a package
 
@@ -130,7 +130,7 @@ def sized_cases(names: Sequence[str], shapes: Sequence[Sizes], ratios: Sequence[
         for ratio in ratios:
             for name in names:
                 try:
-                    first = within(structure_class(name), *sizes, ratio)[0]
+                    first = within(family(name), *sizes, ratio)[0]
                 except ValueError as error:
                     say(f"  left out: {error}")
                 else:
@@ -164,7 +164,7 @@ SUITES = {
     ),
     "overhead": Suite(
         "Overhead: every structure at 64 x 64, one token",
-        lambda: sized_cases(sorted(registered(sized=True)), [(64, 64)], (0.5,)),
+        lambda: sized_cases(sorted(families()), [(64, 64)], (0.5,)),
         (1,),
     ),
     "llm": Suite(
@@ -174,7 +174,7 @@ SUITES = {
     ),
     "all": Suite(
         "Every structure at half and a quarter of the parameters",
-        lambda: sized_cases(sorted(registered(sized=True)), [(384, 384), (768, 768), (768, 3072)], (0.5, 0.25)),
+        lambda: sized_cases(sorted(families()), [(384, 384), (768, 768), (768, 3072)], (0.5, 0.25)),
     ),
 }
 

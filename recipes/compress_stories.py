@@ -36,10 +36,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 import structlin
-from structlin.equation.structure import registered
+from structlin.structures import families
 
 START = 1  # the id of the token that a story starts with
-NAMES = ("svd", "lowrank", *sorted(registered(sized=True).keys() - {"lowrank"}), "auto")
+NAMES = ("svd", "lowrank", *sorted(families().keys() - {"lowrank"}), "auto")
 
 COLUMNS = {
     "structure": ("structure", ""),

@@ -26,7 +26,7 @@ from _results import RESULTS, environment, say, store
 from torch import nn
 
 import structlin
-from structlin.equation.structure import registered
+from structlin.structures import families
 
 COLUMNS = {
     "structure": ("structure", ""),
@@ -75,7 +75,7 @@ def summary(name: str, runs: Sequence[dict[str, float]]) -> dict[str, object]:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = sorted(registered(sized=True))
+    names = sorted(families())
     parser.add_argument("--structures", nargs="+", choices=names, default=names)
     parser.add_argument("--ratio", type=float, default=0.25, help="parameters kept of each large layer")
     parser.add_argument("--width", type=int, default=256)

@@ -24,9 +24,9 @@ from _digits import accuracy, digits, mlp, parameters, train
 from _results import RESULTS, environment, say, store
 from torch import nn
 
-from structlin.equation.structure import registered, structure_class
 from structlin.fitting.budget import within
 from structlin.layers.linear import build
+from structlin.structures import families, family
 
 COLUMNS = {
     "structure": ("structure", ""),
@@ -50,7 +50,7 @@ def structured(name: str, ratio: float, width: int) -> nn.Sequential:
     for k in (2, 4):
         dense = model[k]
         sizes = dense.in_features, dense.out_features
-        members = within(structure_class(name), *sizes, ratio)  # one for each choice of shape
+        members = within(family(name), *sizes, ratio)  # one for each choice of shape
         largest = max(members, key=lambda member: member.spec(*sizes).num_parameters)
         model[k] = build(largest, *sizes)
     return model
@@ -80,7 +80,7 @@ def run(name: str, args: argparse.Namespace) -> dict[str, object]:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = sorted(registered(sized=True))
+    names = sorted(families())
     parser.add_argument("--structures", nargs="+", choices=names, default=names)
     parser.add_argument("--ratio", type=float, default=0.25, help="parameters kept of each large layer")
     parser.add_argument("--width", type=int, default=256)

@@ -12,7 +12,7 @@ from structlin.compress import (
     statistics_by_layer,
     to_dense_,
 )
-from structlin.heal import HealReport, heal
+from structlin.heal import HealReport, distillation_loss, heal
 from structlin.layers.embedding import StructuredEmbedding
 from structlin.layers.linear import StructuredLinear
 from structlin.runtime import kernels
@@ -20,6 +20,7 @@ from structlin.runtime.measure import measure_machine
 from structlin.structures import (
     BlastLinear,
     ButterflyLinear,
+    KaleidoscopeLinear,
     KMatrix,
     KroneckerLinear,
     LowRankLinear,
@@ -37,6 +38,7 @@ __all__ = [
     "CompressionPlan",
     "HealReport",
     "KMatrix",
+    "KaleidoscopeLinear",
     "KroneckerLinear",
     "LowRankLinear",
     "MonarchLinear",
@@ -50,6 +52,7 @@ __all__ = [
     "TTLinear",
     "collect_statistics",
     "compress_model",
+    "distillation_loss",
     "heal",
     "kernels",
     "load",

@@ -13,8 +13,6 @@ from structlin.structures import (
     Kaleidoscope,
     Kronecker,
     LowRank,
-    LowRankBlast,
-    LowRankKaleidoscope,
     Monarch,
     Shapeshifter,
     Sum,
@@ -74,11 +72,9 @@ CASES = {
         nested=False,
     ),
     "blast": Case((lambda k: Blast(blocks=1, rank=k), lambda k: Blast(blocks=k, rank=1)), nested=False),
-    "lowrank+kmatrix": Case(fixed=(LowRankKaleidoscope((LowRank(rank=1), Kaleidoscope())),)),
-    "lowrank+blast": Case(fixed=(LowRankBlast((LowRank(rank=1), Blast(blocks=1, rank=1))),)),
     "sum": Case(
         (lambda k: Sum((LowRank(rank=1), LowRank(rank=k))),),
-        fixed=(Sum((LowRank(rank=1), Kaleidoscope())),),
+        fixed=(Sum((LowRank(rank=1), Kaleidoscope())), Sum((LowRank(rank=1), Blast(blocks=1, rank=1)))),
         small=(Sum((LowRank(rank=2), Monarch(blocks=2), Kronecker(terms=2))),),
     ),
 }

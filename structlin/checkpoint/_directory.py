@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from structlin.checkpoint._files import OWN, CheckpointError
+from structlin.checkpoint._files import OWN
+from structlin.checkpoint.tensors import CheckpointError
 
 
 def _sibling(target: Path, what: str) -> Path:

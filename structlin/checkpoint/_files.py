@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import re
 import stat
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +17,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from structlin.checkpoint.tensors import COMPLEX, DTYPES, CheckpointError, write_safetensors
+
 JSON_BYTES = 64 * 2**20
 JSON_DEPTH = 32
 LARGEST_AXIS = 2**31 - 1
@@ -27,20 +27,6 @@ MOST_AXES = 64  # of a torch tensor
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 OWN = re.compile(rf"structlin\.json|{re.escape(INDEX)}|{SHARD.pattern}")
-
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# safetensors before 0.6 has no complex numbers: they are stored as pairs, in a trailing axis of size 2.
-COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64, torch.float16: torch.complex32}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be written, is damaged, or does not fit the model; nothing was changed."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +97,6 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor], max_shard_byte
     Returns:
         The sha256 of each shard by file name.
     """
-    if sys.byteorder != "little":
-        raise CheckpointError("safetensors files are little-endian and this machine is not; save on another one")
     groups = _grouped(tensors, max_shard_bytes)
     count = len(groups)
     names = ["model.safetensors"]
@@ -138,38 +122,9 @@ def _grouped(tensors: Mapping[str, Tensor], max_shard_bytes: int) -> list[dict[s
 
 
 def _write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write one safetensors file, one tensor in memory at a time.
-
-    `safetensors.torch.save_file` needs numpy, refuses tensors that share memory and makes the file private (0600).
-    """
-    # Wide items first: then every tensor is aligned to its item size.
-    order = sorted(tensors, key=lambda key: (-_real(tensors[key].dtype).itemsize, key))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    start = 0
-    for key in order:
-        tensor = tensors[key]
-        shape = [*tensor.shape, 2] if tensor.is_complex() else [*tensor.shape]
-        stop = start + tensor.nbytes
-        header[key] = {"dtype": NAMES[_real(tensor.dtype)], "shape": shape, "data_offsets": [start, stop]}
-        start = stop
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for part in (len(text).to_bytes(8, "little"), text):
-            file.write(part)
-            digest.update(part)
-        for key in order:
-            tensor = tensors[key].detach().resolve_conj().resolve_neg().cpu().contiguous()
-            if tensor.nbytes:
-                raw = memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr()))
-                file.write(raw)
-                digest.update(raw)
+    write_safetensors(path, tensors, {"format": "pt"}, digest.update)
     return digest.hexdigest()
-
-
-def _real(dtype: torch.dtype) -> torch.dtype:
-    return dtype.to_real() if dtype.is_complex else dtype
 
 
 def read_headers(directory: Path, shards: list[str], pairs: set[str]) -> dict[str, Stored]:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from structlin.checkpoint import _files
-from structlin.checkpoint._files import CheckpointError, Stored
+from structlin.checkpoint._files import Stored
+from structlin.checkpoint.tensors import CheckpointError
 from structlin.equation.structure import Structure, hyperparameters, registered
 
 MANIFEST = "structlin.json"

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from structlin.checkpoint._files import CheckpointError, Stored
+from structlin.checkpoint._files import Stored
 from structlin.checkpoint._manifest import Checkpoint, Layer
+from structlin.checkpoint.tensors import CheckpointError
 from structlin.layers.embedding import StructuredEmbedding
 from structlin.layers.linear import StructuredLinear, build
 

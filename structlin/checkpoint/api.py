@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from structlin.checkpoint import _directory, _files, _manifest, _skeleton
-from structlin.checkpoint._files import CheckpointError
 from structlin.checkpoint._manifest import Layer
+from structlin.checkpoint.tensors import CheckpointError, obstacle
 from structlin.layers.linear import StructuredLinear
 
 __all__ = ["CheckpointError", "Summary", "load", "save", "verify"]
@@ -210,12 +209,5 @@ def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _check_storable(slot: _skeleton.Slot) -> None:
-    if is_lazy(slot.tensor):
-        raise CheckpointError(f"tensor {slot.name!r} is not initialised; run the model once before saving")
-    if slot.tensor.is_meta:
-        raise CheckpointError(f"tensor {slot.name!r} is on the meta device; load values before saving")
-    dtype = slot.tensor.dtype
-    if slot.tensor.layout is not torch.strided or not (dtype in _files.NAMES or dtype in _files.COMPLEX.values()):
-        raise CheckpointError(
-            f"tensor {slot.name!r} is {dtype}, {slot.tensor.layout}; dense ones of {sorted(_files.DTYPES)} are stored"
-        )
+    if reason := obstacle(slot.tensor):
+        raise CheckpointError(f"tensor {slot.name!r} {reason}")

@@ -166,7 +166,7 @@ def _sized(chosen: Choice, dense: PlanEntry, weight: Tensor, evidence: Evidence,
     if isinstance(chosen.structure, Structure):
         return replace(dense, structure=chosen.structure.resolve(*sizes, weight.detach()))
     assert chosen.ratio is not None
-    if isinstance(chosen.structure, type):
+    if not isinstance(chosen.structure, Sequence):
         options = within(chosen.structure, *sizes, chosen.ratio, budget)
         if len(options) == 1:
             return replace(dense, structure=options[0])

@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import nn
 
-from structlin.equation.structure import Structure, structure_class
+from structlin.equation.structure import Structure
 from structlin.fitting.budget import check_ratio
-from structlin.fitting.fit import Family
-from structlin.structures import LowRank, LowRankBlast, LowRankKaleidoscope
+from structlin.fitting.fit import Families
+from structlin.structures import Blast, Kaleidoscope, LowRank, family, sum_of
 
 # What "auto" chooses from: low rank is always solved exactly, so that the choice is never worse; the two sums were best
 # in benchmarks/results/structures_tried.md.
-AUTO: Family = (LowRank, LowRankKaleidoscope, LowRankBlast)
+AUTO: Families = (LowRank, sum_of(LowRank, Kaleidoscope), sum_of(LowRank, Blast))
 
 Pattern = str | Callable[[str, nn.Module], bool]
 Value = Structure | str | None | Mapping[str, Any]
@@ -28,7 +28,7 @@ Rules = Mapping[Pattern, Value]
 class Choice:
     """What a rule says: a structure with its sizes, or one or more classes and a ratio."""
 
-    structure: Structure | Family
+    structure: Structure | Families
     ratio: float | None = None
     refine: int | None = None
 
@@ -75,8 +75,8 @@ def choice(value: Value, default: Choice | None, ratio: float | None, refine: in
     raise TypeError(f"a rule holds {type(value).__name__}; use a structure, its name, a mapping, or None to stay dense")
 
 
-def _family(name: str) -> Family:
-    return AUTO if name == "auto" else structure_class(name)
+def _family(name: str) -> Families:
+    return AUTO if name == "auto" else family(name)
 
 
 def _instance(cls: type[Structure], fields: Mapping[str, Any]) -> Structure:

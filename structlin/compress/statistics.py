@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import secrets
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import Tensor
 
+from structlin.checkpoint.tensors import read_safetensors, write_safetensors
 from structlin.fitting.objective import Root
 
 FIELDS = ("grams", "output_grams", "crosses")
 VERSION = 1
 SHRINKAGE = 0.03
 _KEY = "structlin_statistics"  # in the metadata of the file
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 # Per field and name: shape, dtype, and a number that names with one and the same tensor have in common.
 _Outline = dict[str, dict[str, tuple[tuple[int, ...], str, int]]]
@@ -135,23 +132,18 @@ class Statistics:
         Args:
             path: where to; its directory must exist.
         Raises:
-            ValueError: on a big-endian machine.
+            CheckpointError: if a tensor cannot be stored, or on a big-endian machine.
             OSError: if the file cannot be written; what was there stays.
         """
-        if sys.byteorder != "little":
-            raise ValueError("safetensors files are little-endian and this machine is not; save on another one")
-        keys: dict[int, str] = {}
-        tensors: dict[str, Tensor] = {}
-        for tensor in sorted(self._distinct(), key=lambda t: -t.dtype.itemsize):  # aligned: wide items first
-            keys[id(tensor)] = str(len(keys))
-            tensors[keys[id(tensor)]] = tensor
+        tensors = {str(number): tensor for number, tensor in enumerate(self._distinct())}
+        keys = {id(tensor): key for key, tensor in tensors.items()}
         record: dict[str, Any] = {"version": VERSION, "tokens": dict(self.tokens)}
         record |= {what: {name: keys[id(t)] for name, t in getattr(self, what).items()} for what in FIELDS}
         record["complex"] = [key for key, tensor in tensors.items() if tensor.is_complex()]
         target = Path(path).resolve()
         aside = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
         try:
-            _write(aside, tensors, {_KEY: json.dumps(record)})
+            write_safetensors(aside, tensors, {_KEY: json.dumps(record)})
             os.replace(aside, target)
         finally:
             aside.unlink(missing_ok=True)
@@ -167,14 +159,12 @@ class Statistics:
             OSError: if it cannot be opened.
         """
         try:
-            with safe_open(Path(path), framework="pt") as file:
-                record = json.loads((file.metadata() or {}).get(_KEY, "null"))
-                if not isinstance(record, dict):
-                    raise ValueError(f"its metadata lacks {_KEY!r}")
-                if record.get("version") != VERSION:
-                    raise ValueError(f"version {record.get('version')}; this structlin reads version {VERSION}")
-                # A copy: the mapped file must not live on in a tensor's storage.
-                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors, metadata = read_safetensors(Path(path))
+            record = json.loads(metadata.get(_KEY, "null"))
+            if not isinstance(record, dict):
+                raise ValueError(f"its metadata lacks {_KEY!r}")
+            if record.get("version") != VERSION:
+                raise ValueError(f"version {record.get('version')}; this structlin reads version {VERSION}")
             tensors |= {key: torch.view_as_complex(tensors[key]) for key in record["complex"]}
             parts = {what: {name: tensors[key] for name, key in record[what].items()} for what in FIELDS}
             if record["tokens"].keys() != parts["grams"].keys():
@@ -220,33 +210,3 @@ def _check_alike(first: _Outline, other: _Outline, who: str) -> None:
             if other[what][name][:2] != (shape, dtype):
                 has = "{} {}".format(*other[what][name][:2])
                 raise ValueError(f"layer {name!r}: {what} of {shape} {dtype}, but {who} has {has}; collect them alike")
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, one tensor on the CPU at a time; complex numbers as pairs in a trailing axis.
-
-    `safetensors.torch.save_file` needs numpy and makes the file private (0600).
-    """
-    header: dict[str, Any] = {"__metadata__": metadata}
-    start = 0
-    for key, tensor in tensors.items():
-        dtype, shape = tensor.dtype, [*tensor.shape]
-        if dtype.is_complex:
-            dtype, shape = dtype.to_real(), [*shape, 2]
-        header[key] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [start, start + tensor.nbytes]}
-        start += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for raw in _bytes(tensors.values()):
-            file.write(raw)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _bytes(tensors: Any) -> Iterator[memoryview]:
-    for tensor in tensors:
-        plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
-        if plain.nbytes:
-            yield memoryview((ctypes.c_ubyte * plain.nbytes).from_address(plain.data_ptr()))

@@ -1,14 +1,15 @@
-"""What a structure is, and the registry of those that there are."""
+"""The `Structure` interface, and the registry of known structures."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from functools import cache
 from types import UnionType
-from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -16,27 +17,29 @@ from structlin.equation.spec import Spec
 
 
 class Structure(ABC):
-    """A family of structured matrices with its hyperparameters: subclass it as a frozen dataclass.
+    """A kind of structured matrix with its hyperparameters: subclass it as a frozen dataclass.
 
-    A structure says which modes its equation has and how a dense weight decomposes into it. All else (forward,
-    backward, counts, initialisation, printing, storage, budget search) follows from the equation.
+    A structure gives the modes of its equation and the decomposition of a dense weight. All else (forward, backward,
+    counts, initialisation, printing, storage) follows from the equation.
 
-    Fields may be left open (None) where they can be found from the size of the layer or from its weight; `resolve`
-    fills them in. A resolved structure is what a layer holds and what a checkpoint stores. Fields are numbers, strings,
-    None, structures, or tuples of them.
+    A field may be left open (None) where the size of the layer or its weight determines it; `resolve` fills it in.
+    Layers and checkpoints hold resolved structures. A field holds a number, a string, None, a structure, or a tuple of
+    these.
     """
 
+    # The registered name, written to files, and other names accepted in its place.
     name: ClassVar[str]
-    # Refinement steps that `from_linear` takes unless told otherwise: above 0 for a structure without a closed form.
+    aliases: ClassVar[tuple[str, ...]] = ()
+    # Default number of refinement steps: above 0 for a structure without a closed form.
     refine_steps: ClassVar[int] = 0
     # Whether `candidates` finds sizes from a budget.
     sized: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Make lists tuples, and check every field against its annotation.
+        """Turn lists into tuples, and check every field against its annotation.
 
         Raises:
-            TypeError: if a field is of another kind.
+            TypeError: if a field has another type.
         """
         for name, kind in _field_kinds(type(self)).items():
             given = getattr(self, name)
@@ -44,16 +47,16 @@ class Structure(ABC):
             if not _is_kind(value, kind):
                 expected = getattr(kind, "__name__", None) if isinstance(kind, type) else kind
                 raise TypeError(f"{type(self).__name__}: {name}={given!r} is of the wrong kind; use {expected}")
-            object.__setattr__(self, name, value)  # the way of frozen dataclasses
+            object.__setattr__(self, name, value)  # a frozen dataclass has no other way in
 
     @abstractmethod
     def resolve(self, in_features: int, out_features: int, weight: Tensor | None = None) -> Structure:
-        """Fill in open fields and check all of them for a layer of this size.
+        """Fill in open fields, and check every field for a layer of this size.
 
         Args:
             in_features: size of the input.
             out_features: size of the output.
-            weight: dense matrix (out_features, in_features), for fields that follow from it.
+            weight: dense matrix (out_features, in_features), for fields that depend on it.
         Raises:
             ValueError: if a field is out of range, naming the range.
         """
@@ -64,12 +67,27 @@ class Structure(ABC):
 
     @abstractmethod
     def decompose(self, weight: Tensor) -> Iterable[Tensor]:
-        """Approximate a dense weight (out_features, in_features) by the factors of the (resolved) equation."""
+        """Return factors that approximate a dense weight (out_features, in_features), in the order of the equation."""
 
     @classmethod
     @abstractmethod
     def candidates(cls, in_features: int, out_features: int, budget: int) -> Iterable[Structure]:
-        """Yield the largest members of at most `budget` parameters; one per choice of shape, the fit decides."""
+        """Yield the largest members of at most `budget` parameters, one per choice of shape; the fit decides."""
+
+
+class Family(Protocol):
+    """Structures of one kind whose sizes a budget finds: a structure's class, or a sum of such (`SumFamily`)."""
+
+    @property
+    def name(self) -> str:
+        """The name, as a rule or a command line gives it."""
+
+    @property
+    def refine_steps(self) -> int:
+        """Default number of refinement steps of the members."""
+
+    def candidates(self, in_features: int, out_features: int, budget: int) -> Iterable[Structure]:
+        """Yield the largest members of at most `budget` parameters, as `Structure.candidates` does."""
 
 
 @cache
@@ -79,7 +97,7 @@ def _field_kinds(cls: type[Structure]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Lists as tuples, whole numbers of any library as int."""
+    """Convert lists to tuples, and integers of any library to int."""
     if isinstance(value, (list, tuple)):
         return tuple(map(_plain, value))
     return operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else value
@@ -103,35 +121,48 @@ _REGISTRY: dict[str, type[Structure]] = {}
 
 
 def register(cls: S) -> S:
-    """Add a structure to the registry under its `name` (a class decorator).
+    """Add a structure to the registry under its `name` and `aliases` (a class decorator).
 
     Raises:
-        ValueError: if another class has the name.
+        ValueError: if another class has one of the names.
         TypeError: if the class is not a frozen dataclass.
     """
     params = getattr(cls, "__dataclass_params__", None)
     if params is None or not params.frozen:
         raise TypeError(f"{cls.__name__} is not a frozen dataclass; decorate it with @dataclass(frozen=True)")
-    if _REGISTRY.get(cls.name, cls).__qualname__ != cls.__qualname__:
-        raise ValueError(f"the name {cls.name!r} belongs to {_REGISTRY[cls.name].__name__}; choose another name")
+    for name in (cls.name, *cls.aliases):
+        owner = _find(name)
+        if owner is not None and owner.__qualname__ != cls.__qualname__:  # a reloaded module registers again
+            raise ValueError(f"the name {name!r} belongs to {owner.__name__}; choose another name")
     _REGISTRY[cls.name] = cls
     return cls
 
 
 def registered(*, sized: bool = False) -> dict[str, type[Structure]]:
-    """Return the registered structures by name; with `sized`, those that find their sizes from a ratio."""
+    """Return the registered structures by name; with `sized`, only those that find their sizes from a ratio."""
     return {name: cls for name, cls in _REGISTRY.items() if cls.sized or not sized}
 
 
 def structure_class(name: str) -> type[Structure]:
-    """Look a structure up by its registered name.
+    """Look up a structure by its registered name or an alias.
 
     Raises:
-        ValueError: if the name is unknown, listing those that are known.
+        ValueError: if the name is unknown; the message lists the known names and the nearest of them.
     """
-    if name not in _REGISTRY:
-        raise ValueError(f"structure {name!r} is unknown; use one of {sorted(_REGISTRY)}, or for whole models 'auto'")
-    return _REGISTRY[name]
+    found = _find(name)
+    if found is None:
+        names = [other for cls in _REGISTRY.values() for other in (cls.name, *cls.aliases)]
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"structure {name!r} is unknown; use one of {sorted(_REGISTRY)}, a sum such as 'lowrank+kmatrix', or for "
+            f"whole models 'auto'{hint}"
+        )
+    return found
+
+
+def _find(name: str) -> type[Structure] | None:
+    return next((cls for cls in _REGISTRY.values() if name in (cls.name, *cls.aliases)), None)
 
 
 def hyperparameters(structure: Structure) -> dict[str, Any]:
@@ -141,7 +172,7 @@ def hyperparameters(structure: Structure) -> dict[str, Any]:
 
 
 def to_record(structure: Structure) -> dict[str, Any]:
-    """Write a structure as plain JSON data: its registered name under `kind`, and its fields."""
+    """Return a structure as plain JSON data: its registered name under `kind`, and its fields."""
     return {"kind": structure.name, **{name: _written(value) for name, value in hyperparameters(structure).items()}}
 
 
@@ -152,10 +183,10 @@ def _written(value: Any) -> Any:
 
 
 def from_record(record: Mapping[str, Any]) -> Structure:
-    """Read what `to_record` wrote, lists back to tuples and records to structures.
+    """Read the data that `to_record` returned; lists become tuples, records become structures.
 
     Raises:
-        ValueError: if the kind is unknown or the fields are not those of the structure.
+        ValueError: if the kind is unknown or the structure lacks one of the fields.
     """
     fields = {name: _read(value) for name, value in record.items() if name != "kind"}
     cls = structure_class(str(record.get("kind")))
@@ -172,7 +203,7 @@ def _read(value: Any) -> Any:
 
 
 def show(structure: Structure) -> str:
-    """Write a structure for people: its name and the fields that are set, the parts of a sum with a plus."""
+    """Describe a structure in a line: its name and the fields that are set, the parts of a sum joined by a plus."""
     fields = hyperparameters(structure)
     if set(fields) == {"parts"}:
         return " + ".join(show(part) for part in fields["parts"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, get_args
 
-from structlin.equation.structure import Structure
+from structlin.equation.structure import Family, Structure
 from structlin.runtime.planner import flops_per_token
 
 Budget = Literal["parameters", "bytes", "flops"]
@@ -18,14 +18,14 @@ _BISECTIONS = 12
 
 
 def within(
-    cls: type[Structure], in_features: int, out_features: int, ratio: float, budget: Budget = "parameters"
+    family: Family, in_features: int, out_features: int, ratio: float, budget: Budget = "parameters"
 ) -> list[Structure]:  # fmt: skip
     """Return the candidates of a structure that keep at most `ratio` of the dense parameters, bytes or FLOPs.
 
     One candidate per choice of shape, each as large as fits; the fit decides between them.
 
     Args:
-        cls: the structure's class.
+        family: a structure's class, or a sum (`structlin.structures.sum_of`).
         in_features: size of the input.
         out_features: size of the output.
         ratio: kept / dense (bias excluded), in (0, 1].
@@ -41,17 +41,17 @@ def within(
         raise ValueError(f"budget={budget!r} is unknown; use one of {get_args(Budget)}")
     dense = in_features * out_features
     if budget == "flops":
-        found = _sized_by_flops(cls, in_features, out_features, 2 * ratio * dense)
+        found = _sized_by_flops(family, in_features, out_features, 2 * ratio * dense)
     else:
-        found = _sized(cls, in_features, out_features, int(ratio * dense + 1e-9))
+        found = _sized(family, in_features, out_features, int(ratio * dense + 1e-9))
         if not found or max(found.values()) < (1 - COARSE) * ratio * dense:
-            found |= _sized(cls, in_features, out_features, int((1 + SLACK) * ratio * dense))
+            found |= _sized(family, in_features, out_features, int((1 + SLACK) * ratio * dense))
         if budget == "bytes":
             found = {s: n for s, n in found.items() if _entries(s, in_features, out_features) <= ratio * dense}
     if not found:
         raise ValueError(
-            f"no {cls.name} structure of a {out_features} x {in_features} layer keeps {ratio:.3g} of its {budget} or "
-            "fewer; use a larger ratio or another structure"
+            f"no {family.name} structure of a {out_features} x {in_features} layer keeps {ratio:.3g} of its {budget} "
+            "or fewer; use a larger ratio or another structure"
         )
     return list(found)
 
@@ -66,9 +66,9 @@ def check_ratio(ratio: float) -> None:
         raise ValueError(f"ratio={ratio} is outside (0, 1]; it is parameters kept / dense parameters")
 
 
-def _sized(cls: type[Structure], in_features: int, out_features: int, budget: int) -> dict[Structure, int]:
+def _sized(family: Family, in_features: int, out_features: int, budget: int) -> dict[Structure, int]:
     """Candidates and their parameters."""
-    resolved = [c.resolve(in_features, out_features) for c in cls.candidates(in_features, out_features, budget)]
+    resolved = [c.resolve(in_features, out_features) for c in family.candidates(in_features, out_features, budget)]
     sizes = {structure: structure.spec(in_features, out_features).num_parameters for structure in resolved}
     return {structure: size for structure, size in sizes.items() if size <= budget}
 
@@ -78,13 +78,13 @@ def _entries(structure: Structure, in_features: int, out_features: int) -> int:
     return sum(math.prod(shape) for shape in structure.spec(in_features, out_features).shapes)
 
 
-def _sized_by_flops(cls: type[Structure], in_features: int, out_features: int, limit: float) -> dict[Structure, int]:
+def _sized_by_flops(family: Family, in_features: int, out_features: int, limit: float) -> dict[Structure, int]:
     """Candidates within a number of FLOPs, from a bisection of the number of parameters."""
     low, high = 0.0, limit  # no structure does fewer than one FLOP per parameter
     best: dict[Structure, int] = {}
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        found = _sized(cls, in_features, out_features, int(middle))
+        found = _sized(family, in_features, out_features, int(middle))
         fitting = {s: size for s, size in found.items() if flops_per_token(s.spec(in_features, out_features)) <= limit}
         best = fitting or best
         low, high = (middle, high) if fitting or not found else (low, middle)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from structlin.equation.spec import Spec
-from structlin.equation.structure import Structure
+from structlin.equation.structure import Family, Structure
 from structlin.fitting.budget import Budget, within
 from structlin.fitting.objective import Objective, Root, make_objective
 from structlin.fitting.refine import Refinement, low_rank_summand
@@ -19,7 +19,7 @@ from structlin.runtime.contract import to_dense
 STEPS = 300  # of refinement, at least, where a Gram is given and the closed form is for G = I
 RACE = 60  # steps that every one of several candidates gets, before the best of each class gets all
 
-Family = type[Structure] | Sequence[type[Structure]]
+Families = Family | Sequence[Family]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Fit:
 
 def fit(
     weight: Tensor,
-    structure: Structure | Family,
+    structure: Structure | Families,
     *,
     ratio: float | None = None,
     gram: Tensor | Root | None = None,
@@ -97,9 +97,9 @@ def fit(
     assert ratio is not None
     fits: list[Fit] = []
     errors = []
-    for cls in [structure] if isinstance(structure, type) else structure:
+    for family in structure if isinstance(structure, Sequence) else [structure]:
         try:
-            options = within(cls, weight.shape[1], weight.shape[0], ratio, budget)
+            options = within(family, weight.shape[1], weight.shape[0], ratio, budget)
         except ValueError as error:
             errors.append(error)
         else:

@@ -1,6 +1,7 @@
 """Healing: train a compressed model towards the model it was made from."""
 
 from structlin.heal.api import heal
+from structlin.heal.losses import distillation_loss
 from structlin.heal.report import HealReport, HealStep
 
-__all__ = ["HealReport", "HealStep", "heal"]
+__all__ = ["HealReport", "HealStep", "distillation_loss", "heal"]

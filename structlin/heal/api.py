@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structlin.heal.objective import Forward, Loss, Objective, find_blocks, output_distance, recording, run_model
+from structlin.heal.data import Forward, progress_bar
+from structlin.heal.data import run as run_model
+from structlin.heal.losses import distillation_loss
+from structlin.heal.objective import Loss, Objective, find_blocks, recording
 from structlin.heal.report import HealReport
 from structlin.heal.run import Limits, Run
 from structlin.heal.stream import Stream
@@ -127,13 +130,13 @@ def heal(
     with ExitStack() as stack:
         stack.enter_context(_settings(student, teacher, trained))
         found, expected = (stack.enter_context(recording(model, names)) for model in (student, teacher))
-        default = None if mode == "blocks" else output_distance
+        default = None if mode == "blocks" else distillation_loss
         run = Run(
             Objective(student, teacher, device, loss or default, forward or run_model, found, expected),
             used, trained, stream, validation, limits, path, about,
         )  # fmt: skip
         stack.enter_context(torch.enable_grad())
-        return run.run(stack.enter_context(_bar(limits.length, progress)))
+        return run.run(stack.enter_context(progress_bar("heal", "step", limits.length, progress)))
 
 
 # What the caller gives -----------------------------------------------------------------------------------------------
@@ -268,18 +271,3 @@ def _settings(student: nn.Module, teacher: nn.Module, trained: Mapping[str, nn.P
         for parameter, (requires_grad, gradient) in gradients.items():
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
-
-
-@contextmanager
-def _bar(total: int | None, progress: bool | None) -> Iterator[Any]:
-    """Yield a progress bar, or None where there is none."""
-    if progress is False:
-        yield None
-        return
-    try:
-        from tqdm.auto import tqdm  # noqa: PLC0415  # optional, and `import structlin` must not import it
-    except ImportError:
-        yield None
-        return
-    with tqdm(total=total, desc="heal", unit="step", disable=None if progress is None else False) as bar:
-        yield bar

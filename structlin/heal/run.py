@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from structlin.heal.data import Advance
 from structlin.heal.objective import Objective
 from structlin.heal.report import HealReport, HealStep
 from structlin.heal.state import (
@@ -85,14 +86,13 @@ class Run:
 
     # The loop ----------------------------------------------------------------------------------------------------
 
-    def run(self, bar: Any) -> HealReport:
+    def run(self, advance: Advance) -> HealReport:
         """Resume or start, train until a limit is met, and put the best weights in place."""
         if self.checkpoint is not None and self.checkpoint.exists():
             self._resume(self.checkpoint)
         else:
             self._begin()
-        if bar is not None:
-            bar.update(self.step)
+        advance(self.step)
         while (stopped := self._limit()) is None:
             batch = self.stream.take()
             if batch is None:
@@ -101,9 +101,7 @@ class Run:
             self._train(batch[0])
             if self.step % self.limits.every == 0:
                 self._measure()
-            if bar is not None:
-                bar.set_postfix_str(f"loss {self.window[-1] if self.window else self.history[-1].loss:.4g}", False)
-                bar.update()
+            advance(text=f"loss {self.window[-1] if self.window else self.history[-1].loss:.4g}")
         assert stopped is not None
         if self.window:
             self._measure()

@@ -13,7 +13,7 @@ from torch.compiler import is_compiling
 from typing_extensions import Self
 
 from structlin.equation.structure import Structure, hyperparameters
-from structlin.fitting.fit import Family, Fit, fit
+from structlin.fitting.fit import Families, Fit, fit
 from structlin.fitting.objective import Root
 from structlin.layers.init import initial_factors
 from structlin.runtime import contract, kernels, planner
@@ -105,7 +105,7 @@ class StructuredLinear(nn.Module):
         cls,
         linear: nn.Linear,
         *,
-        structure: Structure | Family | None = None,
+        structure: Structure | Families | None = None,
         ratio: float | None = None,
         gram: Tensor | Root | None = None,
         output_gram: Tensor | None = None,

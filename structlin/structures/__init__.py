@@ -1,14 +1,19 @@
-"""All structures; importing this package registers them."""
+"""All structures, and the names that a file with a structure of yours needs; importing this registers ours."""
 
+from structlin.equation import modes
+from structlin.equation.spec import Spec, equation
+from structlin.equation.structure import Family, Structure, register, registered, structure_class
+from structlin.fitting import linalg
+from structlin.layers.linear import StructuredLinear, layer_of
 from structlin.structures.blast import Blast, BlastLinear
 from structlin.structures.butterfly import Butterfly, ButterflyLinear
-from structlin.structures.kmatrix import Kaleidoscope, KMatrix
+from structlin.structures.kaleidoscope import Kaleidoscope, KaleidoscopeLinear, KMatrix
 from structlin.structures.kronecker import Kronecker, KroneckerLinear
 from structlin.structures.lowrank import LowRank, LowRankLinear
 from structlin.structures.monarch import Monarch, MonarchLinear
 from structlin.structures.phm import PHM, PHMLinear
 from structlin.structures.shapeshifter import Shapeshifter, ShapeshifterLinear
-from structlin.structures.sum import LowRankBlast, LowRankKaleidoscope, Sum, SumLinear
+from structlin.structures.sum import Sum, SumFamily, SumLinear, families, family, sum_of
 from structlin.structures.tt import TensorTrain, TTLinear
 
 __all__ = [
@@ -17,21 +22,35 @@ __all__ = [
     "BlastLinear",
     "Butterfly",
     "ButterflyLinear",
+    "Family",
     "KMatrix",
     "Kaleidoscope",
+    "KaleidoscopeLinear",
     "Kronecker",
     "KroneckerLinear",
     "LowRank",
-    "LowRankBlast",
-    "LowRankKaleidoscope",
     "LowRankLinear",
     "Monarch",
     "MonarchLinear",
     "PHMLinear",
     "Shapeshifter",
     "ShapeshifterLinear",
+    "Spec",
+    "Structure",
+    "StructuredLinear",
     "Sum",
+    "SumFamily",
     "SumLinear",
     "TTLinear",
     "TensorTrain",
+    "equation",
+    "families",
+    "family",
+    "layer_of",
+    "linalg",
+    "modes",
+    "register",
+    "registered",
+    "structure_class",
+    "sum_of",
 ]

@@ -30,6 +30,7 @@ class TensorTrain(Structure):
     """
 
     name: ClassVar[str] = "tt"
+    aliases: ClassVar[tuple[str, ...]] = ("tensortrain",)
     rank: int | tuple[int, ...] | None = None
     in_modes: tuple[int, ...] | None = None
     out_modes: tuple[int, ...] | None = None

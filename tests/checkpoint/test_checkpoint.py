@@ -34,7 +34,18 @@ from structlin import (
     StructuredLinear,
     TTLinear,
 )
-from structlin.checkpoint import CheckpointError, _directory, _files, _manifest, _skeleton, api, load, save, verify
+from structlin.checkpoint import (
+    CheckpointError,
+    _directory,
+    _files,
+    _manifest,
+    _skeleton,
+    api,
+    load,
+    save,
+    tensors,
+    verify,
+)
 from structlin.equation.spec import Spec, equation
 from structlin.equation.structure import Structure, register, registered
 from structlin.layers.linear import build
@@ -46,7 +57,7 @@ IN, OUT = 16, 12
 def one_of_each() -> list[Structure]:
     """A resolved member of every registered structure, and of those with an option that changes the equation."""
     found = []
-    for kind in registered(sized=True).values():
+    for kind in structlin.structures.families().values():
         budgets = (IN * OUT * k // 8 for k in range(4, 17))
         found.append(next(member for budget in budgets for member in kind.candidates(IN, OUT, budget)))
     found += [
@@ -701,7 +712,9 @@ def test_same_model_same_bytes(tmp_path: Path) -> None:
 # Nothing in a file is run --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", [api, _directory, _files, _manifest, _skeleton], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [api, tensors, _directory, _files, _manifest, _skeleton], ids=lambda module: module.__name__
+)
 def test_no_code_comes_from_files(module: object) -> None:
     tree = ast.parse(Path(module.__file__).read_text())
     banned = {"pickle", "eval", "exec", "importlib", "__import__", "globals", "joblib", "dill", "runpy"}

@@ -12,8 +12,7 @@ from torch import nn
 import structlin
 from structlin import CompressionPlan, LowRankLinear, StructuredLinear, compress_model, plan_compression, to_dense_
 from structlin.compress import apply as apply_module
-from structlin.equation.structure import registered
-from structlin.structures import Kronecker, LowRank, TensorTrain
+from structlin.structures import Kronecker, LowRank, TensorTrain, families
 
 
 class Shared(nn.Module):
@@ -50,7 +49,7 @@ def same_state(model, state):
     return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", sorted(registered(sized=True)))
+@pytest.mark.parametrize("name", sorted(families()))
 def test_every_structure_by_ratio(mlp, name):
     before = copy.deepcopy(mlp)
     x = torch.randn(7, 32)

@@ -7,13 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from structlin import KMatrix, LowRankLinear, StructuredLinear, TTLinear
-from structlin.equation.structure import registered
+from structlin import KaleidoscopeLinear, LowRankLinear, StructuredLinear, TTLinear
 from structlin.fitting.budget import COARSE, SLACK, within
 from structlin.fitting.fit import fit, relative_error
-from structlin.structures import Kaleidoscope, LowRank, TensorTrain
+from structlin.structures import PHM, Kaleidoscope, LowRank, TensorTrain, families, family
 
-every_structure = pytest.mark.parametrize("name", sorted(registered(sized=True)))
+every_structure = pytest.mark.parametrize("name", sorted(families()))
 SHAPES = [(64, 64), (96, 384), (384, 96), (97, 64), (127, 131), (384, 384)]
 # What no member is small enough for: three stages of a K-matrix, n^3 left entries of PHM.
 TOO_SMALL = {
@@ -30,12 +29,12 @@ TOO_SMALL = {
 @pytest.mark.parametrize(("in_features", "out_features"), SHAPES)
 def test_budget_is_kept_and_used(name, ratio, in_features, out_features):
     dense = in_features * out_features
-    cls = registered()[name]
+    members = family(name)
     if ratio <= TOO_SMALL.get(name, {}).get((in_features, out_features), 0):
         with pytest.raises(ValueError, match=re.escape(f"no {name} structure")):
-            within(cls, in_features, out_features, ratio)
+            within(members, in_features, out_features, ratio)
         return
-    found = within(cls, in_features, out_features, ratio)
+    found = within(members, in_features, out_features, ratio)
     sizes = [structure.spec(in_features, out_features).num_parameters for structure in found]
     assert max(sizes) <= (1 + SLACK) * ratio * dense
     assert min(sizes) > 0
@@ -53,12 +52,12 @@ def test_structures_with_small_steps_come_near(ratio, in_features, out_features)
         "tt": 4 * (in_features + out_features),
     }.items():
         sizes = [s.spec(in_features, out_features).num_parameters
-                 for s in within(registered()[name], in_features, out_features, ratio)]  # fmt: skip
+                 for s in within(family(name), in_features, out_features, ratio)]  # fmt: skip
         assert max(sizes) > ratio * in_features * out_features - step
 
 
 def test_phm_takes_the_slack():
-    found = max(within(registered()["phm"], 384, 384, 0.5), key=lambda s: s.spec(384, 384).num_parameters)
+    found = max(within(PHM, 384, 384, 0.5), key=lambda s: s.spec(384, 384).num_parameters)
     assert found.n == 2
     assert found.spec(384, 384).num_parameters == 384 * 384 // 2 + 8
 
@@ -77,7 +76,7 @@ def test_ratio_too_small():
 @every_structure
 def test_refinement_is_never_worse_and_deterministic(name):
     linear = nn.Linear(48, 64)
-    fits = [fit(linear.weight, registered()[name], ratio=0.5, refine=steps) for steps in (0, 25, 25)]
+    fits = [fit(linear.weight, family(name), ratio=0.5, refine=steps) for steps in (0, 25, 25)]
     assert fits[1].error <= fits[0].error * (1 + 1e-6)  # the start in float32
     assert fits[1].structure == fits[2].structure
     assert all(torch.equal(a, b) for a, b in zip(fits[1].factors, fits[2].factors, strict=True))
@@ -98,8 +97,8 @@ def test_refinement_leaves_the_random_state_alone():
 def test_kmatrix_refines_by_default_and_beats_its_projection_and_the_svd_on_noise():
     torch.manual_seed(0)
     linear = nn.Linear(96, 96)
-    projected = KMatrix.from_linear(linear, ratio=0.5, refine=0)
-    refined = KMatrix.from_linear(linear, ratio=0.5)
+    projected = KaleidoscopeLinear.from_linear(linear, ratio=0.5, refine=0)
+    refined = KaleidoscopeLinear.from_linear(linear, ratio=0.5)
     svd = LowRankLinear.from_linear(linear, ratio=0.5)
     error = [relative_error(linear.weight, layer.weight) for layer in (projected, refined, svd)]
     assert error[1] < 0.8 * error[0]
@@ -111,7 +110,7 @@ def test_kmatrix_refines_by_default_and_beats_its_projection_and_the_svd_on_nois
 def test_extreme_scales(name, scale):
     torch.manual_seed(0)
     weight = torch.randn(32, 48)
-    plain, scaled = (fit(w, registered()[name], ratio=0.6, refine=3) for w in (weight, weight * scale))
+    plain, scaled = (fit(w, family(name), ratio=0.6, refine=3) for w in (weight, weight * scale))
     assert all(torch.isfinite(factor).all() for factor in scaled.factors)
     assert scaled.error == pytest.approx(plain.error, rel=2e-2)  # Adam is chaotic
 
@@ -121,16 +120,16 @@ def test_degenerate_weights(name):
     torch.manual_seed(0)
     rank_one = torch.outer(torch.randn(32), torch.randn(48))
     for weight in (torch.zeros(32, 48), rank_one, torch.ones(32, 48), torch.eye(32, 48)):
-        found = fit(weight, registered()[name], ratio=0.6, refine=3)
+        found = fit(weight, family(name), ratio=0.6, refine=3)
         assert all(torch.isfinite(factor).all() for factor in found.factors)
         assert 0 <= found.error <= 1 + 1e-6
-    assert fit(torch.zeros(32, 48), registered()[name], ratio=0.6, refine=3).error == 0
+    assert fit(torch.zeros(32, 48), family(name), ratio=0.6, refine=3).error == 0
 
 
 @every_structure
 def test_error_is_of_the_stored_factors(name):
     weight = torch.randn(32, 48).bfloat16()
-    found = fit(weight, registered()[name], ratio=0.6, refine=3)
+    found = fit(weight, family(name), ratio=0.6, refine=3)
     assert {factor.dtype for factor in found.factors} == {torch.bfloat16}
     layer = StructuredLinear.from_linear(_linear(weight.float()), structure=found.structure, refine=0)
     assert found.error >= 0.5 * relative_error(weight.float(), layer.weight)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from structlin import ButterflyLinear, KMatrix, PHMLinear, StructuredLinear, TTLinear
+from structlin import ButterflyLinear, KaleidoscopeLinear, PHMLinear, StructuredLinear, TTLinear
 from structlin.fitting import linalg
 from structlin.fitting.fit import fit
 from structlin.structures import (
@@ -336,7 +336,7 @@ def test_first_stage_has_stride_one():
 def test_kmatrix_holds_butterfly_times_transposed_butterfly():
     """(B B*) in 2 k - 1 merged stages, each butterfly factor set into its stage."""
     n, k = 8, 3
-    layer = KMatrix(n, n, radix=2, bias=False, dtype=F64)
+    layer = KaleidoscopeLinear(n, n, radix=2, bias=False, dtype=F64)
     assert layer.structure.stages() == [0, 1, 2, 1, 0]
     star, plain = ([torch.randn(n // 2, 2, 2, dtype=F64) for _ in range(k)] for _ in range(2))
     # B* maps digits 0, 1, 2, B maps 2, 1, 0: the two in the middle are one product.
@@ -363,9 +363,13 @@ def one_stage(blocks, digit, n):
 def test_expansion_is_the_corner_of_a_larger_kmatrix(width, expansion):
     """S E S^T: the layer equals the top left corner of the larger K-matrix, whatever its other blocks hold."""
     n, modes = 12, (3, 4)
-    small = KMatrix(n, n, width=width, expansion=expansion, in_modes=modes, out_modes=modes, bias=False, dtype=F64)
+    small = KaleidoscopeLinear(
+        n, n, width=width, expansion=expansion, in_modes=modes, out_modes=modes, bias=False, dtype=F64
+    )
     inner = (expansion * 3, 4)
-    large = KMatrix(expansion * n, expansion * n, width=width, in_modes=inner, out_modes=inner, bias=False, dtype=F64)
+    large = KaleidoscopeLinear(
+        expansion * n, expansion * n, width=width, in_modes=inner, out_modes=inner, bias=False, dtype=F64
+    )
     assert len(small.factors) == len(large.factors) == 2 * width + 1
     padded = []
     for factor, target in zip(small.factors, large.factors, strict=True):
@@ -378,8 +382,8 @@ def test_expansion_is_the_corner_of_a_larger_kmatrix(width, expansion):
 
 @pytest.mark.parametrize("width", [1, 2, 4])
 def test_stage_counts(width):
-    assert len(KMatrix(64, 64, width=width).factors) == 2 * width + 1
-    assert len(KMatrix(64, 64, width=width, radix=2).factors) == 10 * width + 1
+    assert len(KaleidoscopeLinear(64, 64, width=width).factors) == 2 * width + 1
+    assert len(KaleidoscopeLinear(64, 64, width=width, radix=2).factors) == 10 * width + 1
     assert Kaleidoscope(width=width).resolve(64, 64).spec(64, 64).num_parameters == (2 * width + 1) * 64 * 8
 
 
@@ -405,7 +409,7 @@ def dense_stage(stage, digit, before, after):
 @pytest.mark.parametrize("digits", [(4, 4), (2, 2, 2), (3, 5)])
 def test_kmatrix_is_the_product_of_its_dense_stages(digits, expansion, width):
     n = math.prod(digits)
-    layer = KMatrix(n, n, width=width, expansion=expansion, in_modes=digits, out_modes=digits, dtype=F64)
+    layer = KaleidoscopeLinear(n, n, width=width, expansion=expansion, in_modes=digits, out_modes=digits, dtype=F64)
     order = layer.structure.stages()
     current, dense = digits, torch.eye(n, dtype=F64)
     for s, (stage, digit) in enumerate(zip(layer.factors, order, strict=True)):

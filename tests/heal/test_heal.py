@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from structlin import StructuredLinear, compress_model
+from structlin import StructuredLinear, compress_model, distillation_loss
 from structlin.heal import HealReport, HealStep, heal
-from structlin.heal.objective import output_distance
 from structlin.heal.run import learning_rate
 
 STEPS = {"steps": 12, "every": 4, "lr": 1e-2}
@@ -103,7 +102,7 @@ def failing_at(count):
             calls.append(0)
             if len(calls) == count:
                 raise StopHereError
-        return output_distance(found, expected, batch)
+        return distillation_loss(found, expected, batch)
 
     return loss
 
@@ -144,7 +143,7 @@ def test_losses_without_validation_are_on_the_first_four_batches(student, teache
 
     def mean():
         with torch.no_grad():
-            return sum(output_distance(student(x), teacher(x), x).item() for x in batches[:4]) / 4
+            return sum(distillation_loss(student(x), teacher(x), x).item() for x in batches[:4]) / 4
 
     before = mean()
     report = heal(student, teacher, batches, steps=6)
@@ -180,7 +179,7 @@ def test_block_loss_is_the_mean_of_the_relative_squared_errors(pair):
     options = {"mode": "blocks", "blocks": ["blocks.0", "blocks.2*"], "steps": 1}
     report = heal(copy.deepcopy(student), teacher, batches, **options)
     assert report.loss_before == pytest.approx(expected.item())
-    both = heal(student, teacher, batches, **options, loss=output_distance)
+    both = heal(student, teacher, batches, **options, loss=distillation_loss)
     end = heal(copy.deepcopy(student), copy.deepcopy(teacher), batches, steps=1).loss_before
     assert both.loss_before > report.loss_before
     assert end > 0
@@ -203,7 +202,7 @@ def test_predicate_chooses_and_frozen_stays_frozen(student, teacher):
 
     def loss(found, expected, batch):
         wanted.extend(name for name, parameter in student.named_parameters() if parameter.requires_grad)
-        return output_distance(found, expected, batch)
+        return distillation_loss(found, expected, batch)
 
     heal(student, teacher, data(), steps=3, parameters=lambda name, parameter: parameter.ndim == 1, loss=loss)
     assert set(wanted) == {"2.bias", "4.bias"}
@@ -317,13 +316,13 @@ def test_best_weights_are_kept(student, teacher):
 
     def away_after_ten(found, expected, batch):
         calls.extend([0] * torch.is_grad_enabled())
-        return output_distance(found, expected, batch) * (-1 if torch.is_grad_enabled() and len(calls) > 10 else 1)
+        return distillation_loss(found, expected, batch) * (-1 if torch.is_grad_enabled() and len(calls) > 10 else 1)
 
     report = heal(student, teacher, data(), steps=30, every=1, validation=iter(held_back), loss=away_after_ten)
     assert 8 <= report.best_step <= 20
     assert report.loss_after == min(row.validation for row in report.history)
     with torch.no_grad():
-        again = sum(output_distance(student(x), teacher(x), x).item() for x in held_back) / 2
+        again = sum(distillation_loss(student(x), teacher(x), x).item() for x in held_back) / 2
     assert again == pytest.approx(report.loss_after, rel=1e-6)
 
 
@@ -358,7 +357,7 @@ def test_non_finite_loss_restores_the_best_weights(student, teacher):
     def loss(found, expected, batch):
         if torch.is_grad_enabled():
             weights.append(state_of(student))
-        return output_distance(found, expected, batch) * (math.nan if len(weights) == 7 else 1)
+        return distillation_loss(found, expected, batch) * (math.nan if len(weights) == 7 else 1)
 
     with pytest.raises(RuntimeError, match=r"the training loss is nan at step 6; .* weights of step 4 again"):
         heal(student, teacher, data(), **{**STEPS, "steps": 100}, loss=loss)
@@ -432,13 +431,13 @@ def test_resumed_run_equals_an_uninterrupted_one(student, teacher, tmp_path, opt
         )  # fmt: skip
 
     whole, resumed = copy.deepcopy(student), copy.deepcopy(student)
-    expected = run(whole, output_distance, None)
+    expected = run(whole, distillation_loss, None)
     path = tmp_path / "new" / "heal.safetensors"
     for count in (7, 6):  # fails in steps 6 and, resumed at 4, in step 9
         with pytest.raises(StopHereError):
             run(resumed, failing_at(count), path, seed=5 if count == 7 else 8)
         resumed = copy.deepcopy(student)
-    report = run(resumed, output_distance, path, seed=9)
+    report = run(resumed, distillation_loss, path, seed=9)
     assert same_state(resumed, state_of(whole))
     assert (report.steps, report.stopped, report.best_step) == (14, "steps", expected.best_step)
     for name in ("loss_before", "loss_after"):
@@ -606,17 +605,17 @@ def test_masked_divergence_of_logits_by_hand():
     student[0, 2] = math.nan  # masked
     batch = {"attention_mask": torch.tensor([[1, 1, 0]])}
     once = 0.5 * math.log(2) + 0.25 * math.log(0.5)
-    found = output_distance({"logits": student}, {"logits": teacher + 7}, batch)
+    found = distillation_loss({"logits": student}, {"logits": teacher + 7}, batch)
     assert found.item() == pytest.approx(once / 2, rel=1e-6)
     # One row of logits per sequence: the mask is of other positions.
-    found = output_distance({"logits": student[:, 0]}, {"logits": teacher[:, 0]}, batch)
+    found = distillation_loss({"logits": student[:, 0]}, {"logits": teacher[:, 0]}, batch)
     assert found.item() == pytest.approx(once, rel=1e-6)
 
 
 def test_divergence_of_impossible_classes_is_finite():
     logits = torch.tensor([[0.3, -math.inf, 0.5]])
     student = logits.clone().requires_grad_()
-    loss = output_distance({"logits": student}, {"logits": logits.flip(0)}, None)
+    loss = distillation_loss({"logits": student}, {"logits": logits.flip(0)}, None)
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-7)
     assert torch.isfinite(student.grad).all()
@@ -626,10 +625,10 @@ def test_masked_hidden_state_by_hand():
     teacher, student = torch.ones(2, 2, 3), torch.ones(2, 2, 3)
     student[0, 0, 0], student[1, 1] = 3.0, 9.0
     batch = {"attention_mask": torch.tensor([[1, 1], [1, 0]])}
-    assert output_distance(student, teacher, batch).item() == pytest.approx(4 / 9)
-    assert output_distance(student.half(), teacher.half(), batch).dtype == torch.float32
+    assert distillation_loss(student, teacher, batch).item() == pytest.approx(4 / 9)
+    assert distillation_loss(student.half(), teacher.half(), batch).dtype == torch.float32
     nothing = {"attention_mask": torch.zeros(2, 2)}
-    assert output_distance(student, teacher, nothing).item() == 0
+    assert distillation_loss(student, teacher, nothing).item() == 0
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

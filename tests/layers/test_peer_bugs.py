@@ -10,7 +10,7 @@ from torch import nn
 import structlin
 from structlin import (
     ButterflyLinear,
-    KMatrix,
+    KaleidoscopeLinear,
     KroneckerLinear,
     LowRankLinear,
     MonarchLinear,
@@ -19,7 +19,7 @@ from structlin import (
     StructuredLinear,
     TTLinear,
 )
-from structlin.equation.structure import registered
+from structlin.structures import families, family
 
 LAYERS = {
     "lowrank": lambda i, o, **kw: LowRankLinear(i, o, rank=2, **kw),
@@ -29,15 +29,15 @@ LAYERS = {
     "shapeshifter": lambda i, o, **kw: ShapeshifterLinear(i, o, rank=2, **kw),
     "tt": lambda i, o, **kw: TTLinear(i, o, rank=3, **kw),
     "butterfly": lambda i, o, **kw: ButterflyLinear(i, o, radix=2, **kw),
-    "kmatrix": KMatrix,
+    "kmatrix": KaleidoscopeLinear,
     "monarch": lambda i, o, **kw: MonarchLinear(i, o, blocks=4, **kw),
 }
 every_layer = pytest.mark.parametrize("name", LAYERS)
-every_structure = pytest.mark.parametrize("name", sorted(registered(sized=True)))
+every_structure = pytest.mark.parametrize("name", sorted(families()))
 
 
 def from_linear(name, linear, ratio=0.6):
-    return StructuredLinear.from_linear(linear, structure=registered()[name], ratio=ratio, refine=2)
+    return StructuredLinear.from_linear(linear, structure=family(name), ratio=ratio, refine=2)
 
 
 @every_structure
@@ -115,7 +115,7 @@ def test_tltorch_and_compacter_init_scale(depth):
 
 @pytest.mark.parametrize("width", [1, 2, 4])
 def test_torch_butterfly_init_shrinks_with_depth(width):
-    layer = KMatrix(256, 256, width=width, radix=2, bias=False)
+    layer = KaleidoscopeLinear(256, 256, width=width, radix=2, bias=False)
     with torch.no_grad():
         y = layer(torch.randn(512, 256))
     assert y.std().item() == pytest.approx(1 / math.sqrt(3), rel=0.05)
@@ -184,7 +184,7 @@ def test_torch_butterfly_is_silently_wrong_on_lazily_conjugated_input():
 
 
 def test_torch_butterfly_double_backward_is_silently_zero():
-    layer = KMatrix(8, 8, dtype=torch.float64)
+    layer = KaleidoscopeLinear(8, 8, dtype=torch.float64)
     x = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(layer(x).pow(2).sum(), x, create_graph=True)
     second = torch.autograd.grad(gradient.pow(2).sum(), list(layer.factors))

@@ -27,7 +27,7 @@ from structlin.runtime.kernels.chain import Chain, chain_of, suits
 from structlin.runtime.kernels.layouts import cost
 from structlin.runtime.kernels.program import program, stages
 from structlin.runtime.measure import measure_machine
-from structlin.structures import PHM, Blast, Kaleidoscope, Kronecker, LowRank, LowRankKaleidoscope, Sum, TensorTrain
+from structlin.structures import PHM, Blast, Kaleidoscope, Kronecker, LowRank, Sum, TensorTrain, sum_of
 from structlin.testing import assert_close
 
 SIZES = [(16, 20), (33, 48), (64, 64), (17, 5), (1, 7), (96, 130)]
@@ -274,9 +274,9 @@ def test_fits_refine_by_it(monkeypatch):
     gram = inputs.T @ inputs
     with monkeypatch.context() as patch:
         patch.setattr("structlin.fitting.refine.apply", lambda *_: pytest.fail("torch ran"))
-        fast = fit(weight, LowRankKaleidoscope, ratio=0.5, gram=gram, refine=30)
+        fast = fit(weight, sum_of(LowRank, Kaleidoscope), ratio=0.5, gram=gram, refine=30)
     monkeypatch.setattr(native._State, "usable", False)
-    slow = fit(weight, LowRankKaleidoscope, ratio=0.5, gram=gram, refine=30)
+    slow = fit(weight, sum_of(LowRank, Kaleidoscope), ratio=0.5, gram=gram, refine=30)
     assert fast.structure == slow.structure
     assert fast.output_error == pytest.approx(slow.output_error, rel=1e-3)
 

@@ -35,6 +35,7 @@ class Kaleidoscope(Structure):
     """
 
     name: ClassVar[str] = "kmatrix"
+    aliases: ClassVar[tuple[str, ...]] = ("kaleidoscope",)
     refine_steps: ClassVar[int] = 500
     width: int = 1
     expansion: int = 1
@@ -120,7 +121,7 @@ def _splits(size: int) -> list[int]:
 
 
 @layer_of(Kaleidoscope)
-class KMatrix(StructuredLinear):
+class KaleidoscopeLinear(StructuredLinear):
     """Apply a kaleidoscope matrix (B B*)^width_expansion with merged stages.
 
     Cost: 2 width + 1 stages over two digits (a, b), alternately n a and n b parameters for a square layer of size
@@ -142,8 +143,10 @@ class KMatrix(StructuredLinear):
     Source: Dao et al. 2020, Kaleidoscope: an efficient, learnable representation for all structured linear maps.
         Blocks of any radix and merged stages are ours (a superset with more parameters).
     Example:
-        >>> KMatrix(64, 64, width=2).num_parameters
+        >>> KaleidoscopeLinear(64, 64, width=2).num_parameters
         2560
+
+    `KMatrix`, the paper's word, is another name of this class.
     """
 
     def __init__(
@@ -162,3 +165,6 @@ class KMatrix(StructuredLinear):
     ) -> None:
         structure = Kaleidoscope(width, expansion, radix, in_modes, out_modes)
         super().__init__(in_features, out_features, bias, structure=structure, device=device, dtype=dtype)
+
+
+KMatrix = KaleidoscopeLinear

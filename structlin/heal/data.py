@@ -1,0 +1,166 @@
+"""Run models on batches: batches of any kind, their device, evaluation mode, the tensor that represents an output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from itertools import chain
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+Forward = Callable[[nn.Module, Any], Any]
+
+# Batches -------------------------------------------------------------------------------------------------------------
+
+
+def run(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
+    """Call a model on a batch: a mapping by keyword, a tuple or list by position, a tensor as the only argument.
+
+    Args:
+        model: the model.
+        batch: a mapping, tuple, list or tensor; anything with `forward`.
+        forward: a function of (model, batch) that makes the call instead.
+    Raises:
+        TypeError: if the batch is of another kind and there is no `forward`.
+    """
+    if forward is not None:
+        return forward(model, batch)
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list) and not isinstance(batch, PackedSequence):
+        return model(*batch)
+    if isinstance(batch, Tensor | PackedSequence):
+        return model(batch)
+    raise TypeError(
+        f"a batch is a {type(batch).__name__}; use a mapping, a tuple, a list or a tensor, or pass "
+        "forward=lambda model, batch: ..."
+    )
+
+
+def to_device(value: Any, device: torch.device | None) -> Any:
+    """Move the tensors inside nested mappings, tuples and lists; mappings become dicts, named tuples stay as they are.
+
+    Args:
+        value: a batch.
+        device: where to, None to leave every tensor where it is.
+    """
+    if device is not None and isinstance(value, Tensor | PackedSequence):
+        # A copy to the CPU that does not block may be read before it is complete.
+        return value.to(device, non_blocking=device.type != "cpu")  # type: ignore[arg-type]  # stub of PackedSequence
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    if isinstance(value, tuple | list) and not isinstance(value, PackedSequence):
+        items = [to_device(item, device) for item in value]
+        if hasattr(value, "_fields"):
+            return type(value)(*items)
+        return items if isinstance(value, list) else tuple(items)
+    return value
+
+
+def unmasked(tensor: Tensor, batch: Any) -> Tensor:
+    """Return the positions that the batch's `attention_mask` keeps, shape (positions, ...).
+
+    The tensor is returned whole if the batch has no mask or the mask's shape differs from the tensor's leading axes.
+    """
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or tensor.ndim <= mask.ndim or tensor.shape[: mask.ndim] != mask.shape:
+        return tensor
+    return tensor[mask.to(tensor.device).bool()]
+
+
+# Models --------------------------------------------------------------------------------------------------------------
+
+
+def device_of(model: nn.Module) -> torch.device | None:
+    """Return the device of the first parameter or buffer, None if there is neither."""
+    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), None)
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Clear all training flags and disable the fast path of `nn.TransformerEncoder`; restore both at the end.
+
+    The flags are set one by one: `train()` and `eval()` may be overridden with side effects, and would not restore
+    a model of mixed flags. The fast path reads weights without calling the layers, so hooks would see nothing.
+    """
+    flags = {module: module.training for model in models for module in model.modules()}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        for module in flags:
+            module.training = False
+        yield
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def pick(output: Any) -> tuple[str, Tensor]:
+    """Find the tensor that represents an output: `logits`, else `last_hidden_state`, else the first float tensor.
+
+    Returns:
+        "logits", "last_hidden_state" or "output", and the tensor.
+    Raises:
+        TypeError: if the output holds no float tensor with at least one axis.
+    """
+    if isinstance(output, Tensor):
+        return "output", output
+    for name in ("logits", "last_hidden_state"):
+        value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(value, Tensor):
+            return name, value
+    if isinstance(output, Mapping):
+        values = list(output.values())
+    elif is_dataclass(output):
+        values = [getattr(output, entry.name) for entry in fields(output)]
+    else:
+        values = list(output) if isinstance(output, tuple | list) else []
+    for value in values:
+        if isinstance(value, Tensor) and value.ndim and (value.is_floating_point() or value.is_complex()):
+            return "output", value
+    raise TypeError(
+        f"an output is a {type(output).__name__} without a float tensor in it; pass "
+        "loss=lambda student_output, teacher_output, batch: ..."
+    )
+
+
+# Progress ------------------------------------------------------------------------------------------------------------
+
+
+class Advance(Protocol):
+    """Advances a progress bar by `count` and shows a text behind it."""
+
+    def __call__(self, count: int = 1, text: str = "") -> None: ...
+
+
+@contextmanager
+def progress_bar(label: str, unit: str, total: int | None, progress: bool | None) -> Iterator[Advance]:
+    """Show a progress bar on stderr, and yield the function that advances it.
+
+    Without tqdm nothing is shown.
+
+    Args:
+        label: text before the bar.
+        unit: the name of one item.
+        total: number of items, None if unknown.
+        progress: True shows the bar, False hides it, None shows it on a terminal only.
+    """
+    try:
+        from tqdm.auto import tqdm  # noqa: PLC0415  # optional, and `import structlin` must not import it
+    except ImportError:
+        yield lambda count=1, text="": None
+        return
+    disable = None if progress is None else not progress
+    with tqdm(total=total, desc=label, unit=unit, disable=disable) as bar:
+
+        def advance(count: int = 1, text: str = "") -> None:
+            if text:
+                bar.set_postfix_str(text, refresh=False)
+            bar.update(count)
+
+        yield advance
