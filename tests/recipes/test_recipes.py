@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -135,3 +136,14 @@ def test_compress_minilm(tmp_path, tiny_bert, stsb):
     again = run("compress_minilm.py", "--model", tiny_bert, "--sentences", "40", "--load", out)
     assert again.returncode == 1
     assert "DIFFER" in again.stdout
+
+
+def test_compress_minilm_takes_all_structures_only_on_request(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    recipe = importlib.import_module("compress_minilm")
+    few, every = recipe.parse([]), recipe.parse(["--structures", "all"])
+    assert {"lowrank", "kronecker", "shapeshifter", "lowrank+kmatrix"} < set(few.structures) < set(every.structures)
+    assert few.ratios == [0.5]
+    assert few.results != recipe.ROOT / "benchmarks" / "results"  # the stored table stays
+    with pytest.raises(SystemExit):
+        recipe.parse(["--structures", "everything"])
