@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
+from collections.abc import Callable
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -170,6 +172,33 @@ def test_data_files_of_compress_import_no_running_file():
 
 def test_the_process_stands_on_one_page():
     assert len((ROOT / "compress" / "pipeline.py").read_text().splitlines()) <= 150
+
+
+# Signatures ----------------------------------------------------------------------------------------------------------
+
+
+def public_functions() -> dict[str, Callable]:
+    """Public functions, and the methods that public classes define; constructors mirror the fields of a structure."""
+    found = {}
+    for name in structlin.__all__:
+        value = getattr(structlin, name)
+        if inspect.isfunction(value):
+            found[name] = value
+        elif inspect.isclass(value):
+            methods = {key: member for key, member in vars(value).items() if not key.startswith("_")}
+            plain = {key: inspect.unwrap(getattr(m, "__func__", m)) for key, m in methods.items()}
+            found |= {f"{name}.{key}": method for key, method in plain.items() if inspect.isfunction(method)}
+    return found
+
+
+def test_public_functions_take_at_most_eight_parameters():
+    def count(function: Callable) -> int:
+        named = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        return len([p for p in named if p.name not in ("self", "cls")])
+
+    functions = public_functions()
+    assert len(functions) > 30
+    assert {name: count(function) for name, function in functions.items() if count(function) > 8} == {}
 
 
 # A fresh process -----------------------------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ class Collecting:
 
     Args:
         output: "full" for (out, out) output Grams, "diagonal" for their diagonals.
-        dtype: torch.float32 or torch.float64, of the sums and of the products in them, whatever the model computes in
-            (its complex counterpart for complex layers).
+        dtype: torch.float32 or torch.float64, of the sums and of the products in them, for models of any dtype. Complex
+            layers take its complex counterpart.
         mask: which tokens count. "auto" takes a 2-D `attention_mask` of a mapping, shape (b, t), for inputs of shape
             (b, t, in). An input with other leading axes (a pooled vector, flattened tokens, a decoder's other length)
             takes all rows. None takes all rows. A callable(batch) returns a mask of zeros and ones for inputs whose
@@ -75,8 +75,8 @@ def collect_statistics(
         batches: each a mapping (`model(**batch)`), a tuple or list (`model(*batch)`) or a tensor (`model(batch)`),
             moved to the model's device; or anything that `forward` takes.
         forward: calls the model on a batch, as `forward(model, batch)`; the batch is passed on as it is.
-        names: dotted names of the layers to watch, any of their aliases, also of those that `compress_model` would
-            skip; None for all that it would not.
+        names: dotted names of the layers to watch, or aliases of them, also of layers that `compress_model` skips; None
+            watches all others.
         loss: `loss(output, batch)`, a real scalar whose gradients at the layers' outputs make `output_grams`. With
             `lambda y, batch: (y * torch.randn_like(y)).sum()` on an embedding y they are the Gauss-Newton (K-FAC)
             metric of its squared error. Gradients in `.grad` stay untouched.
@@ -296,7 +296,7 @@ def _add_gradient(name: str, total: Tensor, rows: Tensor) -> None:
 
 
 def _mask_of(mask: Mask, batch: Any) -> Tensor | None:
-    """Return the mask of a batch as booleans, or None for all rows."""
+    """Return the mask of a batch as booleans, None for all rows."""
     if callable(mask):
         found = mask(batch)
     else:

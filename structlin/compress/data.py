@@ -1,4 +1,4 @@
-"""What is known of a model besides its weights: calibration batches, those held back, and statistics."""
+"""Calibration data of a compression: batches, batches held back from them, and statistics."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_HELD_BACK = 8  # batches
 
 @dataclass(frozen=True)
 class Data:
-    """Calibration, as fits and checks need it.
+    """Calibration data, as fits and checks need it.
 
     Args:
         statistics: Grams by name. None: fits are in the Frobenius norm, or the statistics are still to be collected.

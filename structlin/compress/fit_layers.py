@@ -25,7 +25,7 @@ from structlin.runtime.contract import to_dense
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one target.
+    """The result of one target.
 
     Args:
         target: the weight and its users.
@@ -47,7 +47,7 @@ class Outcome:
 
 
 def size_layer(target: Target, choice: Choice | str, data: Data, budget: Budget) -> PlanEntry:
-    """Fix the sizes of what a layer gets, by real fits where a ratio leaves several; or say why it stays dense.
+    """Fix the sizes of a layer's structure, by real fits where a ratio leaves several, or say why it stays dense.
 
     Args:
         target: the layer.

@@ -40,7 +40,7 @@ from structlin.heal.data import progress_bar
 
 @dataclass(frozen=True)
 class Found:
-    """The first step: a model, what is asked of it, and what is known of it."""
+    """The result of step 1: a model, the settings, its calibration data, its targets and their choices."""
 
     model: nn.Module
     config: Compression

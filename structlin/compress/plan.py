@@ -31,7 +31,7 @@ def fingerprint(weight: Tensor) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """What one linear map becomes.
+    """The structure that one linear map gets.
 
     Args:
         name: dotted name.

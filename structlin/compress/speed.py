@@ -16,11 +16,11 @@ from structlin.runtime import planner
 from structlin.runtime.machines import machine_of
 
 TOKENS = (16, 512)  # rows of the inputs that are timed: a sentence, and a batch of them
-_SAMPLES, _SECONDS = 9, 2e-3  # of each layer, and what one takes at least
+_SAMPLES, _SECONDS = 9, 2e-3  # samples of each layer, and the least length of one in s
 
 
 def time_ratio(layer: nn.Module, dense: nn.Linear, tokens: int) -> float:
-    """Measure the time of a layer in eval / that of the dense one, on random input of so many rows.
+    """Measure the time of a layer in eval relative to the dense one, on `tokens` rows of random input.
 
     Samples of both alternate, and the median of their ratios counts.
     """
@@ -39,7 +39,7 @@ def time_ratio(layer: nn.Module, dense: nn.Linear, tokens: int) -> float:
 
 
 def _calls(module: Callable[[Tensor], Tensor], x: Tensor) -> int:
-    """How many calls fill a sample."""
+    """Return the number of calls that fill a sample."""
     module(x)
     return max(1, round(_SECONDS / max(_seconds(module, x, 3), 1e-9)))
 

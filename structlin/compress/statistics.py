@@ -1,4 +1,4 @@
-"""What calibration saw of each linear map: second moments of its inputs, and of the gradients at its outputs."""
+"""Statistics of calibration: second moments of each linear map's inputs, and of the gradients at its outputs."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class Statistics:
             raise RuntimeError("there is no process group; call torch.distributed.init_process_group first")
         gathered: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(gathered, (self._outline(), dict(self.tokens)), group=group)
-        # Ranks may differ in what is shared: all of them reduce what is shared everywhere, in the order of the first.
+        # Ranks may share different tensors. All reduce those that every rank shares, in the order of the first rank.
         outlines = [outline for outline, _ in gathered]
         for rank, outline in enumerate(outlines):
             _check_alike(outlines[0], outline, f"rank {rank}")
