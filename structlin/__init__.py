@@ -16,6 +16,7 @@ from structlin.compress import (
 )
 from structlin.heal import HealReport, distillation_loss, heal
 from structlin.layers.embedding import StructuredEmbedding
+from structlin.layers.freeze import freeze_, unfreeze_
 from structlin.layers.linear import StructuredLinear
 from structlin.runtime import kernels
 from structlin.runtime.measure import measure_machine
@@ -57,6 +58,7 @@ __all__ = [
     "collect_statistics",
     "compress_model",
     "distillation_loss",
+    "freeze_",
     "heal",
     "kernels",
     "load",
@@ -66,5 +68,6 @@ __all__ = [
     "statistics_by_layer",
     "structures",
     "to_dense_",
+    "unfreeze_",
     "verify",
 ]

@@ -75,6 +75,3 @@ SMALL = 4 << 20  # B of activations that are not worth recomputing in the backwa
 
 FEWEST = 16  # tokens of a chunk in the backward pass, at least
 MOST_BLOCKS = 16  # blocks of rows of the dense matrix in the backward pass, at most
-FRESH = 1 << 19  # B of activations from which on reused buffers beat fresh memory (malloc trims and maps pages again)
-MOST_KEPT = 16 << 20  # B of buffers that a thread keeps between calls
-ALIGNED = 64  # entries: buffers are multiples of this
