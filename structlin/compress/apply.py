@@ -24,7 +24,7 @@ from structlin.compress.workers import bar, each
 from structlin.equation.structure import show
 from structlin.fitting.budget import Budget
 from structlin.fitting.fit import Fit, fit, relative_error
-from structlin.fitting.objective import Root
+from structlin.fitting.objective import GramRoot
 from structlin.layers.embedding import StructuredEmbedding
 from structlin.layers.linear import StructuredLinear, build, from_fit
 from structlin.runtime.contract import to_dense
@@ -155,7 +155,7 @@ def _fit_in_turn(
     for group in bar(groups(chosen, evidence.statistics), None, progress, "compress"):
         wanted = shifted(model, group, swaps, evidence)
 
-        def work(target: Target, wanted: dict[str, tuple[Tensor, Root | None]] = wanted) -> Fitted:
+        def work(target: Target, wanted: dict[str, tuple[Tensor, GramRoot | None]] = wanted) -> Fitted:
             weight, root = wanted[target.name]
             return _fitted(entries[target.name], target, None, weight, root, evidence.grams(target.name)[1])
 
@@ -229,7 +229,12 @@ def _unfitted(entry: PlanEntry) -> LayerReport:
 
 
 def _fitted(
-    entry: PlanEntry, target: Target, known: Fit | None, wanted: Tensor, gram: Root | None, output_gram: Tensor | None
+    entry: PlanEntry,
+    target: Target,
+    known: Fit | None,
+    wanted: Tensor,
+    gram: GramRoot | None,
+    output_gram: Tensor | None,
 ) -> Fitted:
     """Fit one layer (unless the fit is known) and build what takes the place of each module that uses its weight."""
     if entry.structure is None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from structlin.compress.calibrate import collect_statistics
 from structlin.compress.observe import Forward, call, device_of, evaluating, moved
 from structlin.compress.statistics import Statistics
-from structlin.fitting.objective import Root
+from structlin.fitting.objective import GramRoot
 from structlin.heal.objective import output_distance
 
 HELD_BACK = 0.1  # share of the calibration batches that checks are made on
@@ -35,7 +35,7 @@ class Evidence:
     held_back: tuple[Any, ...] = ()
     forward: Forward | None = None
 
-    def grams(self, name: str) -> tuple[Root | None, Tensor | None]:
+    def grams(self, name: str) -> tuple[GramRoot | None, Tensor | None]:
         """Return the input Gram's root and the output Gram of a layer, None where unknown."""
         if self.statistics is None or not self.statistics.tokens.get(name):
             return None, None

@@ -11,7 +11,7 @@ from structlin.compress.calibrate import collect_shifted
 from structlin.compress.evidence import Evidence
 from structlin.compress.statistics import SHRINKAGE, Statistics
 from structlin.compress.targets import Target
-from structlin.fitting.objective import Root
+from structlin.fitting.objective import GramRoot
 
 
 def groups(targets: Sequence[Target], statistics: Statistics) -> list[list[Target]]:
@@ -24,7 +24,7 @@ def groups(targets: Sequence[Target], statistics: Statistics) -> list[list[Targe
 
 def shifted(
     model: nn.Module, group: Sequence[Target], swaps: Mapping[nn.Module, nn.Module], evidence: Evidence
-) -> dict[str, tuple[Tensor, Root | None]]:
+) -> dict[str, tuple[Tensor, GramRoot | None]]:
     """Find the weights and input Grams that stand for the layers of a group behind compressed layers.
 
     With original inputs x and those x' of the compressed model, sum ||W x - V x'||^2 + s ||W - V||^2 is
@@ -42,7 +42,7 @@ def shifted(
     statistics = collect_shifted(
         model, evidence.batches, swaps, [target.name for target in group], forward=evidence.forward
     )
-    found: dict[str, tuple[Tensor, Root | None]] = {}
+    found: dict[str, tuple[Tensor, GramRoot | None]] = {}
     for target in group:
         weight = target.linear.weight.detach()
         gram = statistics.grams[target.name].to(torch.promote_types(statistics.grams[target.name].dtype, torch.float64))

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from structlin.fitting.objective import Root
+from structlin.fitting.objective import GramRoot
 
 FIELDS = ("grams", "output_grams", "crosses")
 VERSION = 1
@@ -55,9 +55,9 @@ class Statistics:
     tokens: Mapping[str, int]
     output_grams: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     crosses: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-    _roots: dict[int, Root | None] = field(default_factory=dict, init=False, repr=False)
+    _roots: dict[int, GramRoot | None] = field(default_factory=dict, init=False, repr=False)
 
-    def root(self, name: str) -> Root | None:
+    def root(self, name: str) -> GramRoot | None:
         """Return the root of a layer's shrunken Gram G + SHRINKAGE tr(G) / n I, computed once for each Gram.
 
         The Gram of a few thousand tokens is noisy where it is small: with 3 % of its mean eigenvalue on all of them,
@@ -66,8 +66,8 @@ class Statistics:
         gram = self.grams[name]
         if id(gram) not in self._roots:
             eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            found = Root.of(gram + SHRINKAGE * gram.diagonal().mean() * eye)
-            self._roots[id(gram)] = None if found is None else Root(found.rows.to(gram.dtype))
+            found = GramRoot.of(gram + SHRINKAGE * gram.diagonal().mean() * eye)
+            self._roots[id(gram)] = None if found is None else GramRoot(found.rows.to(gram.dtype))
         return self._roots[id(gram)]
 
     @property
