@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from structlin.compress.statistics import SHRINKAGE, Statistics
-from structlin.fitting.objective import Root as GramRoot
+from structlin.fitting.objective import GramRoot
 from structlin.heal.data import Forward
 
 MOST_HELD_BACK = 8  # batches

@@ -18,7 +18,7 @@ from structlin.compress.workers import each
 from structlin.equation.structure import Structure, show
 from structlin.fitting.budget import Budget, NoMemberError, within
 from structlin.fitting.fit import Fit, fit, relative_error
-from structlin.fitting.objective import Root as GramRoot
+from structlin.fitting.objective import GramRoot
 from structlin.layers.linear import StructuredLinear, from_fit
 from structlin.runtime.contract import to_dense
 

@@ -11,7 +11,7 @@ from structlin.compress.calibrate import Collecting, collect_behind
 from structlin.compress.config import Mask
 from structlin.compress.data import Data
 from structlin.compress.targets import Target
-from structlin.fitting.objective import Root as GramRoot
+from structlin.fitting.objective import GramRoot
 
 
 def shifted(

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from structlin.checkpoint.tensors import read_safetensors, write_safetensors
-from structlin.fitting.objective import Root as GramRoot
+from structlin.fitting.objective import GramRoot
 
 FIELDS = ("grams", "output_grams", "cross_grams")
 OLD_NAMES = {"cross_grams": "crosses"}  # of fields, in files that are still read

@@ -10,25 +10,25 @@ from torch import Tensor
 from structlin.equation.spec import Absorption, Equation, Factor, Modes, Spec
 from structlin.runtime.contract import to_dense
 
-# Weights up to this many entries are measured and scaled exactly; above it chance averages out.
+# Weights of up to this many entries are scaled by their measured norm; in larger ones random deviations average out.
 EXACT = 1 << 16
-# The summands of a tiny weight may cancel: then another draw is made, rather than that both are scaled up.
+# If the summands of a tiny weight cancel by this factor, draw again instead of scaling both up.
 CANCELLED, DRAWS = 3.0, 32
 
 
 def initial_factors(spec: Spec, *, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Draw factors whose dense matrix has the entries' standard deviation of `nn.Linear`, 1 / sqrt(3 in_features).
+    """Draw factors whose dense matrix has the standard deviation of `nn.Linear`'s, 1 / sqrt(3 in_features).
 
-    Products of many Gaussian factors have heavy tails, so every factor is made of orthogonal blocks: a factor that maps
-    part of the state (a butterfly stage) is orthogonal for each index of its other modes; in a network
-    without such factors (TT, Kronecker, low rank) all but the last are orthonormal towards their new bonds, which
-    makes the norm of the product that of its last factor. All factors then get the same root mean square entry.
+    Products of many Gaussian factors have heavy tails, so every factor is made of orthogonal blocks. A factor that maps
+    part of the state (a butterfly stage) is orthogonal for each index of its other modes. In a network without such
+    factors (TT, Kronecker, low rank), all but the last are orthonormal towards their new bonds, so the product has the
+    norm of its last factor. All factors then get the same root mean square entry.
 
     Args:
         spec: the structured matrix.
         dtype: float32, float64 or a complex dtype.
     Returns:
-        One tensor per factor; constants are returned as they are.
+        One tensor per factor; constants have their fixed entries.
     """
     std = 1 / math.sqrt(3 * spec.in_features * len(spec.equations))
     exact = spec.in_features * spec.out_features <= EXACT
@@ -86,9 +86,9 @@ def _blocks(eq: Equation, factor: Factor, absorbed: Absorption, dtype: torch.dty
 
 
 def _orthogonal(count: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Haar-distributed matrices with orthonormal columns, or rows where those are fewer."""
+    """Draw Haar-distributed matrices (count, rows, columns) with orthonormal columns, or rows if those are fewer."""
     tall = torch.randn(count, max(rows, columns), min(rows, columns), dtype=dtype)
     q, r = torch.linalg.qr(tall)
-    signs = torch.sgn(torch.diagonal(r, dim1=-2, dim2=-1))
+    signs = torch.sgn(torch.diagonal(r, dim1=-2, dim2=-1))  # without them qr is not Haar-distributed (Mezzadri 2007)
     q = q * torch.where(signs == 0, torch.ones_like(signs), signs).unsqueeze(-2)
     return q if rows >= columns else q.mT

@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from structlin.equation.structure import Structure, hyperparameters
 from structlin.fitting.fit import Families, Fit, fit
-from structlin.fitting.objective import Root
+from structlin.fitting.objective import GramRoot
 from structlin.layers.init import initial_factors
 from structlin.runtime import contract, planner
 from structlin.runtime.execution import Execution, Option
@@ -104,7 +104,7 @@ class StructuredLinear(nn.Module):
         *,
         structure: Structure | Families | None = None,
         ratio: float | None = None,
-        gram: Tensor | Root | None = None,
+        gram: Tensor | GramRoot | None = None,
         output_gram: Tensor | None = None,
         refine: int | None = None,
         **fields: Any,
