@@ -74,4 +74,5 @@ SMALL = 4 << 20  # B of activations that are not worth recomputing in the backwa
 # Recomputing and chunks (recompute.py) -------------------------------------------------------------------------------
 
 FEWEST = 16  # tokens of a chunk in the backward pass, at least
+DENSE_CHUNK = 128  # tokens of a chunk where the dense matrix takes memory as well
 MOST_BLOCKS = 16  # blocks of rows of the dense matrix in the backward pass, at most

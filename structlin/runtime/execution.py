@@ -82,6 +82,7 @@ class Execution:
 
     def __init__(self, spec: Spec, choice: Plan | Order = "auto", autotune: bool = False) -> None:
         self.spec, self.choice, self.autotune = spec, choice, autotune
+        self._chain = chain_of(spec)
         self._compiled: Plan  # for torch.compile, see `_prepare`
         self._natively: bool
         self.forget()
@@ -124,10 +125,9 @@ class Execution:
                 rows = x.numel() // self.spec.in_features
                 way, kept = facts.choices.get((rows, mode, native)) or self._choose(facts, rows, mode, native, x)
                 return way(x, factors if kept is None else kept, bias)
-        if is_compiling() and self._prepare(factors[0].device, factors[0].dtype) and self._natively:
-            chain = chain_of(self.spec)
-            if chain.traces((x, *factors) if bias is None else (x, *factors, bias)):
-                return chain.traced(x, factors, bias)
+        tensors = (x, *factors) if bias is None else (x, *factors, bias)
+        if is_compiling() and self._prepare(x.device, x.dtype) and self._natively and self._chain.traces(tensors):
+            return self._chain.traced(x, factors, bias)
         plan = self._planned(x)
         return at_once(self.spec, contract.merge_factors(self.spec, factors, plan), x, bias, plan)
 
@@ -216,7 +216,7 @@ class Execution:
             self._compiled = planner.find_plan(
                 self.spec, COMPILED_ROWS, itemsize=itemsize, machine=machine, order=order
             )
-        seconds = chain_of(self.spec).seconds(COMPILED_ROWS, itemsize=itemsize, machine=machine)
+        seconds = self._chain.seconds(COMPILED_ROWS, itemsize=itemsize, machine=machine)
         self._natively = order == "auto" and kernels.available() and seconds < self._compiled.seconds
         return True
 

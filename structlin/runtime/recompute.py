@@ -10,7 +10,7 @@ from torch import Tensor
 
 from structlin.equation.spec import Spec
 from structlin.runtime import contract
-from structlin.runtime.costs import FEWEST, MOST_BLOCKS
+from structlin.runtime.costs import DENSE_CHUNK, FEWEST, MOST_BLOCKS
 from structlin.runtime.planner import Plan, find_plan
 
 
@@ -24,10 +24,11 @@ def at_once(spec: Spec, operands: contract.Operands, x: Tensor, bias: Tensor | N
 def by_chunks(spec: Spec, operands: contract.Operands, x: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
     """Compute the same, at most `plan.chunk` rows at a time, without a graph: activations stay in a core's cache."""
     tokens = x.numel() // spec.in_features
-    if tokens <= plan.chunk:
+    most = min(plan.chunk, DENSE_CHUNK) if plan.materialises else plan.chunk
+    if tokens <= most:
         return at_once(spec, operands, x, bias, plan)
     out = x.new_empty((*x.shape[:-1], spec.out_features))
-    size = -(-tokens // -(-tokens // plan.chunk))  # the fewest chunks, as equal as possible
+    size = -(-tokens // -(-tokens // most))  # the fewest chunks, as equal as possible
     pieces = x.reshape(-1, spec.in_features).split(size)
     for part, piece in zip(out.view(-1, spec.out_features).split(size), pieces, strict=True):
         y = contract.run(spec, operands, piece, plan)
