@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
+from structlin.layers.freeze import freeze_
 from structlin.layers.linear import StructuredLinear
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes two lines for each use otherwise
@@ -87,10 +88,13 @@ class Call:
 
     @classmethod
     def new(cls, module: nn.Module, weight: Tensor, mode: str, tokens: int) -> Call:
-        """Draw an input and an output gradient for the dense matrix (out, in) of a module, and set its mode."""
+        """Draw an input and an output gradient for a module with this dense matrix (out, in), and set its mode."""
         kind = {"dtype": weight.dtype, "device": weight.device}
         x = torch.randn(tokens, weight.shape[1], requires_grad=mode != INFERENCE, **kind)
-        return cls(module.train(mode != INFERENCE), mode, x, torch.randn(tokens, weight.shape[0], **kind))
+        module.train(mode != INFERENCE)
+        if mode == INFERENCE:
+            freeze_(module)
+        return cls(module, mode, x, torch.randn(tokens, weight.shape[0], **kind))
 
     def grad_mode(self) -> torch.set_grad_enabled:
         """The context in which the work is done: no gradients in inference."""
@@ -230,9 +234,9 @@ def peak_bytes(call: Call) -> int | None:
 
 
 def plan_text(layer: StructuredLinear, tokens: int, mode: str) -> str:
-    """How forward runs for so many tokens: kernel, kept dense matrix, or products summand by summand."""
-    training, inference, *_ = layer.explain(tokens).splitlines()
-    return (inference if mode == INFERENCE else training).split(": ")[1].split(",")[0]
+    """Name the way that runs this many tokens: inference is that of frozen layers."""
+    asked = "frozen" if mode == INFERENCE else "training"
+    return next(option.way for option in layer.options(tokens) if option.mode == asked and option.chosen)
 
 
 def measure(subject: Subject, dense: nn.Linear, mode: str, tokens: int, effort: Effort) -> Row:

@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
             copy.deepcopy(dense), structure, ratio=args.ratio, rules={"pooler*": None}, skip_last=False,
             calibration=calibration, refine=args.refine, require_speedup=True,
         )  # fmt: skip
-        model = report.model.eval()
+        model = structlin.freeze_(report.model.eval())
         merged = structlin.to_dense_(copy.deepcopy(model))
         texts = tokenise(tokenizer, sentences[300:], limit)
         error = (embed(model, texts) - embed(merged, texts)).abs().max().item()

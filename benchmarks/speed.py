@@ -204,7 +204,8 @@ NOTES = """\
 *time ratio*: layer / dense, below 1 is faster; *lower*, *upper*: its quartiles over the rounds; *FLOP ratio*: of the
 factor-by-factor product; *break-even*: FLOP ratio / time ratio, the FLOP ratio below which a layer with this one's rate
 is faster than dense; *parameters*: kept / dense, without bias; *plan*: how forward runs.
-*inference*: no gradients; *forward*: with the graph; *training*: forward and backward, input gradient included.
+*inference*: no gradients, layers frozen (`structlin.freeze_`);
+*forward*: with the graph; *training*: forward and backward, input gradient included.
 *saved*: bytes kept for the backward pass beyond input and parameters; *peak*: allocated by torch within a training
 step, gradients included. Before timing, all outputs and input gradients agreed with `F.linear` and the layer's dense
 matrix to 1e-4 (float32) or 3e-2 (bfloat16)."""

@@ -14,6 +14,7 @@ from structlin.compress import (
 )
 from structlin.heal import HealReport, heal
 from structlin.layers.embedding import StructuredEmbedding
+from structlin.layers.freeze import freeze_, unfreeze_
 from structlin.layers.linear import StructuredLinear
 from structlin.runtime import kernels
 from structlin.runtime.measure import measure_machine
@@ -50,6 +51,7 @@ __all__ = [
     "TTLinear",
     "collect_statistics",
     "compress_model",
+    "freeze_",
     "heal",
     "kernels",
     "load",
@@ -59,5 +61,6 @@ __all__ = [
     "statistics_by_layer",
     "structures",
     "to_dense_",
+    "unfreeze_",
     "verify",
 ]

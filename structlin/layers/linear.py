@@ -16,14 +16,10 @@ from structlin.equation.structure import Structure, hyperparameters
 from structlin.fitting.fit import Family, Fit, fit
 from structlin.fitting.objective import Root
 from structlin.layers.init import initial_factors
-from structlin.runtime import contract, kernels, planner
-from structlin.runtime.eager import suits
-from structlin.runtime.execution import Execution, Key
-from structlin.runtime.kernels.chain import Chain
+from structlin.runtime import contract, planner
+from structlin.runtime.execution import Execution, Option
 from structlin.runtime.machines import machine_of
 from structlin.runtime.planner import Order, Plan
-
-KEPT = "the dense matrix, kept"  # one of the ways that `explain` names
 
 L = TypeVar("L", bound="type[StructuredLinear]")
 
@@ -202,6 +198,8 @@ class StructuredLinear(nn.Module):
         """Add a parameter, as every module does; `weight` is refused (assigning an `nn.Parameter` ends here)."""
         if name == "weight":
             self._refuse_weight()
+        if "_execution" in self.__dict__:  # not while the layer is being built
+            self._execution.forget()
         super().register_parameter(name, param)
 
     def _refuse_weight(self) -> None:
@@ -231,7 +229,7 @@ class StructuredLinear(nn.Module):
         """FLOPs of the cheaper sequential contraction for one row, a multiply and an add counted as 2."""
         return planner.flops_per_token(self.spec)
 
-    # The forward pass ----------------------------------------------------------------------------------------------
+    # Choosing how to run ---------------------------------------------------------------------------------------------
 
     def plan(self, tokens: int, order: Order = "auto") -> Plan:
         """Return the plan for this many rows: print it for order, FLOPs, bytes and predicted time."""
@@ -242,8 +240,7 @@ class StructuredLinear(nn.Module):
     def use_plan(self, plan: Plan | Order, *, autotune: bool = False) -> None:
         """Choose how forward contracts: "auto" (by the number of rows), another order, or a Plan of this layer.
 
-        In eval without gradients "auto" keeps what it makes of the factors between calls: merged factors, also the
-        dense matrix where nothing else is predicted to be faster. They are built anew when a factor changes.
+        The layer is not frozen any more.
 
         Args:
             plan: see above.
@@ -252,39 +249,54 @@ class StructuredLinear(nn.Module):
         Raises:
             ValueError: if the order is unknown, the plan belongs to another equation, or there is nothing to tune.
         """
-        if isinstance(plan, Plan) and tuple(part.equation for part in plan.parts) != self.spec.equations:
-            raise ValueError(f"the plan contracts {plan.parts[0].equation}, this layer is {self.spec}")
+        if isinstance(plan, Plan):
+            if tuple(part.equation for part in plan.parts) != self.spec.equations:
+                raise ValueError(f"the plan contracts {plan.parts[0].equation}, this layer is {self.spec}")
+        elif plan not in planner.ORDERS:
+            raise ValueError(f"order={plan!r} is unknown; use one of {planner.ORDERS}")
         if autotune and plan != "auto":
             raise ValueError('autotune=True chooses between plans; use it with plan="auto"')
         self._execution = Execution(self.spec, plan, autotune)
 
+    def options(self, tokens: int) -> list[Option]:
+        """List the ways to run this many rows, with predicted seconds: in training, in eval, and frozen.
+
+        A call that asks for a gradient runs as in training, any other as in eval; after `structlin.freeze_` as frozen.
+        """
+        return self._execution.options(tokens, self.factors)
+
     def explain(self, tokens: int) -> str:
-        """Say how forward runs for this many rows, in training and in eval, with the predicted times."""
-        factor = self.factors[0]
-        native = suits(self.factors) and kernels.available()
-        lines = []
-        for mode, frozen in (("training", False), ("eval", True)):
-            key = Key(planner.bucket(tokens), factor.dtype, factor.device, native, frozen)
-            seconds, way = min(self._execution.options(key), key=lambda option: option[0])
-            name = way.summary if isinstance(way, Plan) else "native kernel" if isinstance(way, Chain) else KEPT
-            lines.append(f"{mode}: {name}, {seconds * 1e6:.3g} us predicted for {tokens} rows")
+        """Say how forward runs for this many rows, in training, in eval and frozen, with the predicted times."""
+        chosen = [option for option in self.options(tokens) if option.chosen]
+        lines = [f"{o.mode}: {o.way}, {o.seconds * 1e6:.3g} us predicted for {tokens} rows" for o in chosen]
         return "\n".join([*lines, str(self.plan(tokens))])
 
-    def _given(self) -> tuple[Any, ...] | None:
-        """Factors and bias in one look-up, which is quicker than attributes; none where some are not parameters."""
-        try:
-            return self._look_up(self._parameters)
-        except KeyError:  # parametrised, or constant
-            return None
+    # State: what is derived from the factors, and when it ends --------------------------------------------------------
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the layer may keep what it derives from its factors; see `structlin.freeze_`."""
+        return self._execution.frozen is not None
+
+    @frozen.setter
+    def frozen(self, value: bool) -> None:
+        self._execution.freeze(self.factors if value else None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._execution.forget()  # dtype and device may change inside the same parameters
         return super()._apply(fn, recurse)
 
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode, as every module does, and forget what eval may have kept of the factors."""
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._execution.forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, as every module does; train(True) also undoes `structlin.freeze_`."""
+        if mode:
+            self._execution.forget()
         return super().train(mode)
+
+    # The forward pass ------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute x W^T + b for x of shape (..., in_features); the result is never a view."""
@@ -298,7 +310,18 @@ class StructuredLinear(nn.Module):
         given = None if is_compiling() else self._given()
         if given is None:
             given = *self.factors, self.bias
-        return self._execution(x, given, self.training)
+        return self._execution(x, given)
+
+    def _given(self) -> tuple[Any, ...] | None:
+        """Return factors and bias by one dict look-up (faster than attributes), or None if one is not a parameter.
+
+        Constant factors are buffers (PHM with algebra="hamilton"), parametrised ones are computed: such layers read
+        attributes in every forward pass.
+        """
+        try:
+            return self._look_up(self._parameters)
+        except KeyError:
+            return None
 
     def extra_repr(self) -> str:
         """Sizes, hyperparameters and the share of the dense parameters that is kept."""

@@ -1,8 +1,7 @@
-"""Contract by chunks of tokens or blocks of rows, and in training keep the input and the factors only."""
+"""Apply a matrix to all rows at once or by chunks, and save only the input and the factors for the backward pass."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,133 +13,127 @@ from structlin.runtime import contract
 from structlin.runtime.planner import Plan, find_plan
 
 FEWEST = 16  # tokens to differentiate at a time
-MOST_BLOCKS = 16  # to build the dense matrix by
-FRESH = 1 << 19  # bytes of activations from which on buffers are quicker than new memory
-MOST_KEPT = 16 << 20  # bytes of buffers that are kept between calls
-ALIGNED = 64  # entries that buffers are a multiple of
+DENSE_CHUNK = 128  # tokens at a time where the dense matrix takes memory as well
+MOST_BLOCKS = 16  # into which the rows of the dense matrix are divided
+
+
+def at_once(spec: Spec, operands: contract.Operands, x: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+    """Compute x W^T + bias for x (..., in_features), all rows at once; differentiable."""
+    rows = x if x.ndim == 2 else x.reshape(-1, spec.in_features)
+    y = contract.run(spec, operands, rows, plan)
+    return with_bias(y if x.ndim == 2 else y.reshape(*x.shape[:-1], spec.out_features), bias)
 
 
 def by_chunks(spec: Spec, operands: contract.Operands, x: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
-    """Compute x W^T + bias for x (..., in_features), at most `plan.chunk` tokens at a time; without a graph."""
-    rows = x if x.ndim == 2 else x.reshape(-1, spec.in_features)
-    if len(rows) <= plan.chunk and len(rows) * plan.widest * x.element_size() < FRESH:
-        y = contract.run(spec, operands, rows, plan)
-        return with_bias(y if x.ndim == 2 else y.reshape(*x.shape[:-1], spec.out_features), bias)
+    """Compute the same, at most `plan.chunk` rows at a time, without a graph: activations stay in a core's cache."""
+    tokens = x.numel() // spec.in_features
+    most = min(plan.chunk, DENSE_CHUNK) if plan.materialises else plan.chunk
+    if tokens <= most:
+        return at_once(spec, operands, x, bias, plan)
     out = x.new_empty((*x.shape[:-1], spec.out_features))
-    size = -(-len(rows) // -(-len(rows) // plan.chunk))
-    widest = max(plan.widest, *(part.equation.padded_out for part in plan.parts))
-    spare = _spare(size * widest, x)
-    for part, piece in zip(out.view(-1, spec.out_features).split(size), rows.split(size), strict=True):
-        contract.run_into(part, spec, operands, piece, plan, spare)
-        if bias is not None:
-            part.add_(bias)
+    size = -(-tokens // -(-tokens // most))  # the fewest chunks, as equal as possible
+    pieces = x.reshape(-1, spec.in_features).split(size)
+    for part, piece in zip(out.view(-1, spec.out_features).split(size), pieces, strict=True):
+        y = contract.run(spec, operands, piece, plan)
+        if bias is None:
+            part.copy_(y)
+        else:
+            torch.add(y, bias, out=part)
     return out
 
 
-class _Kept(threading.local):
-    """Buffers of a thread, for CPUs only: on a GPU several streams may be at work, and memory is quick to come by."""
-
-    def __init__(self) -> None:
-        self.bytes = torch.empty(0, dtype=torch.uint8, device="cpu")
-
-
-_KEPT = _Kept()
-
-
-def _spare(entries: int, like: Tensor) -> contract.Spare:
-    """Two buffers of so many entries."""
-    entries = -(-entries // ALIGNED) * ALIGNED
-    nbytes = 2 * entries * like.element_size()
-    if not like.is_cpu or nbytes > MOST_KEPT:
-        both = like.new_empty(2 * entries)
-    else:
-        if len(_KEPT.bytes) < nbytes:
-            with torch.inference_mode(False):
-                _KEPT.bytes = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        both = _KEPT.bytes[:nbytes].view(like.dtype)
-    return contract.Spare(both[:entries], both[entries:])
-
-
 def with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
-    """Add a bias; the result is not a view, and in the dtype of y."""
-    # Under autocast the product is in low precision and the bias is not: nn.Linear returns the former.
+    """Add a bias; the result is not a view and has the dtype of y."""
+    # Under autocast y is in low precision and the bias is not; nn.Linear returns the dtype of y.
     if bias is None:
         return y.clone()
     return y + bias if bias.dtype is y.dtype else y + bias.to(y.dtype)
 
 
-def recomputed(spec: Spec, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
-    """Compute x W^T + bias for x (..., in_features); the backward pass computes anew what it needs.
+def recomputed(
+    spec: Spec, factors: Sequence[Tensor], x: Tensor, bias: Tensor | None, plan: Plan, backward: Plan
+) -> Tensor:
+    """Compute x W^T + bias for x (..., in_features); the backward pass recomputes what it needs.
 
-    These are the activations, by chunks of tokens, or the dense matrix, by blocks of rows, where that is faster.
+    Args:
+        spec: the structured matrix.
+        factors: one tensor per factor of `spec`, in its order.
+        x: input.
+        bias: (out_features,) or None.
+        plan: of the forward pass.
+        backward: plan to differentiate by. One that materialises goes by blocks of rows of the dense matrix, any other
+            by chunks of tokens.
     """
-    result: Tensor = _Function.apply(spec, plan, _again(spec, plan), x, bias, *factors)
+    result: Tensor = _Function.apply(spec, plan, backward, x, bias, *factors)
     return result
 
 
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, spec: Spec, plan: Plan, again: Plan, x: Tensor, bias: Tensor | None, *factors: Tensor
+        ctx: Any, spec: Spec, plan: Plan, backward: Plan, x: Tensor, bias: Tensor | None, *factors: Tensor
     ) -> Tensor:
-        ctx.spec, ctx.plan = spec, again
+        ctx.spec, ctx.plan = spec, backward
         ctx.save_for_backward(x, *factors)
-        return by_chunks(spec, contract.fold(spec, factors, plan), x, bias, plan)
+        return by_chunks(spec, contract.merge_factors(spec, factors, plan), x, bias, plan)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
         x, *factors = ctx.saved_tensors
-        _, _, _, of_input, of_bias, *of_factors = ctx.needs_input_grad
-        slopes, rows = gradient.reshape(-1, ctx.spec.out_features), x.reshape(-1, ctx.spec.in_features)
-        wanted = [k for k, needed in enumerate(of_factors) if needed]
+        _, _, _, needs_input_grad, needs_bias_grad, *needed = ctx.needs_input_grad
+        flat, rows = grad_output.reshape(-1, ctx.spec.out_features), x.reshape(-1, ctx.spec.in_features)
+        needs_factor_grad = [k for k, need in enumerate(needed) if need]
         # With create_graph=True the gradients must be differentiable themselves.
         differentiate = contract.gradients if torch.is_grad_enabled() else _gradients
-        found = iter(differentiate(ctx.spec, rows, factors, slopes, of_input, wanted, ctx.plan))
-        of_x = next(found).reshape(x.shape) if of_input else None
-        bias = slopes.sum(0) if of_bias else None
-        return None, None, None, of_x, bias, *(next(found) if needed else None for needed in of_factors)
+        found = iter(differentiate(ctx.spec, rows, factors, flat, needs_input_grad, needs_factor_grad, ctx.plan))
+        grad_input = next(found).reshape(x.shape) if needs_input_grad else None
+        grad_bias = flat.sum(0) if needs_bias_grad else None
+        return None, None, None, grad_input, grad_bias, *(next(found) if need else None for need in needed)
 
 
 def _gradients(
-    spec: Spec, x: Tensor, factors: Sequence[Tensor], slopes: Tensor, of_input: bool, wanted: Sequence[int], plan: Plan
-) -> tuple[Tensor, ...]:
-    """The same as `contract.gradients`, without a graph."""
+    spec: Spec, x: Tensor, factors: Sequence[Tensor], grad_output: Tensor, needs_input_grad: bool,
+    needs_factor_grad: Sequence[int], plan: Plan,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Return the same as `contract.gradients`, without a graph."""
     if plan.materialises:
-        return contract.pulled_back(spec, x, factors, slopes, of_input, wanted, _rows(spec, len(x)))
-    pullback = contract.Pullback(spec, factors, wanted, plan)
+        return contract.gradients_by_rows(
+            spec, x, factors, grad_output, needs_input_grad, needs_factor_grad, _rows(spec, len(x))
+        )
+    pullback = contract.Pullback(spec, factors, needs_factor_grad, plan)
     size = _tokens(spec, plan, len(x))
     if len(x) <= size:
-        of_x = pullback(x, slopes, of_input)
+        grad_input = pullback(x, grad_output, needs_input_grad)
     else:
-        of_x = torch.empty_like(x) if of_input else None
+        grad_input = torch.empty_like(x) if needs_input_grad else None
         for start in range(0, len(x), size):
             chunk = slice(start, start + size)
-            found = pullback(x[chunk], slopes[chunk], of_input)
-            if of_x is not None and found is not None:
-                of_x[chunk] = found
-    return (*(() if of_x is None else (of_x,)), *pullback.gradients())
+            found = pullback(x[chunk], grad_output[chunk], needs_input_grad)
+            if grad_input is not None and found is not None:
+                grad_input[chunk] = found
+    return (*(() if grad_input is None else (grad_input,)), *pullback.gradients())
 
 
-def _again(spec: Spec, plan: Plan) -> Plan:
-    """The plan to differentiate by: a chain does its products three times then, and the dense matrix is in two."""
+def backward_plan(spec: Spec, plan: Plan) -> Plan:
+    """Choose the backward plan: recomputing a chain takes three passes over its products, the dense matrix two."""
     part = plan.parts[0]
     dense = find_plan(spec, part.tokens, itemsize=part.itemsize, machine=part.machine, order="materialise")
     return dense if dense.materialises and 2 * dense.seconds < 3 * plan.seconds else plan
 
 
-def _room(spec: Spec, tokens: int) -> float:
-    """Entries that a backward pass may hold, beside gradients of input and factors, at 1.1 times dense's memory."""
+def _allowance(spec: Spec, tokens: int) -> float:
+    """Entries that a backward pass may hold beside the gradients, so that a step takes 1.1 times dense's memory."""
     sizes = spec.in_features, spec.out_features
     return 0.1 * tokens * sum(sizes) + 1.1 * sizes[0] * sizes[1] - spec.num_parameters
 
 
 def _tokens(spec: Spec, plan: Plan, tokens: int) -> int:
-    """How many tokens to differentiate at a time: a chunk, or fewer where that would take more memory than dense."""
-    kept = plan.inner + 4 * plan.widest  # for each token: what stands between input and output, and gradients of it
-    return int(max(FEWEST, min(plan.chunk, _room(spec, tokens) / max(1, kept))))
+    """Tokens to differentiate at a time: a chunk, or fewer where a chunk would exceed the allowance."""
+    entries = plan.inner + 4 * plan.widest  # per token: activations between input and output, and their gradients
+    return int(max(FEWEST, min(plan.chunk, _allowance(spec, tokens) / max(1, entries))))
 
 
 def _rows(spec: Spec, tokens: int) -> int:
-    """How many rows of the dense matrix to build at a time."""
-    kept = 4 * spec.in_features  # for each row: of the matrix, its gradient, and copies of them
-    return int(max(spec.out_features / MOST_BLOCKS, _room(spec, tokens) / kept, 1))
+    """Rows of the dense matrix to build at a time."""
+    entries = 4 * spec.in_features  # per row: the matrix, its gradient, and a copy of each
+    return int(max(spec.out_features / MOST_BLOCKS, _allowance(spec, tokens) / entries, 1))

@@ -14,149 +14,160 @@ from structlin.runtime.planner import EquationPlan, Plan, View
 
 
 def gradients(
-    spec: Spec, x: Tensor, factors: Sequence[Tensor], slopes: Tensor, of_input: bool, wanted: Sequence[int], plan: Plan
-) -> tuple[Tensor, ...]:
+    spec: Spec, x: Tensor, factors: Sequence[Tensor], grad_output: Tensor, needs_input_grad: bool,
+    needs_factor_grad: Sequence[int], plan: Plan,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Differentiate `apply` with a graph, so that the gradients can be differentiated again.
 
     Args:
         spec: the structured matrix.
         x: input, shape (tokens, in_features).
         factors: one tensor per factor of `spec`, in its order.
-        slopes: gradient of the output, shape (tokens, out_features).
-        of_input: whether the gradient of x is wanted.
-        wanted: numbers of the factors whose gradients are.
+        grad_output: gradient of the output, shape (tokens, out_features).
+        needs_input_grad: whether to return the gradient of x.
+        needs_factor_grad: positions of the factors whose gradients to return.
         plan: a plan of `spec`.
     Returns:
-        The gradient of x where it is wanted, then those of the wanted factors.
+        The gradient of x if needed, then those of the factors at `needs_factor_grad`.
     """
-    operands = [x] * of_input + [factors[k] for k in wanted]
-    return torch.autograd.grad(apply(spec, factors, x, plan), operands, slopes, create_graph=True)
+    leaves = [x] * needs_input_grad + [factors[k] for k in needs_factor_grad]
+    return torch.autograd.grad(apply(spec, factors, x, plan), leaves, grad_output, create_graph=True)
 
 
 class Pullback:
-    """Differentiates `run` without a graph, by the products of the plan in reverse, for one input after another.
+    """Differentiate `run` without a graph, by the products of the plan in reverse, for one chunk of rows after another.
 
-    The gradients of the factors add up in place where the operands are views of them. Others are those of the operands
-    first, and go through merges and copies at the end.
+    Where every operand is a view of a factor, its gradient is added up in a view of that factor's gradient. Otherwise
+    gradients of operands are added up and go back through merges and copies once, at the end.
 
     Args:
         spec: the structured matrix.
         factors: one tensor per factor of `spec`, in its order.
-        wanted: numbers of the factors whose gradients are wanted.
+        needs_factor_grad: positions of the factors whose gradients are needed.
         plan: a plan of `spec`.
     """
 
-    def __init__(self, spec: Spec, factors: Sequence[Tensor], wanted: Sequence[int], plan: Plan) -> None:
+    def __init__(self, spec: Spec, factors: Sequence[Tensor], needs_factor_grad: Sequence[int], plan: Plan) -> None:
         self.spec = spec
-        leaves = [factor.detach().requires_grad_(k in wanted) for k, factor in enumerate(factors)]
+        leaves = [factor.detach().requires_grad_(k in needs_factor_grad) for k, factor in enumerate(factors)]
         self._parts = [
             _Part(eq_plan, part) for (_, part), eq_plan in zip(of_equations(spec, leaves), plan.parts, strict=True)
         ]
 
-    def __call__(self, x: Tensor, slopes: Tensor, of_input: bool) -> Tensor | None:
-        """Add the gradients for some rows.
+    def __call__(self, x: Tensor, grad_output: Tensor, needs_input_grad: bool) -> Tensor | None:
+        """Add the factors' gradients for some rows.
 
         Args:
             x: input, shape (tokens, in_features).
-            slopes: gradient of the output, shape (tokens, out_features).
-            of_input: whether the gradient of x is wanted.
+            grad_output: gradient of the output, shape (tokens, out_features).
+            needs_input_grad: whether to return the gradient of x.
         Returns:
-            The gradient of x, if it is wanted.
+            The gradient of x if needed, else None.
         """
         total = None
         for part in self._parts:
             eq = part.plan.equation
             rows = F.pad(x, (0, eq.padded_in - x.shape[1])) if eq.padded_in > x.shape[1] else x
-            slope = F.pad(slopes, (0, eq.padded_out - slopes.shape[1])) if eq.padded_out > slopes.shape[1] else slopes
-            found = _pull(part.plan, part.operands, rows, slope, part.sums, of_input)
+            extra = eq.padded_out - grad_output.shape[1]
+            padded = F.pad(grad_output, (0, extra)) if extra > 0 else grad_output
+            found = _pull(part.plan, part.operands, rows, padded, part.sums, needs_input_grad)
             if found is not None:
                 found = found[:, : self.spec.in_features]
                 total = found if total is None else total + found
         return total
 
     def gradients(self) -> list[Tensor]:
-        """The gradients of the wanted factors, in their order."""
+        """Return the gradients of the factors that need them, in their order."""
         return [gradient for part in self._parts for gradient in part.gradients()]
 
 
 class _Part:
-    """Operands of one equation, and what their gradients are added to: None where one is not wanted."""
+    """Operands of one equation, with the tensors that their gradients are added to (None: not needed).
+
+    There are two cases. Operands are views of the factors: `sums` are the same views of `_totals`, the gradients of the
+    factors. Or some operand is merged or copied: `sums` have the shapes of the operands, `_totals` is empty, and
+    `_merged` keeps the graph from factors to operands for `gradients`.
+    """
 
     def __init__(self, plan: EquationPlan, leaves: Sequence[Tensor]) -> None:
         self.plan = plan
         self._leaves = [leaf for leaf in leaves if leaf.requires_grad]
         self._totals = [_zeros(leaf) if leaf.requires_grad else None for leaf in leaves]
-        self._folded: list[Tensor] = []
+        self._merged: list[Tensor] = []
         views = self._views()
         if views is None:
             self._totals = []
             with torch.enable_grad():
                 slots = merged(plan.merges, leaves)
-                self._folded = [read(slots[step.factor], step.factor_view) for step in plan.steps]
-            self.operands = [operand.detach() for operand in self._folded]
-            self.sums = [_zeros(operand) if operand.requires_grad else None for operand in self._folded]
+                self._merged = [read(slots[step.factor], step.factor_view) for step in plan.steps]
+            self.operands = [operand.detach() for operand in self._merged]
+            self.sums = [_zeros(operand) if operand.requires_grad else None for operand in self._merged]
         else:
             self.sums = views
             self.operands = [read(leaves[step.factor].detach(), step.factor_view) for step in plan.steps]
 
     def _views(self) -> list[Tensor | None] | None:
-        """The sums as views of the factors' gradients, none where there are no such views."""
+        """Return the views of `_totals` that match the operands, or None if an operand is not a view of a factor."""
         if self.plan.merges:
             return None
         views: list[Tensor | None] = []
         for step in self.plan.steps:
             total = self._totals[step.factor]
             view = None if total is None else read(total, step.factor_view)
-            if view is not None and total is not None and view.data_ptr() != total.data_ptr():
+            if view is not None and total is not None and view.data_ptr() != total.data_ptr():  # `read` made a copy
                 return None
             views.append(view)
         return views
 
     def gradients(self) -> Sequence[Tensor]:
+        """Return the gradients of the factors that need them."""
         dtype = self.operands[0].dtype
         sums = [total.to(dtype) for total in self._totals or self.sums if total is not None]
         if self._totals or not sums:
             return sums
-        return torch.autograd.grad([operand for operand in self._folded if operand.requires_grad], self._leaves, sums)
+        return torch.autograd.grad([operand for operand in self._merged if operand.requires_grad], self._leaves, sums)
 
 
 def _pull(
-    plan: EquationPlan, operands: Sequence[Tensor], x: Tensor, slopes: Tensor, sums: Sequence[Tensor | None],
-    of_input: bool,
+    plan: EquationPlan, operands: Sequence[Tensor], x: Tensor, grad_output: Tensor, sums: Sequence[Tensor | None],
+    needs_input_grad: bool,
 ) -> Tensor | None:  # fmt: skip
-    """Add to the sums for one equation; the gradient of x, if it is wanted."""
+    """Add to the sums of one equation and return the gradient of x, if needed.
+
+    The first loop runs the plan again and keeps the activations that each product reads; the second goes back.
+    """
     value, shapes, stacks = x, [], []
     for step, operand in zip(plan.steps, operands, strict=True):
         shapes.append(value.shape)
         stacks.append(_straight(read(value, step.view)))
         left, right = (operand, stacks[-1]) if step.swapped else (stacks[-1], operand)
-        if step is plan.steps[-1]:
-            shape = (*right.shape[:-2], left.shape[-2], right.shape[-1])
+        if step is plan.steps[-1]:  # its value is the output, of which only the shape is needed
+            result_shape = (*right.shape[:-2], left.shape[-2], right.shape[-1])
         else:
             value = product(left, right, step.shared)
-    slope = _unread(slopes, plan.result, shape)
+    gradient = _unread(grad_output, plan.result, result_shape)
     for step, operand, total in zip(reversed(plan.steps), reversed(operands), reversed(sums), strict=True):
-        stack, slope = stacks.pop(), _straight(slope)
+        stack, gradient = stacks.pop(), _straight(gradient)
         if total is not None:
-            if step.shared:  # one product for the whole stack
-                slope_rows, stack_rows = (t.transpose(0, 1).reshape(t.shape[1], -1) for t in (slope, stack))
-                _add(total, slope_rows, stack_rows.mH)
+            if step.shared:  # one product for the whole stack: (batch, rows, columns) -> (rows, batch * columns)
+                gradient_rows, stack_rows = (t.transpose(0, 1).reshape(t.shape[1], -1) for t in (gradient, stack))
+                _add(total, gradient_rows, stack_rows.mH)
             else:
-                _add(total, *((slope, stack.mH) if step.swapped else (stack.mH, slope)))
-        if not stacks and not of_input:
+                _add(total, *((gradient, stack.mH) if step.swapped else (stack.mH, gradient)))
+        if not stacks and not needs_input_grad:
             return None
-        left, right = (operand.mH, slope) if step.swapped else (slope, operand.mH)
-        slope = _unread(product(left, right, step.shared), step.view, shapes.pop())
-    return slope
+        left, right = (operand.mH, gradient) if step.swapped else (gradient, operand.mH)
+        gradient = _unread(product(left, right, step.shared), step.view, shapes.pop())
+    return gradient
 
 
 def _zeros(like: Tensor) -> Tensor:
-    """To add many gradients to: in half precision sums would stop growing."""
+    """Return zeros to add many gradients to: at least float32, since in half precision sums stop growing."""
     return torch.zeros_like(like, dtype=max(like.dtype, torch.float32, key=lambda dtype: dtype.itemsize))
 
 
 def _add(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add a product of matrices or stacks, which may be in a lower precision."""
+    """Add a product of matrices or stacks, which may have a lower precision."""
     if total.dtype is not left.dtype:
         total += left @ right
     elif total.ndim == 2:
@@ -166,7 +177,7 @@ def _add(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _unread(tensor: Tensor, view: View, shape: Sequence[int]) -> Tensor:
-    """Undo `read` of a tensor of a shape."""
+    """Undo `read`: return the tensor in the shape that it had before."""
     if view.axes is not None:
         modes = view.modes or shape
         inverse = sorted(range(len(view.axes)), key=view.axes.__getitem__)
@@ -175,5 +186,5 @@ def _unread(tensor: Tensor, view: View, shape: Sequence[int]) -> Tensor:
 
 
 def _straight(tensor: Tensor) -> Tensor:
-    """The tensor, in a layout in which products with it are fast: rows or columns stay together."""
+    """Return the tensor with contiguous rows or columns: bmm falls back to a slow loop for any other layout."""
     return tensor if 1 in tensor.stride()[-2:] else tensor.contiguous()

@@ -1,0 +1,271 @@
+"""The ways to run a layer, by name: each states its predicted time and computes x W^T + bias."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from structlin.equation.spec import Spec
+from structlin.runtime import contract, planner
+from structlin.runtime.kernels import Chain, chain_of
+from structlin.runtime.machines import machine_of
+from structlin.runtime.planner import Order, Plan
+from structlin.runtime.recompute import at_once, backward_plan, by_chunks, recomputed
+
+Mode = Literal["training", "eval", "frozen"]
+# With gradients of anything; without; without, and what is derived from the factors is kept (`structlin.freeze_`).
+TRAINING: Mode = "training"
+EVAL: Mode = "eval"
+FROZEN: Mode = "frozen"
+MODES = (TRAINING, EVAL, FROZEN)
+
+MOST_ROWS = 1024  # to plan for: more rows run by the same plan
+# Time of a plan / time of its products and copies: the bias and new memory (measured; not seen in half precision).
+PLAN_SLOWER = 1.15
+PLAN_SECONDS = 6e-6  # of the Python around a plan
+DENSE_SECONDS = 2e-6  # of the Python around the kept dense matrix
+DENSE_HANDICAP = 1 / 0.9  # the kept dense matrix takes memory: it must be this much faster than the others
+LARGE = 4 << 20  # bytes of saved activations from which on it pays to recompute them
+
+_ROUNDS = 5  # of samples, when ways are measured
+_SAMPLE = 5e-4  # s, of one
+
+
+@dataclass(frozen=True)
+class Key:
+    """Everything that decides how a layer runs.
+
+    Args:
+        rows: of the input, rounded up to a power of two.
+        dtype: of input and factors.
+        device: of input and factors.
+        native: whether the native kernel can run.
+        mode: of MODES.
+    """
+
+    rows: int
+    dtype: torch.dtype
+    device: torch.device
+    native: bool
+    mode: Mode
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """All stages and the bias in one native operator, forward and backward."""
+
+    name: ClassVar[str] = "native kernel"
+    keeps: ClassVar[None] = None
+    chain: Chain
+    seconds: float
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        return self.chain(x, factors, bias)
+
+
+@dataclass(frozen=True)
+class KeptDense:
+    """`F.linear` with the dense matrix, built once; for frozen layers."""
+
+    name: ClassVar[str] = "kept dense matrix"
+    keeps: ClassVar[str] = "dense matrix"
+    spec: Spec
+    seconds: float
+
+    def __str__(self) -> str:
+        return self.name
+
+    def derive(self, factors: Sequence[Tensor]) -> Tensor:
+        """Build what is kept."""
+        return contract.to_dense(self.spec, factors)
+
+    def __call__(self, x: Tensor, matrix: Any, bias: Tensor | None) -> Tensor:
+        return F.linear(x, matrix, bias)
+
+
+@dataclass(frozen=True)
+class KeptOperands:
+    """A plan by chunks of rows, its factors merged and laid out once; for frozen layers."""
+
+    name: ClassVar[str] = "kept operands"
+    spec: Spec
+    plan: Plan
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.plan.summary}"
+
+    @property
+    def keeps(self) -> object:
+        """What is derived from the factors; plans for different numbers of rows may share it."""
+        return self.plan.folds
+
+    def derive(self, factors: Sequence[Tensor]) -> contract.Operands:
+        """Build what is kept."""
+        return contract.lay_out(contract.merge_factors(self.spec, factors, self.plan), self.plan)
+
+    def __call__(self, x: Tensor, operands: Any, bias: Tensor | None) -> Tensor:
+        return by_chunks(self.spec, operands, x, bias, self.plan)
+
+
+@dataclass(frozen=True)
+class Chunked:
+    """A plan by chunks of rows; without gradients."""
+
+    name: ClassVar[str] = "chunks of rows"
+    keeps: ClassVar[None] = None
+    spec: Spec
+    plan: Plan
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.plan.summary}"
+
+    def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        return by_chunks(self.spec, contract.merge_factors(self.spec, factors, self.plan), x, bias, self.plan)
+
+
+@dataclass(frozen=True)
+class Autograd:
+    """A plan on all rows at once; autograd saves the activations. It runs everywhere: traced, transformed, compiled."""
+
+    name: ClassVar[str] = "autograd"
+    keeps: ClassVar[None] = None
+    spec: Spec
+    plan: Plan
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.plan.summary}"
+
+    def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        return at_once(self.spec, contract.merge_factors(self.spec, factors, self.plan), x, bias, self.plan)
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """A plan by chunks of rows that saves the input only; the backward pass recomputes the activations.
+
+    It goes by chunks of tokens, or by blocks of rows of the dense matrix if that is predicted to be faster.
+    """
+
+    keeps: ClassVar[None] = None
+    spec: Spec
+    plan: Plan
+    backward: Plan
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        """Which of the two."""
+        return "recomputed by rows" if self.backward.materialises else "recomputed by tokens"
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.plan.summary}"
+
+    def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        return recomputed(self.spec, factors, x, bias, self.plan, self.backward)
+
+
+Way = Kernel | KeptDense | KeptOperands | Chunked | Autograd | Recomputed
+
+
+def ways(spec: Spec, key: Key, orders: Sequence[Order] = ("auto",)) -> list[Way]:
+    """List the ways that a layer may run, with the predicted seconds of a forward pass.
+
+    Args:
+        spec: the structured matrix.
+        key: what decides.
+        orders: of the plans; each gives a way.
+    """
+    machine, itemsize = machine_of(key.device), key.dtype.itemsize
+    rows = min(key.rows, MOST_ROWS)
+    scale = key.rows / rows
+    found: list[Way] = []
+    for order in orders:
+        folded = key.mode == FROZEN
+        plan = planner.find_plan(spec, rows, itemsize=itemsize, machine=machine, order=order, folded=folded)
+        seconds = plan.seconds * (PLAN_SLOWER if itemsize >= 4 else 1.0) + PLAN_SECONDS
+        if not (folded and plan.materialises):  # that is the dense matrix, kept
+            found.append(_planned(spec, plan, scale * seconds, key))
+    if key.mode == FROZEN:
+        dense = (
+            planner.dense_seconds(spec.in_features, spec.out_features, rows, itemsize=itemsize, machine=machine)
+            + DENSE_SECONDS
+        )
+        found.append(KeptDense(spec, scale * dense))
+    if key.native:
+        chain = chain_of(spec)
+        found.append(Kernel(chain, scale * chain.seconds(rows, itemsize=itemsize, machine=machine)))
+    return found
+
+
+def _planned(spec: Spec, plan: Plan, seconds: float, key: Key) -> Way:
+    """Return the way of a plan: memory and mode decide."""
+    if key.mode == FROZEN:
+        return KeptOperands(spec, plan, seconds)
+    if key.mode == EVAL:
+        return Chunked(spec, plan, seconds)
+    if _saves_much(spec, plan, key):
+        return Recomputed(spec, plan, backward_plan(spec, plan), seconds)
+    return Autograd(spec, plan, seconds)
+
+
+def _saves_much(spec: Spec, plan: Plan, key: Key) -> bool:
+    """Return whether autograd would hold more for the backward pass than a dense layer's memory."""
+    dense = spec.in_features * spec.out_features
+    # Saved, and in flight: a gradient and its copy. A dense matrix is built and differentiated through copies.
+    most = key.rows * (plan.inner + 2 * plan.widest) + 4 * dense * plan.materialises
+    return most * key.dtype.itemsize >= LARGE and most > dense + key.rows * spec.in_features
+
+
+def predicted(found: Sequence[Way]) -> Way:
+    """Return the way that is predicted to be the fastest."""
+    return min(found, key=lambda way: way.seconds * (DENSE_HANDICAP if isinstance(way, KeptDense) else 1.0))
+
+
+@torch.no_grad()
+def derived(way: Way, factors: Sequence[Tensor]) -> Any:
+    """Build what a way keeps of the factors; None if it keeps nothing."""
+    return way.derive(factors) if isinstance(way, KeptDense | KeptOperands) else None
+
+
+def fastest(found: Sequence[Way], x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Way:
+    """Measure ways in turn on this very input, gradients included where asked for; return that of the least median."""
+    leaves = [t for t in (x, bias, *factors) if t is not None and t.requires_grad]
+
+    def call(way: Way, operands: Any) -> None:
+        y = way(x, operands, bias)
+        if y.requires_grad:
+            torch.autograd.grad(y, leaves, torch.ones_like(y))
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+
+    candidates = list(dict.fromkeys(found))
+    operands = [factors if (kept := derived(way, factors)) is None else kept for way in candidates]
+    times: list[list[float]] = [[] for _ in candidates]
+    for _ in range(_ROUNDS):
+        for way, given, samples in zip(candidates, operands, times, strict=True):
+            samples.append(_sample(partial(call, way, given)))
+    return min(zip(candidates, times, strict=True), key=lambda pair: statistics.median(pair[1]))[0]
+
+
+def _sample(call: Callable[[], None]) -> float:
+    """Return the seconds per call, over some calls in a row."""
+    call()
+    calls, start = 0, time.perf_counter()
+    while (passed := time.perf_counter() - start) < _SAMPLE or not calls:
+        call()
+        calls += 1
+    return passed / calls
