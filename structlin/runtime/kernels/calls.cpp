@@ -112,7 +112,7 @@ PyObject* call_chain(PyObject*, PyObject* const* given, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// As `unobserved` in chain.py, but for modes that only set a device.
+// As `unobserved` in runtime/eager.py, but for modes that only set a device.
 bool unobserved() {
   const auto local = c10::impl::tls_local_dispatch_key_set();
   return (local.included_ - c10::default_included_set).empty() &&
@@ -139,6 +139,8 @@ PyObject* call_recall(PyObject*, PyObject* const* given, Py_ssize_t count) {
   }
   const at::Tensor& x = tensor(given[1]);
   const int64_t in_features = THPUtils_unpackLong(PyTuple_GET_ITEM(known, 5));
+  // `.data = ` may have changed the dtype of the very parameters that are known.
+  if (x.scalar_type() != at::kFloat && x.scalar_type() != at::kBFloat16) Py_RETURN_NONE;
   if (!x.is_cpu() || x.scalar_type() != factors[0].scalar_type() || x.dim() == 0 || x.size(-1) != in_features)
     Py_RETURN_NONE;
   THPObjectPtr rows(PyLong_FromLongLong(x.numel() / in_features));
