@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import time
 
 import pytest
 import torch
@@ -297,19 +296,6 @@ def test_projection_recovers_random_butterflies(out_modes, in_modes, dtype, tole
     assert fit(layer.to_dense().detach().to(dtype), structure).error < tolerance
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("n", "seconds"), [(1024, 0.1), (4096, 1.0)])
-def test_projection_is_fast(n, seconds):
-    w = hadamard(n)
-    modes = (2,) * (n.bit_length() - 1)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        linalg.butterfly_projection(w, modes, modes)
-        times.append(time.perf_counter() - start)
-    assert min(times) < seconds
-
-
 def butterfly_dense(n, transposed):
     """A dense butterfly by Dao et al.: B = B_n ... B_2 with 2 x 2 blocks of diagonals; or its transpose."""
     dense = torch.eye(n, dtype=F64)
@@ -472,26 +458,6 @@ def test_butterflies_of_any_digits_are_recovered(modes):
     structure = Butterfly(in_modes=in_modes, out_modes=out_modes)
     true = StructuredLinear(math.prod(in_modes), math.prod(out_modes), structure=structure, dtype=F64)
     assert fit(true.to_dense(), structure).error <= 1e-10
-
-
-# Monotone errors -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "family",
-    [
-        lambda k: LowRank(rank=k),
-        lambda k: Kronecker(terms=k),
-        lambda k: Shapeshifter(rank=k),
-        lambda k: Shapeshifter(rank=k, order="reshape"),
-        lambda k: Monarch(blocks=4, rank=k),
-        lambda k: TensorTrain(rank=k, cores=2),
-    ],
-)
-def test_error_never_grows_with_rank_or_terms(family):
-    w = weight(40, 36)
-    errors = [fit(w, family(k)).error for k in range(1, 10)]
-    assert all(later <= earlier + 1e-7 for earlier, later in itertools.pairwise(errors))
 
 
 def test_kmatrix_refines_wide_and_tall_weights_alike():

@@ -17,7 +17,10 @@ from structlin.layers.linear import build
 from structlin.runtime.planner import ORDERS
 from structlin.testing import LAWS, assert_close, check_structure
 
-PAIRS = list(itertools.product(SIZES, SIZES))
+# A Latin square over the sizes, each twice as input and as output, and the corners; float32 on every other pair.
+PAIRS = [(SIZES[k], SIZES[(3 * k + shift) % len(SIZES)]) for shift in (1, 4) for k in range(len(SIZES))]
+PAIRS += [pair for pair in itertools.product((SIZES[0], SIZES[-1]), repeat=2) if pair not in PAIRS]
+AT_SIZES = [(*pair, torch.float64) for pair in PAIRS] + [(*pair, torch.float32) for pair in PAIRS[:16:2]]
 AT_EVERY_SIZE = (
     testing.forward_matches_dense,
     testing.counts_agree,
@@ -36,8 +39,7 @@ def test_every_registered_structure_has_a_row():
     assert CASES.keys() == registered().keys()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("in_features", "out_features"), PAIRS)
+@pytest.mark.parametrize(("in_features", "out_features", "dtype"), AT_SIZES)
 @pytest.mark.parametrize("name", CASES)
 def test_every_size(name, in_features, out_features, dtype):
     for structure in CASES[name].at(in_features, out_features):
@@ -50,8 +52,21 @@ def test_every_size(name, in_features, out_features, dtype):
 @pytest.mark.parametrize("law", [law for law in LAWS if law not in AT_EVERY_SIZE], ids=lambda law: law.__name__)
 @pytest.mark.parametrize(("in_features", "out_features"), [(1, 1), (1, 97), (384, 1), (7, 384), (384, 64), (97, 384)])
 def test_further_laws_at_larger_sizes(name, law, in_features, out_features):
+    held, reasons = False, []
     for structure in CASES[name].at(in_features, out_features):
-        law(build(structure, in_features, out_features, dtype=torch.float64))
+        try:
+            law(build(structure, in_features, out_features, dtype=torch.float64))
+        except testing.NotApplicable as reason:
+            reasons.append(f"{structure.name}: {reason}")
+        else:
+            held = True
+    if not held:
+        pytest.skip("; ".join(reasons))
+
+
+def _covered(layer):
+    """The sizes that all equations cover, which exceed the layer's where it is padded."""
+    return max(eq.padded_in for eq in layer.spec.equations), max(eq.padded_out for eq in layer.spec.equations)
 
 
 @pytest.mark.slow
@@ -61,7 +76,8 @@ def test_fits_at_full_size(name, in_features, out_features):
     for structure in CASES[name].at(in_features, out_features):
         layer = build(structure, in_features, out_features)
         testing.dense_matches_equation(layer)
-        testing.own_fit_is_exact(layer)
+        if not structure.refine_steps and (in_features, out_features) == _covered(layer):
+            testing.own_fit_is_exact(layer)
         testing.any_fit_is_better_than_zero(layer)
 
 

@@ -157,3 +157,17 @@ def test_assert_close_names_both_errors():
         assert_close(torch.ones(1), torch.ones(2), "y")
     with pytest.raises(AssertionError, match="y: error nan"):
         assert_close(torch.tensor([float("nan")]), torch.ones(1), "y")
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "message"),
+    [
+        ("derivatives_match_differences", (97, 64, torch.float64), "more than 4096 entries"),
+        ("derivatives_match_differences", (6, 4, torch.float32), "need float64 or complex128, not torch.float32"),
+        ("own_fit_is_exact", (6, 4, torch.bfloat16), "torch.bfloat16: the closed form need not recover"),
+    ],
+)
+def test_a_law_that_does_not_apply_says_why(name, layer, message):
+    in_features, out_features, dtype = layer
+    with pytest.raises(testing.NotApplicable, match=message):
+        law(name)(StructuredLinear(in_features, out_features, structure=LowRank(rank=2), dtype=dtype))
