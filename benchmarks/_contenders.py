@@ -16,6 +16,7 @@ from structlin.fitting.objective import leading_basis, make_objective
 from structlin.fitting.refine import WARM_UP, Refinement
 from structlin.runtime import planner
 from structlin.runtime.contract import apply, to_dense
+from structlin.runtime.machines import machine_of
 from structlin.structures import Kaleidoscope, LowRank, Sum
 
 Factors = list[Tensor]
@@ -43,7 +44,11 @@ class Problem:
         self.spec, self.chain = STRUCTURE.spec(SIZE, SIZE), CHAIN.spec(SIZE, SIZE)
         assert self.objective.inputs is not None
         self.rows = self.objective.inputs
-        self.plans = [planner.find_plan(s, len(self.rows), itemsize=dtype.itemsize) for s in (self.spec, self.chain)]
+        machine = machine_of(self.rows.device)
+        self.plans = [
+            planner.find_plan(spec, len(self.rows), machine=machine, itemsize=dtype.itemsize)
+            for spec in (self.spec, self.chain)
+        ]
         self.basis = self.rows.new_zeros(SIZE, RANK)
         self.taken: int | None = None  # steps, where a contender may end early
 

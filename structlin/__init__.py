@@ -3,7 +3,9 @@
 from structlin import structures
 from structlin.checkpoint import CheckpointError, load, save, verify
 from structlin.compress import (
+    Compression,
     CompressionPlan,
+    Evaluator,
     Report,
     Statistics,
     collect_statistics,
@@ -35,7 +37,9 @@ __all__ = [
     "BlastLinear",
     "ButterflyLinear",
     "CheckpointError",
+    "Compression",
     "CompressionPlan",
+    "Evaluator",
     "HealReport",
     "KMatrix",
     "KaleidoscopeLinear",

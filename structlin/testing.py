@@ -257,11 +257,8 @@ def assert_close(
 def einsum_dense(spec: Spec, factors: Sequence[Tensor]) -> Tensor:
     """Build the dense matrix of a spec by one `torch.einsum` per equation: slow, and independent of the planner."""
     total = torch.zeros(spec.out_features, spec.in_features, dtype=factors[0].dtype, device=factors[0].device)
-    start = 0
-    for eq in spec.equations:
-        part = factors[start : start + len(eq.factors)]
+    for eq, part in spec.split(factors):
         total = total + _einsum(eq, part)[: spec.out_features, : spec.in_features]
-        start += len(eq.factors)
     return total
 
 

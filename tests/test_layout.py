@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
+from collections.abc import Callable
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -26,7 +28,7 @@ WINGS = {
     "compress": 8,
     "": 10,
 }
-NO_TORCH = ("equation.spec", "equation.modes", "runtime.planner")
+NO_TORCH = ("equation.spec", "equation.modes", "runtime.costs", "runtime.planner")
 FILES = sorted(ROOT.rglob("*.py"))
 
 
@@ -144,6 +146,61 @@ def test_imports_inside_functions_are_optional_dependencies():
         assert late <= {"tqdm", "tqdm.auto"} or wing_of(name_of(file)) == "integrations", f"{file.name} imports {late}"
 
 
+# The process of compression ------------------------------------------------------------------------------------------
+
+DATA = {"config", "data", "plan", "report", "statistics", "tables", "targets"}  # files of compress/ that hold data
+
+
+def longest_chain(graph: dict[str, set[str]], module: str) -> list[str]:
+    """The longest chain of imports that begins with a module."""
+    return [module, *max((longest_chain(graph, other) for other in graph[module]), key=len, default=[])]
+
+
+def test_import_chains_of_compress_are_at_most_six_deep():
+    modules = {module for module in GRAPH if module.startswith("compress.")}
+    inner = {module: GRAPH[module] & modules for module in modules}
+    longest = max((longest_chain(inner, module) for module in sorted(modules)), key=len)
+    assert len(longest) <= 6, longest
+
+
+def test_data_files_of_compress_import_no_running_file():
+    files = {f"compress.{name}" for name in DATA}
+    assert files <= GRAPH.keys()
+    imported = {other for file in files for other in GRAPH[file] if other.startswith("compress.")}
+    assert imported <= files
+
+
+def test_the_process_stands_on_one_page():
+    assert len((ROOT / "compress" / "pipeline.py").read_text().splitlines()) <= 150
+
+
+# Signatures ----------------------------------------------------------------------------------------------------------
+
+
+def public_functions() -> dict[str, Callable]:
+    """Public functions, and the methods that public classes define; constructors mirror the fields of a structure."""
+    found = {}
+    for name in structlin.__all__:
+        value = getattr(structlin, name)
+        if inspect.isfunction(value):
+            found[name] = value
+        elif inspect.isclass(value):
+            methods = {key: member for key, member in vars(value).items() if not key.startswith("_")}
+            plain = {key: inspect.unwrap(getattr(m, "__func__", m)) for key, m in methods.items()}
+            found |= {f"{name}.{key}": method for key, method in plain.items() if inspect.isfunction(method)}
+    return found
+
+
+def test_public_functions_take_at_most_eight_parameters():
+    def count(function: Callable) -> int:
+        named = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        return len([p for p in named if p.name not in ("self", "cls")])
+
+    functions = public_functions()
+    assert len(functions) > 30
+    assert {name: count(function) for name, function in functions.items() if count(function) > 8} == {}
+
+
 # A fresh process -----------------------------------------------------------------------------------------------------
 
 
@@ -172,7 +229,7 @@ sys.modules["structlin"] = package
 from structlin.runtime import planner
 from structlin.equation import modes, spec
 eq = spec.equation("o r, r i -> o i", ("left", "right"), dict(o=64, r=4, i=64))
-print(planner.find_plan(spec.Spec(64, 64, (eq,)), 32).flops, "torch" in sys.modules)
+print(planner.find_plan(spec.Spec(64, 64, (eq,)), 32, machine=planner.CPU).flops, "torch" in sys.modules)
 """
     assert run(code).split() == [str(2 * 32 * 4 * (64 + 64)), "False"]
 

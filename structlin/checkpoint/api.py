@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,12 @@ from structlin.checkpoint.tensors import CheckpointError, obstacle
 from structlin.layers.linear import StructuredLinear
 
 __all__ = ["CheckpointError", "Summary", "load", "save", "verify"]
+
+
+class Recorded(Protocol):
+    """Something that writes itself as plain JSON data, such as a `Compression`."""
+
+    def to_record(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ def save(
     model: nn.Module,
     directory: str | Path,
     *,
+    compression: Recorded | None = None,
     max_shard_bytes: int = 5 * 2**30,
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -65,8 +72,10 @@ def save(
     Args:
         model: any module on any device but meta.
         directory: where to; its parents are made.
+        compression: settings or plan to keep with the model, such as `report.compression`; `verify` returns its record
+            as `metadata["compression"]`, which `CompressionPlan.from_record` reads.
         max_shard_bytes: size from which the tensors are split into several files.
-        metadata: JSON values to keep in the checkpoint, such as how the model was compressed.
+        metadata: JSON values to keep in the checkpoint, such as what the model was trained on.
     Returns:
         The directory.
     Raises:
@@ -95,7 +104,7 @@ def save(
             aliases=aliases,
             complex=[name for name, tensor in tensors.items() if tensor.is_complex()],
             shards=shards,
-            metadata=dict(metadata or {}),
+            metadata={**(metadata or {}), **({"compression": compression.to_record()} if compression else {})},
         )
         _manifest.read(fresh)  # what could not be loaded again is not saved
     return Path(directory)

@@ -1,16 +1,20 @@
-"""Swap the linear layers of a model for structured ones: find, plan, apply, report."""
+"""Compress whole models: find their linear maps, fit structured ones, swap all or none, and report."""
 
-from structlin.compress.apply import compress_model, to_dense_
-from structlin.compress.calibrate import collect_shifted, collect_statistics, statistics_by_layer
-from structlin.compress.choose import plan_compression
+from structlin.compress.api import compress_model, plan_compression
+from structlin.compress.calibrate import Collecting, collect_shifted, collect_statistics, statistics_by_layer
+from structlin.compress.commit import to_dense_
+from structlin.compress.config import Compression
+from structlin.compress.evaluate import Evaluator
 from structlin.compress.plan import CompressionPlan, PlanEntry
-from structlin.compress.quality import Quality
-from structlin.compress.report import Coverage, LayerReport, Report
+from structlin.compress.report import Coverage, LayerReport, Quality, Report
 from structlin.compress.statistics import Statistics
 
 __all__ = [
+    "Collecting",
+    "Compression",
     "CompressionPlan",
     "Coverage",
+    "Evaluator",
     "LayerReport",
     "PlanEntry",
     "Quality",

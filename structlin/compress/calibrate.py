@@ -1,8 +1,9 @@
-"""Run a model over calibration data and sum what its linear maps see."""
+"""Run a model over calibration batches and collect the statistics of its linear maps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,30 +11,44 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from structlin.compress.observe import (
-    Forward,
-    Held,
-    Mask,
-    Sums,
-    as_rows,
-    call,
-    device_of,
-    evaluating,
-    find_places,
-    hooked,
-    kept,
-    moved,
-    not_finite,
-    plainly,
-    run,
-    scalar,
-    swapped,
-    zeros,
-)
+from structlin.compress.config import Mask, check_mask
+from structlin.compress.observe import hooked, replaced, run_until
 from structlin.compress.statistics import Statistics
-from structlin.compress.targets import Target, find_targets
+from structlin.compress.sums import Held, Sums, as_rows, not_finite, plainly, scalar, zeros
+from structlin.compress.targets import Target, find_targets, module_names
+from structlin.heal.data import Forward, device_of, evaluating, run, to_device
 
 Loss = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Collecting:
+    """How statistics are collected; checked when made.
+
+    Args:
+        output: "full" for (out, out) output Grams, "diagonal" for their diagonals.
+        dtype: torch.float32 or torch.float64, of the sums and of the products in them, for models of any dtype. Complex
+            layers take its complex counterpart.
+        mask: which tokens count. "auto" takes a 2-D `attention_mask` of a mapping, shape (b, t), for inputs of shape
+            (b, t, in). An input with other leading axes (a pooled vector, flattened tokens, a decoder's other length)
+            takes all rows. None takes all rows. A callable(batch) returns a mask of zeros and ones for inputs whose
+            leading axes have its shape, or None.
+        tied: "skip" or "replace", as in `Compression`.
+    Raises:
+        ValueError: if an option is out of range.
+    """
+
+    output: str = "full"
+    dtype: torch.dtype = torch.float32
+    mask: Mask = "auto"
+    tied: str = "skip"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype={self.dtype} is too narrow for sums; use torch.float32 or torch.float64")
+        check_mask(self.mask)
+        if self.output not in ("full", "diagonal"):
+            raise ValueError(f"output={self.output!r} is unknown; use 'full' or 'diagonal'")
 
 
 def collect_statistics(
@@ -43,10 +58,7 @@ def collect_statistics(
     forward: Forward | None = None,
     names: Iterable[str] | None = None,
     loss: Loss | None = None,
-    output: str = "full",
-    dtype: torch.dtype = torch.float32,
-    mask: Mask = "auto",
-    tied: str = "skip",
+    **options: Any,
 ) -> Statistics:
     """Run a model over batches and sum x x^H over the inputs x of each linear map.
 
@@ -63,19 +75,12 @@ def collect_statistics(
         batches: each a mapping (`model(**batch)`), a tuple or list (`model(*batch)`) or a tensor (`model(batch)`),
             moved to the model's device; or anything that `forward` takes.
         forward: calls the model on a batch, as `forward(model, batch)`; the batch is passed on as it is.
-        names: dotted names of the layers to watch, any of their aliases, also of those that `compress_model` would
-            skip; None for all that it would not.
+        names: dotted names of the layers to watch, or aliases of them, also of layers that `compress_model` skips; None
+            watches all others.
         loss: `loss(output, batch)`, a real scalar whose gradients at the layers' outputs make `output_grams`. With
             `lambda y, batch: (y * torch.randn_like(y)).sum()` on an embedding y they are the Gauss-Newton (K-FAC)
             metric of its squared error. Gradients in `.grad` stay untouched.
-        output: "full" for (out, out) output Grams, "diagonal" for their diagonals.
-        dtype: torch.float32 or torch.float64, of the sums and of the products in them, whatever the model computes in
-            (its complex counterpart for complex layers).
-        mask: which tokens count. "auto" takes a 2-D `attention_mask` of a mapping, shape (b, t), for inputs of shape
-            (b, t, in); an input with other leading axes (a pooled vector, flattened tokens, a decoder's other length)
-            takes all rows. None takes all rows; a callable(batch) returns a mask of zeros and ones for inputs whose
-            leading axes have its shape, or None.
-        tied: "skip" or "replace", as in `compress_model`.
+        **options: `output`, `dtype`, `mask` and `tied`, see `Collecting`.
     Returns:
         The statistics by first dotted name, in module order, on the devices of the inputs.
     Raises:
@@ -90,19 +95,31 @@ def collect_statistics(
         >>> statistics.grams["2"].shape
         torch.Size([8, 8])
     """
-    _check(dtype, mask, output)
-    targets = _chosen(model, names, tied)
+    how = Collecting(**options)
+    return collect(model, _chosen(model, names, how.tied), batches, forward, loss, how)
+
+
+def collect(
+    model: nn.Module,
+    targets: Sequence[Target],
+    batches: Iterable[Any],
+    forward: Forward | None,
+    loss: Loss | None,
+    how: Collecting,
+) -> Statistics:
+    """Collect the statistics of targets that are found already; see `collect_statistics`."""
     linears = [(linear, target.name) for target in targets for linear, _ in target.linears]
-    sums, output_grams = Sums(dtype), {}
+    sums, output_grams = Sums(how.dtype), {}
     with evaluating(model), torch.inference_mode(False), torch.set_grad_enabled(loss is not None):
         if loss is not None:
-            output_grams = {t.name: zeros(t, t.linear.out_features, dtype, output == "diagonal") for t in targets}
+            diagonal = how.output == "diagonal"
+            output_grams = {t.name: zeros(t, t.linear.out_features, how.dtype, diagonal) for t in targets}
         for given in batches:
-            batch = given if forward else moved(given, device_of(model))
-            keep = kept(mask, batch)
+            batch = given if forward else to_device(given, device_of(model))
+            keep = _mask_of(how.mask, batch)
             outputs: list[tuple[str, GradientEdge]] = []
             with hooked(linears, partial(sums.add, keep=keep), None if loss is None else partial(_watch, outputs)):
-                result = call(model, batch, forward)
+                result = run(model, batch, forward)
             sums.settle()
             if loss is not None:
                 _add_gradients(output_grams, outputs, loss(result, batch), keep)
@@ -118,10 +135,7 @@ def statistics_by_layer(
     forward: Forward | None = None,
     names: Iterable[str] | None = None,
     loss: Loss | None = None,
-    output: str = "full",
-    dtype: torch.dtype = torch.float32,
-    mask: Mask = "auto",
-    tied: str = "skip",
+    **options: Any,
 ) -> Iterator[Statistics]:
     """Collect statistics in as many passes over the batches as their memory needs, a few layers in each.
 
@@ -129,16 +143,13 @@ def statistics_by_layer(
     `collect_statistics` needs while running. Time: one run over all batches for each group of layers.
 
     Args:
-        model: see `collect_statistics`, as for all other arguments but one.
-        batches: a list or a data loader: something that can be gone through again.
+        model: see `collect_statistics`, as for all other arguments but two.
+        batches: a list or a data loader, which can be iterated several times.
         max_bytes: for the matrices of one pass, in B.
         forward: calls the model.
         names: layers to watch.
         loss: scalar of the output and the batch.
-        output: "full" or "diagonal".
-        dtype: of the sums.
-        mask: which tokens count.
-        tied: "skip" or "replace".
+        **options: see `Collecting`.
     Returns:
         An iterator over the statistics of consecutive layers; the next pass starts when the next item is asked for.
     Raises:
@@ -148,13 +159,13 @@ def statistics_by_layer(
         >>> [list(part.grams) for part in statistics_by_layer(mlp, [torch.randn(10, 4)], max_bytes=300)]
         [['0'], ['2']]
     """
-    _check(dtype, mask, output)
+    how = Collecting(**options)
     groups: list[list[str]] = []
     size = 0
-    for target in _chosen(model, names, tied):
+    for target in _chosen(model, names, how.tied):
         square, outs = target.linear.in_features**2, target.linear.out_features
-        entries = square + (0 if loss is None else outs if output == "diagonal" else outs**2)
-        nbytes = entries * scalar(target, dtype).itemsize
+        entries = square + (0 if loss is None else outs if how.output == "diagonal" else outs**2)
+        nbytes = entries * scalar(target, how.dtype).itemsize
         if not groups or size + nbytes > max_bytes:
             groups.append([])
             size = 0
@@ -165,12 +176,7 @@ def statistics_by_layer(
             f"max_bytes={max_bytes} needs {len(groups)} passes, and batches is an iterator that ends after one; pass a "
             "list or a data loader, or a larger max_bytes"
         )
-    return (
-        collect_statistics(
-            model, batches, forward=forward, names=group, loss=loss, output=output, dtype=dtype, mask=mask, tied=tied
-        )
-        for group in groups
-    )
+    return (collect_statistics(model, batches, forward=forward, names=group, loss=loss, **options) for group in groups)
 
 
 def collect_shifted(
@@ -180,15 +186,14 @@ def collect_shifted(
     names: Iterable[str],
     *,
     forward: Forward | None = None,
-    dtype: torch.dtype = torch.float32,
-    mask: Mask = "auto",
+    **options: Any,
 ) -> Statistics:
     """Sum the inputs x' of layers in a partly compressed model, and their products with the original inputs x.
 
-    G = sum x' x'^H goes to `grams` and C = sum x x'^H to `crosses`: the weight with the smallest ||W x - V x'||^2 is
-    V = W C G^-1. Each batch runs twice, as the model is and with the swaps in place, and stops after the last layer of
-    `names` unless the first batch called one of them several times (or not at all). The model is as it was afterwards,
-    also on an error.
+    G = sum x' x'^H goes to `grams` and C = sum x x'^H to `cross_grams`: the weight with the smallest ||W x - V x'||^2
+    is V = W C G^-1. Each batch runs twice, through the model as it is and with the swaps answering, and stops after the
+    last layer of `names` unless the first batch called one of them several times (or not at all). The model keeps its
+    modules.
 
     Memory: 2 in^2 * itemsize B for each distinct pair of inputs, for those at work twice, and the original inputs of
     one batch. Time: two forward passes, and 4 in^2 FLOPs per token and distinct pair.
@@ -196,31 +201,45 @@ def collect_shifted(
     Args:
         model: see `collect_statistics`, as for all other arguments but two.
         batches: the calibration data.
-        swaps: module of the model -> what takes its place; a layer of `names` may be among them.
+        swaps: module of the model -> what answers in its place; a layer of `names` may be among them.
         names: dotted names of the layers to watch, any of their aliases.
         forward: calls the model.
-        dtype: of the sums.
-        mask: which tokens count.
+        **options: `dtype` and `mask`, see `Collecting`.
     Returns:
         The statistics by first dotted name, in module order.
     Raises:
         ValueError: if `swaps` has a module that the model has not, or a layer gets other numbers of inputs from the two
             models; or see `collect_statistics`.
     """
-    _check(dtype, mask, "full")
     targets = _chosen(model, names, "replace")
+    return collect_behind(model, targets, batches, swaps, forward, Collecting(**options))
+
+
+def collect_behind(
+    model: nn.Module,
+    targets: Sequence[Target],
+    batches: Iterable[Any],
+    swaps: Mapping[nn.Module, nn.Module],
+    forward: Forward | None,
+    how: Collecting,
+) -> Statistics:
+    """Collect the shifted statistics of targets that are found already; see `collect_shifted`."""
     label: dict[nn.Module, str] = {linear: target.name for target in targets for linear, _ in target.linears}
-    original = {linear: linear for linear in label}
-    compressed = {swaps.get(linear, linear): linear for linear in label}
-    places = find_places(model, swaps)
-    sums, stop = Sums(dtype), False
+    watched = {linear: linear for linear in label}
+    owned = module_names(model)
+    for module in swaps:
+        if module not in owned:
+            raise ValueError(
+                f"swaps has a {type(module).__name__} that is not a module of the model; take it from there"
+            )
+    sums, stop = Sums(how.dtype), False
     with evaluating(model, *swaps.values()), torch.inference_mode(False), torch.no_grad():
         for number, given in enumerate(batches):
-            batch = given if forward else moved(given, device_of(model))
-            held = Held(kept(mask, batch), dtype)
-            run(model, batch, forward, original, held.add, stop)
-            with swapped(places, swaps):
-                run(swaps.get(model, model), batch, forward, compressed, partial(_pair, sums, held, label), stop)
+            batch = given if forward else to_device(given, device_of(model))
+            held = Held(_mask_of(how.mask, batch), how.dtype)
+            run_until(model, batch, forward, watched, held.add, stop)
+            with replaced(swaps):
+                run_until(model, batch, forward, watched, partial(_pair, sums, held, label), stop)
             sums.settle()
             for linear, name in label.items():
                 if len(held.rows[linear]) != held.taken[linear]:
@@ -229,8 +248,8 @@ def collect_shifted(
                         "with the swaps; leave it out of names"
                     )
             stop = (stop or number == 0) and all(held.taken[linear] == 1 for linear in label)
-        (grams, crosses), tokens = sums.result(targets, 2)
-    return Statistics(grams, tokens, crosses=crosses)
+        (grams, cross_grams), tokens = sums.result(targets, 2)
+    return Statistics(grams, tokens, cross_grams=cross_grams)
 
 
 def _pair(sums: Sums, held: Held, label: Mapping[nn.Module, str], linear: nn.Module, x: Tensor) -> None:
@@ -243,9 +262,10 @@ def _pair(sums: Sums, held: Held, label: Mapping[nn.Module, str], linear: nn.Mod
 
 
 def _watch(outputs: list[tuple[str, GradientEdge]], name: str, y: Tensor) -> Tensor:
-    """Note where the gradient by y arrives in the graph, and go on with a copy, which may be written into.
+    """Record the gradient edge of y and pass a clone on.
 
-    y itself may be a view of what `addmm` returned: after a write into it (a ReLU in place) the graph leaves it out.
+    y may be a view of what `addmm` returned: after a write into it (a ReLU in place) autograd would rebase its history,
+    and the recorded edge would get no gradient.
     """
     with torch.enable_grad():
         y = (y if y.requires_grad else y.detach().requires_grad_()).clone()
@@ -275,13 +295,18 @@ def _add_gradient(name: str, total: Tensor, rows: Tensor) -> None:
 # Arguments -----------------------------------------------------------------------------------------------------------
 
 
-def _check(dtype: torch.dtype, mask: Mask, output: str) -> None:
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype={dtype} is too narrow for sums; use torch.float32 or torch.float64")
-    if mask is not None and mask != "auto" and not callable(mask):
-        raise ValueError(f"mask={mask!r} is unknown; use 'auto', None or a callable(batch)")
-    if output not in ("full", "diagonal"):
-        raise ValueError(f"output={output!r} is unknown; use 'full' or 'diagonal'")
+def _mask_of(mask: Mask, batch: Any) -> Tensor | None:
+    """Return the mask of a batch as booleans, None for all rows."""
+    if callable(mask):
+        found = mask(batch)
+    else:
+        found = batch.get("attention_mask") if mask == "auto" and isinstance(batch, Mapping) else None
+        found = found if isinstance(found, Tensor) and found.ndim == 2 else None
+    if found is not None and not ((found == 0) | (found == 1)).all():
+        raise ValueError(
+            "the mask of a batch has other values than 0 and 1; pass mask=callable(batch) with such values"
+        )
+    return None if found is None else found.bool()
 
 
 def _chosen(model: nn.Module, names: Iterable[str] | None, tied: str) -> list[Target]:

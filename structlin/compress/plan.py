@@ -1,30 +1,37 @@
-"""What each layer of a model becomes, as data."""
+"""`CompressionPlan`: a Compression whose rules name every layer, with the sizes that each one gets."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
-from structlin.compress.report import table
+from structlin.compress.config import Compression
+from structlin.compress.statistics import Statistics, StatisticsSummary
+from structlin.compress.tables import table
 from structlin.compress.targets import Target
 from structlin.equation.structure import Structure, from_record, show, to_record
 from structlin.fitting.fit import Fit
 
+VERSION = 2
+# Settings that the entries of a plan have answered already.
+ANSWERED = ("structure", "ratio", "rules", "budget", "allocation", "tied", "skip_last", "refine")
+
 
 def fingerprint(weight: Tensor) -> tuple[float, float]:
-    """Sum and norm of a weight: two weights that agree in both to the last bit are the same."""
+    """Return the sum and the norm of a weight: weights that agree in both to the last bit are taken for the same."""
     entries = torch.view_as_real(weight.detach()) if weight.is_complex() else weight.detach()
     return entries.sum(dtype=torch.float64).item(), torch.linalg.vector_norm(entries, dtype=torch.float64).item()
 
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """What one linear map becomes.
+    """The structure that one linear map gets.
 
     Args:
         name: dotted name.
@@ -34,7 +41,7 @@ class PlanEntry:
         structure: with all sizes fixed, or None to stay dense.
         reason: why it stays dense.
         refine: refinement steps, None for the structure's default.
-        fitted: the fit that the choice was made by, with the fingerprint of its weight; not part of the JSON.
+        fitted: the fit by which the structure was chosen, with the fingerprint of its weight; not part of the JSON.
     """
 
     name: str
@@ -66,39 +73,99 @@ class PlanEntry:
 
 
 @dataclass(frozen=True)
-class CompressionPlan:
-    """One entry per linear map of a model; prints as a table, goes through JSON unchanged, and may be edited there."""
+class CompressionPlan(Compression):
+    """A Compression whose rules name every linear map of a model; prints as a table, and may be edited as JSON.
 
-    entries: tuple[PlanEntry, ...]
-    tied: str = "skip"
+    Args:
+        entries: one for each linear map, in module order; `rules` follow from them.
+        fitted_with: what the statistics were that the sizes (and perhaps fits) rest on, None without calibration. A
+            plan is carried out with these statistics or refused.
+        statistics: the same statistics, while the plan lives in memory; not part of the JSON.
+    """
+
+    entries: tuple[PlanEntry, ...] = field(kw_only=True, default=())
+    fitted_with: StatisticsSummary | None = field(kw_only=True, default=None)
+    statistics: Statistics | None = field(kw_only=True, default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        rules = {entry.name: _rule(entry) for entry in self.entries}
+        object.__setattr__(self, "rules", rules)
+        super().__post_init__()
+
+    def changed(self, **settings: Any) -> Self:
+        """Return a copy with other values of settings that the entries have not answered.
+
+        Raises:
+            ValueError: naming the setting.
+        """
+        for name in settings:
+            if name in ANSWERED:
+                raise ValueError(
+                    f"a plan holds its {name} layer by layer; edit the plan instead of passing {name}= again"
+                )
+        return replace(self, **settings)
+
+    def entries_for(self, targets: Sequence[Target]) -> list[PlanEntry]:
+        """Return the entries in the order of targets; a layer that the plan does not name stays dense."""
+        known = {entry.name: entry for entry in self.entries}
+        return [known.get(target.name) or _unnamed(target) for target in targets]
+
+    def settings(self) -> Self:
+        """Return the plan without fits and statistics, as reports carry it."""
+        entries = tuple(replace(entry, fitted=None) for entry in self.entries)
+        return replace(self, entries=entries, statistics=None)
+
+    def check_statistics(self, statistics: Statistics | None) -> None:
+        """Refuse to be carried out with other statistics than those that the sizes rest on.
+
+        Raises:
+            ValueError: saying what the plan was made with.
+        """
+        if self.fitted_with is None:
+            return
+        way_out = "pass calibration= as it was, or replace(plan, fitted_with=None) to go on without"
+        if statistics is None:
+            raise ValueError(f"the plan was made with {self.fitted_with}, and there are no statistics; {way_out}")
+        if not self.fitted_with.agrees(statistics.summary):
+            raise ValueError(f"the plan was made with {self.fitted_with}, not with {statistics.summary}; {way_out}")
+
+    # JSON ------------------------------------------------------------------------------------------------------------
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the plan as plain JSON data: its settings, its statistics by name, and its layers."""
+        settings = super().to_record()
+        del settings["rules"]
+        return {
+            "version": VERSION,
+            "settings": settings,
+            "fitted_with": None if self.fitted_with is None else asdict(self.fitted_with),
+            "layers": [_written(entry) for entry in self.entries],
+        }
 
     def to_json(self) -> str:
         """Write the plan as JSON: set a layer's `structure` to null, or change its fields, and read it back."""
-        layers = [
-            {
-                "name": entry.name,
-                "aliases": list(entry.aliases),
-                "in_features": entry.in_features,
-                "out_features": entry.out_features,
-                "structure": to_record(entry.structure) if entry.structure else None,
-                "reason": entry.reason,
-                "refine": entry.refine,
-            }
-            for entry in self.entries
-        ]
-        return json.dumps({"version": 1, "tied": self.tied, "layers": layers}, indent=2)
+        return json.dumps(self.to_record(), indent=2)
 
     @classmethod
-    def from_json(cls, text: str) -> CompressionPlan:
-        """Read a plan; structures are resolved and checked against their layers' sizes.
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """Read what `to_record` returned; structures are resolved and checked against their layers' sizes.
 
         Raises:
             ValueError: if the version, a key or a structure is not understood, naming the layer.
         """
-        content = json.loads(text)
-        if content.get("version") != 1:
-            raise ValueError(f"plan version {content.get('version')} is unknown; this structlin reads version 1")
-        return cls(tuple(_read_entry(layer) for layer in content["layers"]), content["tied"])
+        if record.get("version") not in (1, VERSION):
+            raise ValueError(
+                f"plan version {record.get('version')} is unknown; this structlin reads versions 1 and {VERSION}"
+            )
+        # Plans of version 1 did not keep their settings.
+        settings = record.get("settings") or {"version": 1, "structure": None, "tied": record.get("tied", "skip")}
+        made = Compression.from_record(settings)
+        summary = record.get("fitted_with")
+        return cls(
+            **{name: getattr(made, name) for name in made.__dataclass_fields__},
+            entries=tuple(_read(layer) for layer in record["layers"]),
+            fitted_with=None if summary is None else StatisticsSummary(**summary),
+        )
 
     def __str__(self) -> str:
         rows = [("layer", "shape", "becomes", "kept")]
@@ -108,10 +175,34 @@ class CompressionPlan:
             rows.append((entry.name or "(root)", f"{entry.out_features}x{entry.in_features}", becomes, kept))
         before = sum(entry.parameters_before for entry in self.entries)
         after = sum(entry.parameters_after for entry in self.entries)
-        return "\n".join([*table(rows), f"linear weights: {before:,} -> {after:,} parameters"])
+        made = [] if self.fitted_with is None else [f"fitted with {self.fitted_with}"]
+        return "\n".join([*table(rows), f"linear weights: {before:,} -> {after:,} parameters", *made])
 
 
-def _read_entry(layer: dict[str, Any]) -> PlanEntry:
+def _unnamed(target: Target) -> PlanEntry:
+    sizes = target.linear.in_features, target.linear.out_features
+    return PlanEntry(target.name, target.names[1:], *sizes, None, target.reason or "the plan does not name it")
+
+
+def _rule(entry: PlanEntry) -> Any:
+    if entry.structure is None or entry.refine is None:
+        return entry.structure
+    return {"structure": entry.structure, "refine": entry.refine}
+
+
+def _written(entry: PlanEntry) -> dict[str, Any]:
+    return {
+        "name": entry.name,
+        "aliases": list(entry.aliases),
+        "in_features": entry.in_features,
+        "out_features": entry.out_features,
+        "structure": to_record(entry.structure) if entry.structure else None,
+        "reason": entry.reason,
+        "refine": entry.refine,
+    }
+
+
+def _read(layer: Mapping[str, Any]) -> PlanEntry:
     try:
         sizes = layer["in_features"], layer["out_features"]
         structure = from_record(layer["structure"]).resolve(*sizes) if layer["structure"] else None
@@ -119,26 +210,3 @@ def _read_entry(layer: dict[str, Any]) -> PlanEntry:
         return PlanEntry(layer["name"], tuple(layer["aliases"]), *sizes, structure, reason, layer["refine"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"layer {layer.get('name')!r} of the plan: {error}") from error
-
-
-def by_name(entries: Sequence[PlanEntry], targets: Sequence[Target]) -> Iterator[tuple[PlanEntry, Target]]:
-    """Pair the entries of a plan with the targets of a model.
-
-    Raises:
-        ValueError: if the model lacks a layer of the plan, or it has another size or must stay dense.
-    """
-    found = {target.name: target for target in targets}
-    for entry in entries:
-        target = found.get(entry.name)
-        if target is None:
-            raise ValueError(
-                f"the plan names layer {entry.name!r}, which this model has not; it has {list(found)[:20]}"
-            )
-        sizes = target.linear.in_features, target.linear.out_features
-        if sizes != (entry.in_features, entry.out_features):
-            raise ValueError(
-                f"layer {entry.name!r} has (in, out) {sizes}, the plan says {entry.in_features, entry.out_features}"
-            )
-        if entry.structure and target.reason:
-            raise ValueError(f"layer {entry.name!r} cannot be compressed: {target.reason}")
-        yield entry, target

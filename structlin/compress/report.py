@@ -1,20 +1,49 @@
-"""What a compression did: one row per layer, and a coverage line that accounts for every parameter."""
+"""The report of a compression: a row per linear map, every parameter accounted for, quality at each stage."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from structlin.compress.quality import Judge, Quality
+from structlin.compress.config import Compression
+from structlin.compress.tables import table
+from structlin.compress.targets import Target, unreached
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How good a model is at one stage of its compression.
+
+    Args:
+        stage: "dense", "compressed", "healed", or another name.
+        size: parameters of the model / parameters of the dense model.
+        task: what `evaluate` returned, None without it.
+        cosine: mean cosine of outputs to the dense model's on held-back batches, for models without logits.
+        kl: mean KL divergence (nats) of the dense model's classes from this one's, for models with logits.
+        top1: share of positions where both prefer the same class, likewise.
+    """
+
+    stage: str
+    size: float
+    task: float | None = None
+    cosine: float | None = None
+    kl: float | None = None
+    top1: float | None = None
+
+    def __str__(self) -> str:
+        values = {"task": self.task, "cosine": self.cosine, "KL": self.kl, "top-1 agreement": self.top1}
+        given = "".join(f", {name} {value:.4f}" for name, value in values.items() if value is not None)
+        return f"{self.stage}: size {self.size:.3f}{given}"
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Where the parameters of the model are, before compression; the three kinds add up to all of them.
+    """Parameters of the model before compression, in three kinds that add up to all of them.
 
     Args:
         compressed: in layers that get a structure (weights and biases).
@@ -25,6 +54,20 @@ class Coverage:
     compressed: int
     skipped: int
     unreached: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, targets: Sequence[Target], compressed: set[str]) -> Coverage:
+        """Count the parameters of a dense model, given its targets and the names of those that get a structure."""
+        seen: set[int] = set()
+        counts = {True: 0, False: 0}
+        for chosen in (True, False):  # a shared bias counts where its layer is compressed
+            for target in targets:
+                if (target.name in compressed) == chosen:
+                    for parameter in target.parameters():
+                        if id(parameter) not in seen:
+                            seen.add(id(parameter))
+                            counts[chosen] += 0 if is_lazy(parameter) else parameter.numel()
+        return cls(counts[True], counts[False], unreached(model, seen))
 
     @property
     def total(self) -> int:
@@ -90,27 +133,25 @@ class Report:
         model: the compressed model: the argument, or its replacement where the root itself was a linear layer.
         layers: one row per linear map, in module order.
         coverage: every parameter accounted for.
+        compression: the settings: the plan that was carried out, without fits and statistics.
         qualities: task, fidelity and size of the dense model, the compressed one, and others that `measure` added.
     """
 
     model: nn.Module = field(repr=False)
     layers: tuple[LayerReport, ...]
     coverage: Coverage
+    compression: Compression = field(repr=False)
     qualities: tuple[Quality, ...] = ()
-    judge: Judge | None = field(default=None, repr=False, compare=False)
 
-    def measure(self, stage: str = "healed", model: nn.Module | None = None) -> Report:
+    def measure(self, stage: str, evaluator: Callable[[nn.Module, str], Quality]) -> Report:
         """Return the report with the quality of the model as it is now, after healing, say.
 
         Args:
             stage: its name.
-            model: the model to measure, None for `report.model`.
-        Raises:
-            ValueError: if the report knows neither a task nor held-back batches.
+            evaluator: an `Evaluator`, best the one that `compress_model(evaluate=)` was given: a report keeps no
+                batches.
         """
-        if self.judge is None:
-            raise ValueError("the report has nothing to measure by; pass evaluate= or calibration= to compress_model")
-        return replace(self, qualities=(*self.qualities, self.judge(model or self.model, stage)))
+        return replace(self, qualities=(*self.qualities, evaluator(self.model, stage)))
 
     @property
     def parameters_before(self) -> int:
@@ -130,12 +171,17 @@ class Report:
         return sum(row.parameters_after for row in rows) / before if before else 1.0
 
     def to_json(self) -> str:
-        """Write everything but the model as JSON."""
+        """Write everything but the model as JSON.
+
+        Raises:
+            ValueError: if the mask of the settings is a function.
+        """
         content: dict[str, Any] = {
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
             "coverage": asdict(self.coverage),
             "qualities": [asdict(quality) for quality in self.qualities],
+            "compression": self.compression.to_record(),
             "layers": [asdict(row) for row in self.layers],
         }
         return json.dumps(content, indent=2)
@@ -173,9 +219,3 @@ def _cells(row: LayerReport) -> tuple[str, ...]:
         "" if row.output_error is None else f"{row.output_error:.4f}",
         f"{row.seconds:.2f}",
     )
-
-
-def table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Align columns; the last cells of a row may be empty."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,4 +1,4 @@
-"""Sequential compensation: each layer is fitted to the inputs that the compressed layers before it produce."""
+"""Sequential compensation: the weight that a layer should have behind compressed layers."""
 
 from __future__ import annotations
 
@@ -7,24 +7,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from structlin.compress.calibrate import collect_shifted
-from structlin.compress.evidence import Evidence
-from structlin.compress.statistics import SHRINKAGE, Statistics
+from structlin.compress.calibrate import Collecting, collect_behind
+from structlin.compress.config import Mask
+from structlin.compress.data import Data
 from structlin.compress.targets import Target
-from structlin.fitting.objective import Root
-
-
-def groups(targets: Sequence[Target], statistics: Statistics) -> list[list[Target]]:
-    """Bring layers that see the same inputs together, in the order of the model."""
-    found: dict[int, list[Target]] = {}
-    for target in targets:
-        found.setdefault(id(statistics.grams[target.name]), []).append(target)
-    return list(found.values())
+from structlin.fitting.objective import GramRoot
 
 
 def shifted(
-    model: nn.Module, group: Sequence[Target], swaps: Mapping[nn.Module, nn.Module], evidence: Evidence
-) -> dict[str, tuple[Tensor, Root | None]]:
+    model: nn.Module, group: Sequence[Target], swaps: Mapping[nn.Module, nn.Module], data: Data, mask: Mask = "auto"
+) -> dict[str, tuple[Tensor, GramRoot | None]]:
     """Find the weights and input Grams that stand for the layers of a group behind compressed layers.
 
     With original inputs x and those x' of the compressed model, sum ||W x - V x'||^2 + s ||W - V||^2 is
@@ -34,25 +26,24 @@ def shifted(
     Args:
         model: the dense model.
         group: layers with the same inputs.
-        swaps: the compressed layers so far.
-        evidence: with batches.
+        swaps: the compressed layers so far, by the modules that they replace.
+        data: with batches.
+        mask: which tokens count.
     Returns:
-        T and the root of G by name; T in float32 or wider.
+        T and the square root of G by name; T in float32 or wider.
     """
-    statistics = collect_shifted(
-        model, evidence.batches, swaps, [target.name for target in group], forward=evidence.forward
-    )
-    found: dict[str, tuple[Tensor, Root | None]] = {}
+    statistics = collect_behind(model, group, data.batches, swaps, data.forward, Collecting(mask=mask))
+    found: dict[str, tuple[Tensor, GramRoot | None]] = {}
     for target in group:
         weight = target.linear.weight.detach()
         gram = statistics.grams[target.name].to(torch.promote_types(statistics.grams[target.name].dtype, torch.float64))
-        shrinkage = SHRINKAGE * gram.diagonal().real.mean() * torch.eye(len(gram)).to(gram)
+        shrinkage = data.shrinkage * gram.diagonal().real.mean() * torch.eye(len(gram)).to(gram)
         if not statistics.tokens[target.name] or shrinkage[0, 0].real <= 0:
             found[target.name] = weight, None
             continue
-        cross = statistics.crosses[target.name].to(gram.dtype) + shrinkage
+        cross = statistics.cross_grams[target.name].to(gram.dtype) + shrinkage
         # T G = W C, and G is Hermitian and positive definite.
         wanted = torch.linalg.solve(gram + shrinkage, cross.mH @ weight.to(gram.dtype).mH).mH
         wide = torch.promote_types(weight.dtype, torch.float32)
-        found[target.name] = wanted.to(wide), statistics.root(target.name)
+        found[target.name] = wanted.to(wide), statistics.root(target.name, data.shrinkage)
     return found

@@ -10,17 +10,17 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from structlin.compress.report import LayerReport
-from structlin.compress.targets import Target
+from structlin.compress.fit_layers import Outcome
 from structlin.layers.linear import StructuredLinear
 from structlin.runtime import planner
+from structlin.runtime.machines import machine_of
 
 TOKENS = (16, 512)  # rows of the inputs that are timed: a sentence, and a batch of them
-_SAMPLES, _SECONDS = 9, 2e-3  # of each layer, and what one takes at least
+_SAMPLES, _SECONDS = 9, 2e-3  # samples of each layer, and the least length of one in s
 
 
 def time_ratio(layer: nn.Module, dense: nn.Linear, tokens: int) -> float:
-    """Measure the time of a layer in eval / that of the dense one, on random input of so many rows.
+    """Measure the time of a layer in eval relative to the dense one, on `tokens` rows of random input.
 
     Samples of both alternate, and the median of their ratios counts.
     """
@@ -39,7 +39,7 @@ def time_ratio(layer: nn.Module, dense: nn.Linear, tokens: int) -> float:
 
 
 def _calls(module: Callable[[Tensor], Tensor], x: Tensor) -> int:
-    """How many calls fill a sample."""
+    """Return the number of calls that fill a sample."""
     module(x)
     return max(1, round(_SECONDS / max(_seconds(module, x, 3), 1e-9)))
 
@@ -55,47 +55,39 @@ def _seconds(module: Callable[[Tensor], Tensor], x: Tensor, calls: int) -> float
     return (time.perf_counter() - start) / calls
 
 
-def only_faster(
-    rows: Sequence[LayerReport], swaps: dict[nn.Module, nn.Module], targets: Sequence[Target]
-) -> tuple[list[LayerReport], dict[nn.Module, nn.Module]]:
-    """Take back the replacements that are not faster than their dense layers, at any of the numbers of rows.
+def only_faster(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Leave layers dense whose replacements are not faster, at any of the numbers of rows.
 
     Args:
-        rows: of the report.
-        swaps: dense module -> new module.
-        targets: all linear maps.
+        outcomes: of the fits.
     Returns:
-        Rows with the worst measured ratio in `speed` (and the reason, where the layer stays dense), and the
-        swaps that remain.
+        The outcomes, with the worst measured ratio in their rows' `speed`, and the reason where a layer stays dense.
     """
-    kept = dict(swaps)
     found = []
-    by_name = {target.name: target for target in targets}
-    for row in rows:
-        target = by_name[row.name]
-        layer = swaps.get(target.linear)
-        if not isinstance(layer, StructuredLinear):
-            found.append(row)
+    for outcome in outcomes:
+        layer, linear = outcome.layer, outcome.target.linear
+        if layer is None:
+            found.append(outcome)
             continue
-        ratios = {tokens: time_ratio(layer, target.linear, tokens) for tokens in TOKENS}
+        ratios = {tokens: time_ratio(layer, linear, tokens) for tokens in TOKENS}
         slowest = max(ratios, key=lambda tokens: ratios[tokens])
-        measured = replace(row, speed=ratios[slowest])
-        if ratios[slowest] >= 1:
-            measured = _taken_back(measured, layer, slowest)
-            for module, _ in (*target.linears, *target.embeddings):
-                kept.pop(module, None)
-        found.append(measured)
-    return found, kept
+        measured = replace(outcome, row=replace(outcome.row, speed=ratios[slowest]))
+        found.append(measured if ratios[slowest] < 1 else _left_dense(measured, layer, slowest))
+    return found
 
 
-def _taken_back(row: LayerReport, layer: StructuredLinear, tokens: int) -> LayerReport:
-    dense = planner.dense_seconds(row.in_features, row.out_features, tokens)
+def _left_dense(outcome: Outcome, layer: StructuredLinear, tokens: int) -> Outcome:
+    row, weight = outcome.row, layer.factors[0]
+    dense = planner.dense_seconds(
+        row.in_features, row.out_features, tokens, itemsize=weight.element_size(), machine=machine_of(weight.device)
+    )
     predicted = layer.plan(tokens).seconds / dense
     reason = (
         f"{row.structure} takes {row.speed:.2f} of the dense time at {tokens} rows (predicted {predicted:.2f}), "
         "and require_speedup was asked for"
     )
-    return replace(
+    dense_row = replace(
         row, structure=None, reason=reason, parameters_after=row.parameters_before, flops_after=row.flops_before,
         error=None, output_error=None,
     )  # fmt: skip
+    return Outcome(outcome.target, dense_row, {})

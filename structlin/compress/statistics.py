@@ -1,8 +1,9 @@
-"""What calibration saw of each linear map: second moments of its inputs, and of the gradients at its outputs."""
+"""Statistics of calibration: second moments of each linear map's inputs, and of the gradients at its outputs."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
@@ -15,15 +16,45 @@ import torch.distributed as dist
 from torch import Tensor
 
 from structlin.checkpoint.tensors import read_safetensors, write_safetensors
-from structlin.fitting.objective import Root
+from structlin.fitting.objective import GramRoot
 
-FIELDS = ("grams", "output_grams", "crosses")
+FIELDS = ("grams", "output_grams", "cross_grams")
+OLD_NAMES = {"cross_grams": "crosses"}  # of fields, in files that are still read
 VERSION = 1
 SHRINKAGE = 0.03
+ROUNDING = 1e-3  # relative difference of energies that are summed in another order, or on another device
 _KEY = "structlin_statistics"  # in the metadata of the file
 
 # Per field and name: shape, dtype, and a number that names with one and the same tensor have in common.
 _Outline = dict[str, dict[str, tuple[tuple[int, ...], str, int]]]
+
+
+@dataclass(frozen=True)
+class StatisticsSummary:
+    """A few numbers that tell statistics apart: by them a plan names those that it was fitted with.
+
+    Args:
+        layers: number of linear maps.
+        tokens: inputs summed, over all of them.
+        energy: sum of the traces of their Grams.
+        output_energy: the same of their output Grams.
+    """
+
+    layers: int
+    tokens: int
+    energy: float
+    output_energy: float
+
+    def agrees(self, other: StatisticsSummary) -> bool:
+        """Whether both describe the same statistics, up to rounding."""
+        return (self.layers, self.tokens) == (other.layers, other.tokens) and all(
+            math.isclose(ours, theirs, rel_tol=ROUNDING)
+            for ours, theirs in ((self.energy, other.energy), (self.output_energy, other.output_energy))
+        )
+
+    def __str__(self) -> str:
+        loss = f", {self.output_energy:.4g} of the loss" if self.output_energy else ""
+        return f"statistics of {self.layers} layers and {self.tokens:,} inputs (energy {self.energy:.4g}{loss})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +70,7 @@ class Statistics:
         tokens: number of inputs summed; 0 for a layer that was never called, whose Gram is zero.
         output_grams: H = sum g g^H over the gradients g of a loss by the layer's output, shape (out_features,
             out_features), or only its diagonal, (out_features,); empty without a loss.
-        crosses: C = sum x x'^H over the inputs x of the model and x' of the partly compressed model, shape
+        cross_grams: C = sum x x'^H over the inputs x of the model and x' of the partly compressed model, shape
             (in_features, in_features); empty but for `collect_shifted`.
     Example:
         >>> half = Statistics({"0": torch.eye(2)}, {"0": 3})
@@ -51,21 +82,30 @@ class Statistics:
     grams: Mapping[str, Tensor] = field(repr=False)
     tokens: Mapping[str, int]
     output_grams: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-    crosses: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-    _roots: dict[int, Root | None] = field(default_factory=dict, init=False, repr=False)
+    cross_grams: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    _roots: dict[tuple[int, float], GramRoot | None] = field(default_factory=dict, init=False, repr=False)
 
-    def root(self, name: str) -> Root | None:
-        """Return the root of a layer's shrunken Gram G + SHRINKAGE tr(G) / n I, computed once for each Gram.
+    def root(self, name: str, shrinkage: float = SHRINKAGE) -> GramRoot | None:
+        """Return the square root of a layer's shrunken Gram G + shrinkage tr(G) / n I, computed once for each Gram.
 
-        The Gram of a few thousand tokens is noisy where it is small: with 3 % of its mean eigenvalue on all of them,
-        fits of MiniLM's weights get better on held-out text, and converge faster.
+        The Gram of a few thousand tokens is noisy where it is small. With 3 % of its mean eigenvalue added to all of
+        them, fits of MiniLM's weights get better on held-out text, and converge faster.
         """
         gram = self.grams[name]
-        if id(gram) not in self._roots:
+        key = id(gram), shrinkage  # layers with the same inputs share one Gram, which this object keeps alive
+        if key not in self._roots:
             eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            found = Root.of(gram + SHRINKAGE * gram.diagonal().mean() * eye)
-            self._roots[id(gram)] = None if found is None else Root(found.rows.to(gram.dtype))
-        return self._roots[id(gram)]
+            found = GramRoot.of(gram + shrinkage * gram.diagonal().mean() * eye)
+            self._roots[key] = None if found is None else GramRoot(found.rows.to(gram.dtype))
+        return self._roots[key]
+
+    @property
+    def summary(self) -> StatisticsSummary:
+        """The numbers by which a plan names these statistics."""
+        energy = sum(gram.diagonal().real.sum(dtype=torch.float64).item() for gram in self.grams.values())
+        metrics = (gram if gram.ndim == 1 else gram.diagonal().real for gram in self.output_grams.values())
+        loss = sum(metric.sum(dtype=torch.float64).item() for metric in metrics)
+        return StatisticsSummary(len(self.grams), sum(self.tokens.values()), float(energy), float(loss))
 
     @property
     def nbytes(self) -> int:
@@ -112,7 +152,7 @@ class Statistics:
             raise RuntimeError("there is no process group; call torch.distributed.init_process_group first")
         gathered: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(gathered, (self._outline(), dict(self.tokens)), group=group)
-        # Ranks may differ in what is shared: all of them reduce what is shared everywhere, in the order of the first.
+        # Ranks may share different tensors. All reduce those that every rank shares, in the order of the first rank.
         outlines = [outline for outline, _ in gathered]
         for rank, outline in enumerate(outlines):
             _check_alike(outlines[0], outline, f"rank {rank}")
@@ -166,7 +206,8 @@ class Statistics:
             if record.get("version") != VERSION:
                 raise ValueError(f"version {record.get('version')}; this structlin reads version {VERSION}")
             tensors |= {key: torch.view_as_complex(tensors[key]) for key in record["complex"]}
-            parts = {what: {name: tensors[key] for name, key in record[what].items()} for what in FIELDS}
+            keys = {what: record[what if what in record else OLD_NAMES[what]] for what in FIELDS}
+            parts = {what: {name: tensors[key] for name, key in found.items()} for what, found in keys.items()}
             if record["tokens"].keys() != parts["grams"].keys():
                 raise ValueError("its tokens and its Gram matrices have different names")
         except OSError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +50,7 @@ class Target:
 
 
 def module_names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
-    """Every module once, in order, with all the names under which it is reachable."""
+    """Return every module once, in order, with all names under which it is reachable."""
     names: dict[nn.Module, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         names[module].append(name)
@@ -94,7 +94,7 @@ def find_targets(model: nn.Module, *, tied: str = "skip") -> list[Target]:
 
 
 def _module_reason(linear: nn.Linear, in_attention: bool) -> str | None:
-    """Why a linear module must stay dense because of what it is."""
+    """Return why a linear module must stay dense, None if nothing in the module itself forbids it."""
     if in_attention or type(linear) is NonDynamicallyQuantizableLinear:
         return "nn.MultiheadAttention reads the weight itself: a structured layer would be made dense at each call"
     if parametrize.is_parametrized(linear):
@@ -111,7 +111,7 @@ def _module_reason(linear: nn.Linear, in_attention: bool) -> str | None:
 
 
 def _weight_reason(weight: Tensor) -> str | None:
-    """Why a weight cannot be decomposed."""
+    """Return why a weight cannot be decomposed, None if it can."""
     if type(weight) is not nn.Parameter or weight.dtype not in FLOATS:
         return f"its weight is a {type(weight).__name__} of {weight.dtype}, quantised or of an unknown kind"
     if weight.is_meta:
@@ -124,7 +124,7 @@ def _weight_reason(weight: Tensor) -> str | None:
 def _tie_reason(
     sharing: list[tuple[nn.Module, str]], names: dict[nn.Module, tuple[str, ...]], tied: str
 ) -> str | None:  # fmt: skip
-    """Why a weight with these users must stay dense because of those that are not linear."""
+    """Return why the users of a weight that are not linear keep it dense, None if there are no such users."""
     others = [(m, a) for m, a in sharing if not isinstance(m, nn.Linear)]
     replaceable = all(type(m) is nn.Embedding and m.max_norm is None and not m.sparse for m, _ in others)
     if not others or (tied == "replace" and replaceable):
@@ -134,8 +134,8 @@ def _tie_reason(
     return f"its weight is tied to {'.'.join(filter(None, (names[module][0], attribute)))}; {way_out} to compress it"
 
 
-def last_target(model: nn.Module, targets: list[Target]) -> Target | None:
-    """The output layer: what `get_output_embeddings` of a transformers model returns, else the last one found."""
+def last_target(model: nn.Module, targets: Sequence[Target]) -> Target | None:
+    """Return the output layer: that of `get_output_embeddings` in a transformers model, else the last one found."""
     getter = getattr(model, "get_output_embeddings", None)
     declared = getter() if callable(getter) else None
     for target in targets:
@@ -145,7 +145,7 @@ def last_target(model: nn.Module, targets: list[Target]) -> Target | None:
 
 
 def unreached(model: nn.Module, reached: set[int]) -> dict[str, int]:
-    """Parameters outside `reached` (by id), counted by the type of the module that owns them."""
+    """Count the parameters outside `reached` (ids) by the type of the module that owns them."""
     counts: dict[str, int] = defaultdict(int)
     seen = set(reached)
     for module in model.modules():

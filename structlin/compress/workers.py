@@ -1,12 +1,15 @@
-"""Independent fits side by side: a thread for each of torch's, each computing with one."""
+"""Independent fits side by side, and reproducible: threads, and the state of torch's generators."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+
+from structlin.heal.data import progress_bar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -26,25 +29,26 @@ def each(work: Callable[[T], R], items: Sequence[T], progress: bool | None, what
     """
     threads = torch.get_num_threads()
     count = min(threads, len(items))
-    if count < 2:
-        yield from map(work, bar(items, len(items), progress, what))
-        return
-    torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(count, thread_name_prefix="structlin", initializer=torch.set_num_threads, initargs=(1,))
-    try:
-        yield from bar(pool.map(work, items), len(items), progress, what)
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(threads)
+    with progress_bar(what, "layer", len(items), progress) as advance:
+        if count < 2:
+            for item in items:
+                yield work(item)
+                advance()
+            return
+        torch.set_num_threads(1)
+        pool = ThreadPoolExecutor(count, "structlin", initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            for result in pool.map(work, items):
+                yield result
+                advance()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            torch.set_num_threads(threads)
 
 
-def bar(items: Iterable[T], total: int | None, progress: bool | None, what: str) -> Iterable[T]:
-    """Show a progress bar over items where asked for and possible."""
-    if progress is False:
-        return items
-    try:
-        from tqdm.auto import tqdm  # noqa: PLC0415  # optional, and `import structlin` must not import it
-    except ImportError:
-        return items
-    shown: Iterable[T] = tqdm(items, desc=what, total=total, unit="layer", disable=None if progress is None else False)
-    return shown
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's generators for a while; their states are restored at the end."""
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield

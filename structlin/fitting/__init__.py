@@ -1,1 +1,1 @@
-"""How one dense weight becomes the factors of a structure of a given size."""
+"""Fit the factors of a structure to one dense weight."""

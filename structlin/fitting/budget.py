@@ -10,11 +10,15 @@ from structlin.runtime.planner import flops_per_token
 
 Budget = Literal["parameters", "bytes", "flops"]
 
-# Where the steps of a structure are so coarse that more than COARSE of the budget stays unused, SLACK more is allowed
-# (PHM-2 is half of the dense parameters plus eight numbers).
+# If a structure grows in steps so coarse that more than COARSE of the budget stays unused, it may exceed the budget by
+# SLACK: PHM-2 has half of the dense parameters plus eight.
 COARSE = 0.05
 SLACK = 0.01
 _BISECTIONS = 12
+
+
+class NoMemberError(ValueError):
+    """No member of a structure is within the budget of a layer."""
 
 
 def within(
@@ -30,11 +34,11 @@ def within(
         out_features: size of the output.
         ratio: kept / dense (bias excluded), in (0, 1].
         budget: "parameters"; "bytes", which count constants too (factors have the dtype of the weight); or "flops" per
-            token (of the factor-by-factor contraction) against 2 in out.
+            token, of the factor-by-factor contraction against the 2 in out of the dense product.
     Returns:
         Resolved structures, at least one.
     Raises:
-        ValueError: if ratio or budget is out of range, or ratio so small that no member fits.
+        ValueError: if ratio or budget is out of range; NoMemberError if no member is small enough.
     """
     check_ratio(ratio)
     if budget not in get_args(Budget):
@@ -49,7 +53,7 @@ def within(
         if budget == "bytes":
             found = {s: n for s, n in found.items() if _entries(s, in_features, out_features) <= ratio * dense}
     if not found:
-        raise ValueError(
+        raise NoMemberError(
             f"no {family.name} structure of a {out_features} x {in_features} layer keeps {ratio:.3g} of its {budget} "
             "or fewer; use a larger ratio or another structure"
         )
@@ -57,29 +61,29 @@ def within(
 
 
 def check_ratio(ratio: float) -> None:
-    """Refuse a ratio that is not a share of the dense parameters.
+    """Refuse a ratio outside (0, 1].
 
     Raises:
-        ValueError: if it is outside (0, 1].
+        ValueError: naming the ratio.
     """
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio={ratio} is outside (0, 1]; it is parameters kept / dense parameters")
 
 
 def _sized(family: Family, in_features: int, out_features: int, budget: int) -> dict[Structure, int]:
-    """Candidates and their parameters."""
+    """Return the resolved candidates, each with its number of parameters."""
     resolved = [c.resolve(in_features, out_features) for c in family.candidates(in_features, out_features, budget)]
     sizes = {structure: structure.spec(in_features, out_features).num_parameters for structure in resolved}
     return {structure: size for structure, size in sizes.items() if size <= budget}
 
 
 def _entries(structure: Structure, in_features: int, out_features: int) -> int:
-    """All entries that are stored, constants included."""
+    """Count the stored entries, constants included."""
     return sum(math.prod(shape) for shape in structure.spec(in_features, out_features).shapes)
 
 
 def _sized_by_flops(family: Family, in_features: int, out_features: int, limit: float) -> dict[Structure, int]:
-    """Candidates within a number of FLOPs, from a bisection of the number of parameters."""
+    """Bisect over the number of parameters for the largest candidates within a number of FLOPs."""
     low, high = 0.0, limit  # no structure does fewer than one FLOP per parameter
     best: dict[Structure, int] = {}
     for _ in range(_BISECTIONS):

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from structlin.equation.spec import Spec
 from structlin.equation.structure import Family, Structure
-from structlin.fitting.budget import Budget, within
-from structlin.fitting.objective import Objective, Root, make_objective
+from structlin.fitting.budget import Budget, NoMemberError, within
+from structlin.fitting.objective import GramRoot, Objective, make_objective
 from structlin.fitting.refine import Refinement, low_rank_summand
 from structlin.runtime.contract import to_dense
 
-STEPS = 300  # of refinement, at least, where a Gram is given and the closed form is for G = I
-RACE = 60  # steps that every one of several candidates gets, before the best of each class gets all
+STEPS = 300  # of refinement, if a Gram is given and the closed form holds for G = I only
+RACE = 60  # steps for each of several candidates; the best of them then gets all
 
 Families = Family | Sequence[Family]
 
@@ -27,11 +27,11 @@ class Fit:
     """The factors that approximate a weight.
 
     Args:
-        structure: resolved.
+        structure: the resolved structure.
         spec: its equation.
         factors: in the order of `spec`, in the dtype of the weight.
-        error: relative Frobenius error ||W - What|| / ||W|| of the factors as they are stored.
-        output_error: the same in the norm of the Grams that were given; None without.
+        error: relative Frobenius error ||W - What|| / ||W||, of the factors rounded to that dtype.
+        output_error: the same in the norm of the given Grams; None without.
     """
 
     structure: Structure
@@ -42,7 +42,7 @@ class Fit:
 
     @property
     def minimised(self) -> float:
-        """The error that was minimised: `output_error`, or without Grams `error`."""
+        """The error that the fit minimised: `output_error`, or `error` without Grams."""
         return self.error if self.output_error is None else self.output_error
 
 
@@ -51,35 +51,34 @@ def fit(
     structure: Structure | Families,
     *,
     ratio: float | None = None,
-    gram: Tensor | Root | None = None,
+    gram: Tensor | GramRoot | None = None,
     output_gram: Tensor | None = None,
     refine: int | None = None,
     budget: Budget = "parameters",
 ) -> Fit:
-    """Approximate a dense weight with the least error at a given size.
+    """Find the factors of a structure that approximate a dense weight best.
 
-    Without a Gram the error is ||W - What||^2; with one it is the layer's output error tr((W - What) G (W - What)^T),
-    and with an output Gram H too, tr(H (W - What) G (W - What)^T). Low rank is solved in closed form in all three.
-    Other structures start from their closed form for W, or a projection; refinement (`fitting.refine`) follows, and
-    the result is never worse than its start. Of several sizes of a class the best after a short
-    refinement is taken. Deterministic.
+    The error is ||W - What||^2 without a Gram, the layer's output error tr((W - What) G (W - What)^T) with one, and
+    tr(H (W - What) G (W - What)^T) with an output Gram H. Low rank has a closed form for all three. Other structures
+    start from their closed form for W, or a projection, and are refined (`fitting.refine`); the result is never worse
+    than its start. Among several sizes of a family, a short refinement of each decides. Deterministic.
 
     Args:
         weight: (out_features, in_features), any float or complex dtype, finite.
-        structure: an instance (sizes given); or a class, or several to choose from, together with a ratio (sizes
-            searched).
+        structure: an instance, whose sizes are given; or a class, a sum of classes (`structlin.structures.sum_of`), or
+            several to choose from, whose sizes follow from `ratio`.
         ratio: kept / dense, in (0, 1].
-        gram: G = sum x x^T over the layer's inputs x, (in, in), of any scale; it may be singular, and zero counts as
-            none. A `Root` of it saves the eigendecomposition.
-        output_gram: H, (out, out), or its diagonal (out,): weights of the rows, such as a diagonal Fisher.
-        refine: number of refinement steps; None takes the structure's `refine_steps`, and with a Gram 300 where those
-            are 0 and there is no closed form.
-        budget: what the ratio counts: "parameters" or "flops".
+        gram: G = sum x x^T over the layer's inputs x, (in, in), at any scale; it may be singular, and zero counts as
+            none. Its `GramRoot` saves the eigendecomposition.
+        output_gram: H, (out, out), or its diagonal (out,): weights of the rows, for example a diagonal Fisher.
+        refine: number of refinement steps; None takes the structure's `refine_steps`, or 300 if that is 0 and the given
+            Gram rules the closed form out.
+        budget: unit of the ratio: "parameters", "bytes", or "flops" per token.
     Returns:
         The Fit with the least error among the candidates.
     Raises:
-        ValueError: if the weight is not a finite matrix, if a Gram or the structure does not fit it, or if exactly one
-            of instance and ratio is not given.
+        ValueError: if the weight is not a finite matrix, if a Gram or the structure does not fit it, or unless either
+            an instance or a ratio is given.
     Example:
         >>> from structlin.structures import LowRank
         >>> inputs, weight = torch.randn(100, 64), torch.randn(32, 64)
@@ -89,7 +88,7 @@ def fit(
     """
     check_weight(weight)
     if isinstance(structure, Structure) == (ratio is not None):
-        raise ValueError("give either hyperparameters or a ratio, not both and not neither")
+        raise ValueError("give either hyperparameters or a ratio, and not both")
     problem = _Problem(weight.detach(), *make_objective(weight, gram, output_gram))
     if isinstance(structure, Structure):
         out_features, in_features = weight.shape
@@ -100,7 +99,7 @@ def fit(
     for family in structure if isinstance(structure, Sequence) else [structure]:
         try:
             options = within(family, weight.shape[1], weight.shape[0], ratio, budget)
-        except ValueError as error:
+        except NoMemberError as error:
             errors.append(error)
         else:
             fits.append(problem.best(options, refine))
@@ -114,42 +113,40 @@ def extend(
     structure: Structure,
     weight: Tensor,
     *,
-    gram: Tensor | Root | None = None,
+    gram: Tensor | GramRoot | None = None,
     output_gram: Tensor | None = None,
 ) -> Fit:
-    """Fit a structure that differs from that of a fit by the rank of its low-rank summand only, which is found anew.
-
-    The other factors stay, so that this takes a closed form instead of a refinement.
+    """Change the rank of the low-rank summand of a fit: solve for it in closed form, keep all other factors.
 
     Args:
-        found: of the same weight and Grams.
-        structure: resolved, with a low-rank summand.
-        weight: as for `fit`, like all that follows.
-        gram: G.
-        output_gram: H.
+        found: the fit, of the same weight and Grams.
+        structure: the resolved structure, which differs from the fit's in that rank only.
+        weight: as for `fit`.
+        gram: as for `fit`.
+        output_gram: as for `fit`.
     Returns:
-        The Fit; with a rank that is not smaller its error is not larger.
+        The new Fit; its error does not exceed that of `found` unless the rank is smaller.
     """
     return _Problem(weight.detach(), *make_objective(weight, gram, output_gram)).extended(found, structure)
 
 
 @dataclass(frozen=True)
 class _Problem:
-    """One weight and what is minimised, in float64; the objective's weight is that of the layer divided by `scale`."""
+    """One weight and its objective in float64, which holds the weight divided by `scale`."""
 
     weight: Tensor
     objective: Objective
     scale: float
 
     def steps(self, structure: Structure, refine: int | None) -> int:
-        """How many steps of refinement a structure gets."""
+        """Return the number of refinement steps for a structure."""
         spec = structure.spec(self.weight.shape[1], self.weight.shape[0])
         if refine is not None:
             return refine
         return structure.refine_steps or (0 if self.objective.plain or _is_low_rank(spec) else STEPS)
 
     def best(self, options: Sequence[Structure], refine: int | None) -> Fit:
-        """Fit one of several structures: the best after a short refinement."""
+        """Fit the candidate that is best after a short refinement of all."""
         if len(options) == 1:
             return self.fit_with(options[0], refine)
         race = [self.fit(option, min(RACE, self.steps(option, refine))) for option in options]
@@ -159,7 +156,7 @@ class _Problem:
         return min(self.fit_with(first.structure, refine), first, key=lambda fit: fit.minimised)
 
     def fit_with(self, structure: Structure, refine: int | None) -> Fit:
-        """Fit one structure with as many steps as it gets."""
+        """Fit one structure with its number of steps."""
         return self.fit(structure, self.steps(structure, refine))
 
     def fit(self, structure: Structure, steps: int) -> Fit:
@@ -167,6 +164,7 @@ class _Problem:
         spec = structure.spec(self.weight.shape[1], self.weight.shape[0])
         factors = self._start(structure, spec)
         if steps or not self.objective.plain or len(spec.equations) > 1:
+            # float32 is enough for the steps, unless the weight itself has the digits of float64.
             exact = self.objective.weight.dtype
             dtype = exact if not steps or self.weight.dtype == torch.float64 else _single(exact)
             refinement = Refinement(spec, [f.to(dtype) for f in factors], self.objective.to(dtype), steps)
@@ -175,13 +173,13 @@ class _Problem:
         return self.measured(structure, spec, factors)
 
     def extended(self, found: Fit, structure: Structure) -> Fit:
-        """Take the low-rank summand anew, the other factors from a fit."""
+        """Solve for the low-rank summand; take the other factors from a fit."""
         spec = structure.spec(self.weight.shape[1], self.weight.shape[0])
         known = _rescaled(found.spec, found.factors, 1 / self.scale, self.objective.weight.dtype)
         return self.measured(structure, spec, Refinement(spec, known, self.objective, 0).result())
 
     def measured(self, structure: Structure, spec: Spec, factors: Sequence[Tensor]) -> Fit:
-        """Store factors as the layer will, and measure them."""
+        """Round the factors to the dtype of the weight, and measure the error of the result."""
         stored = _rescaled(spec, factors, self.scale, self.weight.dtype)
         dense = to_dense(spec, [factor.to(self.objective.weight.dtype) for factor in stored])
         error = relative_error(self.weight.to(dense.dtype), dense)
@@ -191,7 +189,7 @@ class _Problem:
     def _start(self, structure: Structure, spec: Spec) -> list[Tensor]:
         weight = self.objective.weight
         if _is_low_rank(spec) and not self.objective.plain:
-            return [weight.new_zeros(shape) for shape in spec.shapes]  # the refinement finds it whatever the start
+            return [weight.new_zeros(shape) for shape in spec.shapes]  # eliminated, so its start does not matter
         factors = [factor.to(weight.dtype) for factor in structure.decompose(weight)]
         shapes = tuple(tuple(factor.shape) for factor in factors)
         if shapes != spec.shapes:
@@ -216,7 +214,7 @@ def relative_error(weight: Tensor, approximation: Tensor) -> float:
 
 
 def check_weight(weight: Tensor) -> None:
-    """Refuse what cannot be decomposed.
+    """Refuse a weight that has no decomposition.
 
     Raises:
         ValueError: if the weight is not a matrix with finite values of a float or complex dtype.
@@ -235,11 +233,9 @@ def check_weight(weight: Tensor) -> None:
 
 def _rescaled(spec: Spec, factors: Sequence[Tensor], scale: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Give the scale back to the learned factors, evenly, and cast."""
-    result, start = [], 0
-    for eq in spec.equations:
+    result = []
+    for eq, part in spec.split(factors):
         share = scale ** (1 / sum(factor.learned for factor in eq.factors))
-        for factor in eq.factors:
-            value = factors[start] * share if factor.learned else factors[start]
-            result.append(value.to(dtype).contiguous())
-            start += 1
+        for factor, tensor in zip(eq.factors, part, strict=True):
+            result.append((tensor * share if factor.learned else tensor).to(dtype).contiguous())
     return tuple(result)

@@ -1,7 +1,7 @@
 """Closed-form decompositions: tensors in, tensors out, any float or complex dtype, batched where noted.
 
-All of them rest on one routine, the leading left singular vectors from the Gram matrix of the smaller side, computed in
-float64. Projecting on them needs no inverse, so zero and singular matrices need no special care.
+All rest on one routine: the singular vectors from the Gram matrix of the smaller side, in float64. Projecting on them
+needs no inverse, so zero and singular matrices need no special case.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def pad_to(matrix: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def leading(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute a singular value decomposition by the Gram matrix of the smaller side.
+    """Compute a singular value decomposition from the Gram matrix of the smaller side.
 
     matrix = left @ (values * right). Cost: one Gram product and one symmetric eigenproblem of the smaller side.
 
@@ -51,6 +51,7 @@ def leading(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fix_signs(left: Tensor, values: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Make the largest entry of each left vector positive, so that the decomposition is deterministic."""
     top = left.abs().argmax(dim=-2, keepdim=True)
     phase = torch.sgn(torch.gather(left, -2, top))
     phase = torch.where(phase == 0, torch.ones_like(phase), phase)
@@ -58,7 +59,7 @@ def _fix_signs(left: Tensor, values: Tensor, right: Tensor) -> tuple[Tensor, Ten
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Compute the best approximation of given rank, the singular values split evenly between both factors.
+    """Compute the best approximation of a given rank; each factor takes the root of the singular values.
 
     matrix ~ left @ right. Cost: see `leading`.
 
@@ -121,7 +122,7 @@ def nearest_kronecker(weight: Tensor, terms: int, shape: Shape) -> tuple[Tensor,
 
 
 def tt_matrix(weight: Tensor, out_modes: Sequence[int], in_modes: Sequence[int]) -> Tensor:
-    """Bring a matrix into the mode order of a TT-matrix: (o1, i1, o2, i2, ...)."""
+    """Reorder a matrix (o1 o2 .., i1 i2 ..) into the modes of a TT-matrix: (o1, i1, o2, i2, ...)."""
     count = len(out_modes)
     tensor = weight.reshape(*out_modes, *in_modes)
     return tensor.permute([axis for k in range(count) for axis in (k, count + k)])
@@ -166,7 +167,7 @@ def tt_svd(
 
 
 def _rank_within(values: Tensor, allowed: float) -> int:
-    """The smallest rank whose discarded singular values have a norm of at most `allowed`."""
+    """Return the smallest rank whose discarded singular values have a norm of at most `allowed`."""
     tails = values.square().flip(0).cumsum(0).flip(0).sqrt()
     return max(int((tails > allowed).sum()), 1)
 
@@ -178,7 +179,7 @@ def tt_round(
 
     Args:
         cores: (r_k, o_k, i_k, r_k+1) with r_0 = r_d = 1, any float or complex dtype.
-        ranks: the new bond ranks (those above what is there are lowered); None lets the tolerance decide.
+        ranks: the new bond ranks, lowered to the present ones; None lets the tolerance decide.
         tolerance: relative Frobenius error allowed in all, used when ranks is None.
     Returns:
         Cores of lower rank, in the working dtype.
@@ -208,12 +209,12 @@ def tt_round(
 
 
 def butterfly_projection(weight: Tensor, out_modes: Sequence[int], in_modes: Sequence[int]) -> list[Tensor]:
-    """Project a matrix on the butterfly matrices of given digits by hierarchical rank-1 approximations.
+    """Project a matrix on the butterfly matrices with given digits, by hierarchical rank-1 approximations.
 
     W[o1..ok, i1..ik] = prod_s F_s[i_<s, o_>s, o_s, i_s].
-    For fixed i_1 and o_>1 the entries are a rank-1 matrix in (o_1; i_>1): its left vector is a block of F_1, its right
-    vectors form butterflies of the remaining digits. Exact on true butterflies. Cost: O(n^2) per stage, 2 n^2 r FLOPs
-    in all for radix r.
+    For fixed i_1 and o_>1, the entries of a butterfly form a rank-1 matrix in (o_1; i_>1): its left vector is a block
+    of F_1, and the right vectors form butterflies of the remaining digits. Exact on true butterflies. Cost: O(n^2) per
+    stage, 2 n^2 r FLOPs in all for radix r.
 
     Args:
         weight: (prod out_modes, prod in_modes), any float or complex dtype.
@@ -231,7 +232,7 @@ def butterfly_projection(weight: Tensor, out_modes: Sequence[int], in_modes: Seq
         [(2, 2, 2), (2, 2, 2)]
     """
     exact = weight if weight.dtype in (torch.float64, torch.complex128, torch.complex64) else weight.float()
-    rest = exact.unsqueeze(0)  # (i_<s, o_s.., i_s..)
+    rest = exact.unsqueeze(0)  # (i_<s, o_s.., i_s..), one digit less of both sides in each round
     stages = []
     for s in range(len(out_modes) - 1):
         o, i = out_modes[s], in_modes[s]
@@ -266,7 +267,7 @@ def _leading_pair(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def balance(factors: Sequence[Tensor]) -> list[Tensor]:
-    """Scale the factors of a product to the same root mean square entry; if one is zero, leave them all."""
+    """Scale the factors of a product to the same root mean square entry; if one is zero, leave all as they are."""
     sizes = [torch.linalg.vector_norm(factor) / math.sqrt(factor.numel()) for factor in factors]
     if any(size == 0 for size in sizes):
         return list(factors)

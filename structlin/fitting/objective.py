@@ -1,4 +1,4 @@
-"""What a fit minimises: the error of a weight in the norm of its inputs and, where given, of its outputs."""
+"""The objective of a fit: the error of a weight in the norm of its inputs and, where given, of its outputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from structlin.fitting import linalg
 
-# Below this share of the largest eigenvalue, rounding decides.
+# Eigenvalues below this share of the largest are rounding errors.
 _NOISE = 1e-13
 
 
@@ -19,11 +19,11 @@ _NOISE = 1e-13
 class Objective:
     """The squared error ||inputs (W - What)^T outputs||^2 = tr(H (W - What) G (W - What)^H).
 
-    `inputs` and `outputs` are roots of the Grams G and H: whatever the calibration text, at most `in_features` rows
-    stand for all of its tokens. None stands for the identity, so that without both this is the Frobenius error.
+    `inputs` and `outputs` are Gram square roots, of G and H: at most `in_features` rows stand for all calibration
+    tokens. None is the identity; without both, this is the Frobenius error.
 
     Args:
-        weight: what is approximated, (out_features, in_features), of a size near 1.
+        weight: the target W, (out_features, in_features), with entries near 1.
         inputs: (rows, in_features) with inputs^T conj(inputs) = G, or None.
         outputs: (out_features, out_features) with outputs outputs^H = conj(H), invertible, or None.
     """
@@ -34,21 +34,21 @@ class Objective:
 
     @property
     def plain(self) -> bool:
-        """Whether this is the Frobenius error."""
+        """Whether the objective is the Frobenius error."""
         return self.inputs is None and self.outputs is None
 
     @cached_property
     def targets(self) -> Tensor:
-        """What the approximation should give for `inputs`: (rows, out_features)."""
+        """Outputs of the weight for `inputs`, which the approximation is to match: (rows, out_features)."""
         return self.error(self.weight)
 
     @cached_property
     def total(self) -> float:
-        """Norm of the targets, by which errors are divided; 1 where it is zero."""
+        """Norm of the targets, the denominator of relative errors; 1 if it is zero."""
         return _norm(self.targets) or 1.0
 
     def error(self, difference: Tensor) -> Tensor:
-        """Map a difference of weights (out, in) to the rows whose norm is the error."""
+        """Map a difference of weights (out, in) to the residual (rows, out) whose norm is the error."""
         rows = difference.mT if self.inputs is None else self.inputs @ difference.mT
         return rows if self.outputs is None else rows @ self.outputs
 
@@ -63,7 +63,7 @@ class Objective:
             difference: (out, in).
             basis: (out, rank), orthonormal, in the coordinates of `targets`.
         Returns:
-            left (out, rank) and right (rank, in) of equal norms for each term. No inverse of G is needed.
+            left (out, rank) and right (rank, in), of equal norms in each term. No inverse of G is needed.
         """
         if self.outputs is None:
             left, right = basis.conj(), basis.mT @ difference
@@ -80,25 +80,25 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class Root:
-    """A root of a Gram G: rows X (rows, n) with X^T conj(X) = G / (mean of its diagonal)."""
+class GramRoot:
+    """Gram square root: rows X (rows, n) with X^T conj(X) = G / (mean of its diagonal)."""
 
     rows: Tensor
 
     @classmethod
-    def of(cls, gram: Tensor) -> Root | None:
-        """Compute the root by an eigendecomposition in float64: no inverse, no Cholesky, so G may be singular.
+    def of(cls, gram: Tensor) -> GramRoot | None:
+        """Compute the Gram square root by an eigendecomposition in float64; G may be singular.
 
         Args:
             gram: (n, n), symmetric (Hermitian) positive semi-definite, of any scale.
         Returns:
-            The root, in float64 (complex128), or None for a zero G, which says nothing.
+            The square root, in float64 (complex128), or None for G = 0, which carries no information.
         """
         gram = gram.detach().to(linalg.working_dtype(gram))
         largest = gram.abs().max()
         if largest == 0:
             return None
-        gram = gram / largest
+        gram = gram / largest  # its entries may be near the largest or smallest floats
         mean = gram.diagonal().real.mean()
         values, vectors = torch.linalg.eigh((gram + gram.mH) / (2 * mean))
         kept = values > _NOISE * values[-1]
@@ -106,19 +106,19 @@ class Root:
 
 
 def make_objective(
-    weight: Tensor, gram: Tensor | Root | None = None, output_gram: Tensor | None = None
+    weight: Tensor, gram: Tensor | GramRoot | None = None, output_gram: Tensor | None = None
 ) -> tuple[Objective, float]:
-    """Check and normalise what a fit is given.
+    """Check and normalise the arguments of a fit.
 
     Args:
         weight: (out, in), finite.
-        gram: G, (in, in), or its root; None or zero: G = I.
-        output_gram: H, (out, out), or its diagonal (out,); 1e-6 of its mean diagonal is added, so that it is definite.
+        gram: G, (in, in), or its square root; None and zero stand for G = I.
+        output_gram: H, (out, out), or its diagonal (out,); adding 1e-6 of its mean diagonal makes it definite.
     Returns:
-        The objective in float64 (complex128), with weight and targets of a root mean square of 1 where they are not
-        zero, and the factor by which the weight was divided.
+        The objective in float64 (complex128), and the scale that its weight was divided by. Weight and targets have a
+        root mean square of 1 unless they are zero.
     Raises:
-        ValueError: if a Gram has another shape or values that are not finite.
+        ValueError: if a Gram has the wrong shape or values that are not finite.
     """
     out_features, in_features = weight.shape
     exact = weight.detach().to(linalg.working_dtype(weight))
@@ -128,14 +128,14 @@ def make_objective(
     if gram is not None:
         if isinstance(gram, Tensor):
             _check("gram", gram, [(in_features, in_features)])
-        root = Root.of(gram) if isinstance(gram, Tensor) else gram
+        root = GramRoot.of(gram) if isinstance(gram, Tensor) else gram
         inputs = None if root is None else root.rows.to(exact)
     if output_gram is not None:
         _check("output_gram", output_gram, [(out_features, out_features), (out_features,)])
         metric = (torch.diag(output_gram) if output_gram.ndim == 1 else output_gram).to(exact)
         mean = metric.diagonal().real.mean()
         if mean > 0:
-            root = Root.of(metric / mean + 1e-6 * torch.eye(out_features).to(exact))
+            root = GramRoot.of(metric / mean + 1e-6 * torch.eye(out_features).to(exact))
             assert root is not None
             outputs = root.rows.mT
     size = _norm(Objective(exact, inputs, outputs).targets) / math.sqrt(exact.numel()) or 1.0
@@ -156,11 +156,11 @@ def _check(name: str, gram: Tensor, shapes: list[tuple[int, ...]]) -> None:
 def leading_basis(rows: Tensor, rank: int) -> Tensor:
     """Compute the orthonormal basis (n, rank) of the leading right singular vectors (conjugated) of rows (m, n)."""
     exact = rows.to(linalg.working_dtype(rows))
-    if exact.shape[0] >= exact.shape[1]:
+    if exact.shape[0] >= exact.shape[1]:  # the eigenproblem of the smaller side
         return torch.linalg.eigh(exact.mH @ exact)[1][:, -rank:].to(rows.dtype)
     left = torch.linalg.eigh(exact @ exact.mH)[1][:, -rank:]
     images = exact.mH @ left
-    if rank > left.shape[1]:
+    if rank > left.shape[1]:  # more columns than rows can give: qr completes the basis
         images = torch.nn.functional.pad(images, (0, rank - left.shape[1]))
     return torch.linalg.qr(images)[0].to(rows.dtype)
 

@@ -1,9 +1,11 @@
-"""Refinement of factors through their equation: Adam over all of them, low-rank summands eliminated exactly."""
+"""Refine factors through their equation: Adam over all of them, the low-rank summand eliminated exactly."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,23 +14,25 @@ from structlin.equation.spec import Spec
 from structlin.fitting.objective import Objective, leading_basis
 from structlin.runtime import kernels, planner
 from structlin.runtime.contract import apply, to_dense
-from structlin.runtime.kernels.chain import Chain, chain_of, plain, suits, unobserved
+from structlin.runtime.eager import plain, suits, unobserved
+from structlin.runtime.kernels.chain import Chain, chain_of
+from structlin.runtime.machines import machine_of
 from structlin.runtime.planner import Plan
 
 # Chosen by benchmarks/optimisers.py.
 LEARNING_RATE = 2.0  # relative to the root mean square entry of a factor ...
-FACTORS = 5  # ... and less by FACTORS / number where there are more, whose relative changes add up in their product
+FACTORS = 5  # ... times FACTORS / number for more factors than this: their relative changes add up in the product
 BETAS = (0.9, 0.95)
 WARM_UP = 20  # steps
 HALVINGS = 12  # of the learning rate, before a diverging refinement ends
-DIVERGED = 1.1  # relative error, or multiple of the start's
-FLOOR = 1e-7  # relative error in float32 below which nothing is left to gain
+DIVERGED = 1.1  # a relative error of this, or this multiple of the start's, counts as divergence
+FLOOR = 1e-7  # relative error that float32 does not improve on
 WINDOW, PLATEAU = 50, 2e-4  # a relative gain below PLATEAU over WINDOW steps ...
-HURRY = 4.0  # ... makes the rest of the schedule this much shorter
+HURRY = 4.0  # ... shortens the rest of the schedule by this factor
 
 
 def low_rank_summand(spec: Spec) -> int | None:
-    """Return the index of the first equation of the form `o r, r i -> o i` (any names) of the size of the layer."""
+    """Return the index of the first equation `o r, r i -> o i` (any names) that has the size of the layer, or None."""
     for k, eq in enumerate(spec.equations):
         if (
             len(eq.factors) == 2
@@ -43,94 +47,157 @@ def low_rank_summand(spec: Spec) -> int | None:
     return None
 
 
-class Refinement:
-    """A refinement of factors that can be advanced, and asked for its error and its result.
+@dataclass
+class Schedule:
+    """Learning rate over the steps: warm-up, cosine decay to zero, halved on divergence, hurried on a plateau.
 
-    A low-rank summand is not a variable: for every value of the others its best value is known (the leading singular
-    vectors of what they leave), so it is eliminated, and the others are fitted to what is left when it is at its best
-    (variable projection, Golub & Pereyra 1973). Its basis follows by one step of subspace iteration per step.
+    Args:
+        steps: the length of the cosine.
+        rate: its peak, relative to each factor's root mean square entry.
+        position: the place on the cosine, 0 to `steps`; a step moves it by 1, on a plateau by HURRY.
+        taken: optimiser steps so far; a step that diverged does not count.
+        warm_from: `taken` when the current warm-up began.
+    """
+
+    steps: int
+    rate: float
+    position: float = 0.0
+    taken: int = 0
+    warm_from: int = 0
+    halvings: int = 0
+    stride: float = 1.0
+    mark: float = math.inf  # error one WINDOW ago
+
+    @property
+    def ended(self) -> bool:
+        """Whether the cosine has reached zero."""
+        return self.position >= self.steps
+
+    def fade(self) -> float:
+        """Return the present share of the peak rate."""
+        warm = min(1.0, (self.taken - self.warm_from + 1) / WARM_UP)
+        return 0.5 * (1 + math.cos(math.pi * self.position / self.steps)) * warm
+
+    def step(self, error: float) -> None:
+        """Move on after an optimiser step that began at this error."""
+        self.taken += 1
+        self.position += self.stride
+        if self.taken % WINDOW == 0:
+            if error > (1 - PLATEAU) * self.mark:
+                self.stride = HURRY
+            self.mark = error
+
+    def halve(self) -> None:
+        """Halve the rate and warm up again after a divergence; end after HALVINGS of them."""
+        self.halvings += 1
+        self.rate /= 2
+        self.warm_from = self.taken
+        if self.halvings >= HALVINGS:
+            self.position = self.steps
+
+
+@dataclass(frozen=True)
+class _State:
+    """Values of the variables: the factors outside the low-rank summand, and the basis (out, rank) of that summand."""
+
+    factors: list[Tensor]
+    basis: Tensor | None
+    error: float
+
+
+class Refinement:
+    """Minimise an objective over the factors of an equation, in as many calls of `advance` as wanted.
+
+    A low-rank summand is not a variable. For any value of the other factors its best value is known: the leading
+    singular vectors of their residual. So it is eliminated, and the loss is the norm that remains after it (variable
+    projection, Golub & Pereyra 1973). One subspace iteration per step keeps its basis up to date.
 
     Args:
         spec: the equation.
         factors: the start, in the order of `spec`.
-        objective: what is minimised, in the dtype to compute in.
-        steps: the length of the schedule: a warm-up, then a cosine decay of the learning rate to zero.
-        learning_rate: at its peak, relative to each factor's root mean square entry; None chooses it.
-
-    Attributes:
-        error: the least relative error so far, at first that of the start.
-        steps_taken: steps so far.
+        objective: the objective, in the dtype to compute in.
+        steps: the length of the schedule (`Schedule`).
+        learning_rate: the peak rate, relative to each factor's root mean square entry; None chooses it.
     """
 
     def __init__(
         self, spec: Spec, factors: Sequence[Tensor], objective: Objective, steps: int,
         *, learning_rate: float | None = None,
     ) -> None:  # fmt: skip
-        self.spec, self.objective, self.steps = spec, objective, steps
-        self.steps_taken = 0
-        self._progress, self._speed, self._halvings = 0.0, 1.0, 0
-        self._marks: list[float] = []
+        self.spec, self.objective = spec, objective
         self._low = low_rank_summand(spec)
         others = tuple(eq for k, eq in enumerate(spec.equations) if k != self._low)
         self._rest = Spec(spec.in_features, spec.out_features, others)
         longest = max((len(eq.factors) for eq in others), default=1)
-        self.learning_rate = learning_rate or LEARNING_RATE * min(1.0, FACTORS / longest)
-        self._work = [
-            factors[j].detach().clone() for k, slot in enumerate(_slots(spec)) if k != self._low for j in slot
-        ]
+        self._schedule = Schedule(steps, learning_rate or LEARNING_RATE * min(1.0, FACTORS / longest))
+        parts = [part for _, part in spec.split(factors)]
+        self._work = [factor.detach().clone() for k, part in enumerate(parts) if k != self._low for factor in part]
         self._plan: Plan | None = None
         self._chain: Chain | None = None
         if objective.inputs is not None and others:
             rows = objective.inputs
-            self._plan = planner.find_plan(self._rest, rows.shape[0], itemsize=rows.element_size())
+            machine = machine_of(rows.device)
+            self._plan = planner.find_plan(self._rest, rows.shape[0], machine=machine, itemsize=rows.element_size())
             if kernels.available() and unobserved() and plain(self._work) and suits((rows, *self._work)):
                 chain = chain_of(self._rest)
-                self._chain = chain if chain.seconds(rows.shape[0]) < self._plan.seconds else None
+                self._chain = chain if chain.seconds(rows.shape[0], machine=machine) < self._plan.seconds else None
         self._basis: Tensor | None = None
         if self._low is not None:
             with torch.no_grad():
                 self._basis = leading_basis(self._remainder(), self._rank)
-        self._best, self._best_basis = [factor.clone() for factor in self._work], self._basis
-        self.error = self._measure()
+        self._best = self._state(self._measure())
         self._limit = DIVERGED * max(1.0, self.error)
-        self._restart()
+        self._adam = self._restart()
 
     @property
     def _rank(self) -> int:
         assert self._low is not None
-        return self.spec.shapes[_slots(self.spec)[self._low][0]][1]
+        eq = self.spec.equations[self._low]
+        return eq.shape(eq.factors[0].modes)[1]
+
+    @property
+    def error(self) -> float:
+        """The least relative error so far, at first that of the start."""
+        return self._best.error
+
+    @property
+    def steps_taken(self) -> int:
+        """Optimiser steps so far; fewer than the schedule's if it was hurried or ended early."""
+        return self._schedule.taken
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do: the schedule has ended, the error is at the floor, or nothing can move."""
-        return self._progress >= self.steps or self.error < FLOOR or not self._groups
+        """Whether the schedule has ended, the error has reached the floor, or no factor is learned."""
+        return self._schedule.ended or self.error < FLOOR or self._adam is None
 
     def advance(self, steps: int | None = None) -> float:
-        """Take steps of the schedule (all that are left by default) and return the best relative error so far."""
-        target = self.steps if steps is None else min(self.steps, self._progress + steps)
+        """Move along the schedule (to its end by default) and return the least relative error so far."""
+        schedule = self._schedule
+        target = schedule.steps if steps is None else min(schedule.steps, schedule.position + steps)
         with torch.enable_grad():
-            while self._progress < target and not self.finished:
+            while schedule.position < target and not self.finished:
                 self._step()
-        self._keep(self._measure())  # what the last step made
+        self._keep(self._measure())  # a step measures the factors before it only
         return self.error
 
     def result(self) -> list[Tensor]:
-        """Return the best factors, the low-rank summand put in at its best."""
+        """Return the best factors, with the best low-rank summand for them."""
+        best = self._best.factors
         if self._low is None:
-            return list(self._best)
+            return list(best)
         with torch.no_grad():
             difference = self.objective.weight
             if self._rest.equations:
-                difference = difference - to_dense(self._rest, self._best)
+                difference = difference - to_dense(self._rest, best)
             basis = leading_basis(self.objective.error(difference), self._rank)
-            parts = [tuple(self._best[j] for j in slot) for slot in _slots(self._rest)]
+            parts = [part for _, part in self._rest.split(best)]
             parts.insert(self._low, self.objective.low_rank(difference, basis))
         return [factor for part in parts for factor in part]
 
     # One step ------------------------------------------------------------------------------------------------------
 
     def _remainder(self) -> Tensor:
-        """What the factors that are variables leave of the targets."""
+        """Residual of the targets after the factors being optimised, (rows, out_features)."""
         if not self._rest.equations:
             return self.objective.targets
         if self._plan is None:
@@ -143,6 +210,7 @@ class Refinement:
         return self.objective.targets - (rows if self.objective.outputs is None else rows @ self.objective.outputs)
 
     def _residual(self) -> Tensor:
+        """Remainder outside the low-rank summand; moves its basis by one subspace iteration."""
         remainder = self._remainder()
         if self._basis is None:
             return remainder
@@ -158,59 +226,41 @@ class Refinement:
                 remainder = remainder - (remainder @ self._basis) @ self._basis.mH
             return torch.linalg.vector_norm(remainder).item() / self.objective.total
 
-    def _restart(self) -> None:
-        """Begin from the best factors with fresh moments."""
+    def _state(self, error: float) -> _State:
+        return _State([factor.detach().clone() for factor in self._work], self._basis, error)
+
+    def _keep(self, error: float) -> None:
+        """Remember the present factors if they are the best so far."""
+        if error < self.error:
+            self._best = self._state(error)
+
+    def _restart(self) -> torch.optim.Adam | None:
+        """Return to the best factors, and make an optimiser with fresh moments; None if no factor is learned."""
         learned = [factor.learned for factor in self._rest.factors]
-        self._work = [f.clone().requires_grad_(flag) for f, flag in zip(self._best, learned, strict=True)]
-        self._basis = self._best_basis
-        self._groups = [{"params": [f], "base": max(_rms(f), 1e-8)} for f in self._work if f.requires_grad]
-        self._since = 0
-        if self._groups:
-            self._adam = torch.optim.Adam(self._groups, lr=0.0, betas=BETAS, eps=1e-30)
+        self._work = [f.clone().requires_grad_(flag) for f, flag in zip(self._best.factors, learned, strict=True)]
+        self._basis = self._best.basis
+        groups: list[dict[str, Any]] = [
+            {"params": [f], "base": max(_rms(f), 1e-8)} for f in self._work if f.requires_grad
+        ]
+        return torch.optim.Adam(groups, lr=0.0, betas=BETAS, eps=1e-30) if groups else None
 
     def _step(self) -> None:
+        assert self._adam is not None
         residual = self._residual()
         loss = torch.linalg.vector_norm(residual).square()
         error = math.sqrt(loss.item()) / self.objective.total if math.isfinite(loss.item()) else math.inf
         self._keep(error)
         if not error < self._limit:
-            self._halvings += 1
-            self.learning_rate /= 2
-            self._progress = self._progress if self._halvings < HALVINGS else self.steps
-            self._restart()
+            self._schedule.halve()
+            self._adam = self._restart()
             return
         self._adam.zero_grad()
         loss.backward()
-        fade = 0.5 * (1 + math.cos(math.pi * self._progress / self.steps)) * min(1.0, (self._since + 1) / WARM_UP)
+        fade = self._schedule.fade()
         for group in self._adam.param_groups:
-            group["lr"] = self.learning_rate * group["base"] * fade
+            group["lr"] = self._schedule.rate * group["base"] * fade
         self._adam.step()
-        self._since += 1
-        self.steps_taken += 1
-        self._progress += self._speed
-        self._watch(error)
-
-    def _keep(self, error: float) -> None:
-        """Remember the factors if they are the best so far."""
-        if error < self.error:
-            self.error, self._best_basis = error, self._basis
-            self._best = [factor.detach().clone() for factor in self._work]
-
-    def _watch(self, error: float) -> None:
-        """Shorten what is left of the schedule when the error has stopped falling."""
-        if self.steps_taken % WINDOW == 0:
-            if self._marks and error > (1 - PLATEAU) * self._marks[-1]:
-                self._speed = HURRY
-            self._marks.append(error)
-
-
-def _slots(spec: Spec) -> list[range]:
-    """The positions of each equation's factors."""
-    result, start = [], 0
-    for eq in spec.equations:
-        result.append(range(start, start + len(eq.factors)))
-        start += len(eq.factors)
-    return result
+        self._schedule.step(error)
 
 
 def _rms(tensor: Tensor) -> float:

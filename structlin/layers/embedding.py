@@ -9,13 +9,13 @@ from structlin.layers.linear import StructuredLinear
 
 
 class StructuredEmbedding(nn.Module):
-    """Look rows up in the weight of a structured layer, so that a tied input embedding and output layer stay tied.
+    """Look up rows in the weight of a structured layer, so that a tied input embedding and output layer stay tied.
 
-    Cost: the dense table is built at every call; this saves storage, not time.
+    Cost: every call builds the dense table, so this saves storage, not time.
 
     Args:
         linear: the output layer that shares the table.
-        padding_idx: row whose gradient is left out, as in `nn.Embedding`.
+        padding_idx: row that gets no gradient, as in `nn.Embedding`.
     """
 
     def __init__(self, linear: StructuredLinear, padding_idx: int | None = None) -> None:
@@ -35,7 +35,7 @@ class StructuredEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The table, built anew at each access."""
+        """The table, rebuilt at each access."""
         return self.linear.weight
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -7,28 +7,28 @@ import math
 import torch
 from torch import Tensor
 
-from structlin.equation.spec import Equation, Factor, Modes, Spec
+from structlin.equation.spec import Absorption, Equation, Factor, Modes, Spec
 from structlin.runtime.contract import to_dense
 
-# Weights up to this many entries are measured and scaled exactly; above it chance averages out.
+# Weights of up to this many entries are scaled by their measured norm; in larger ones random deviations average out.
 EXACT = 1 << 16
-# The summands of a tiny weight may cancel: then another draw is made, rather than that both are scaled up.
+# If the summands of a tiny weight cancel by this factor, draw again instead of scaling both up.
 CANCELLED, DRAWS = 3.0, 32
 
 
 def initial_factors(spec: Spec, *, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Draw factors whose dense matrix has the entries' standard deviation of `nn.Linear`, 1 / sqrt(3 in_features).
+    """Draw factors whose dense matrix has the standard deviation of `nn.Linear`'s, 1 / sqrt(3 in_features).
 
-    Products of many Gaussian factors have heavy tails, so every factor is made of orthogonal blocks: a factor that maps
-    part of the state (a butterfly stage) is orthogonal for each index of its other modes; in a network
-    without such factors (TT, Kronecker, low rank) all but the last are orthonormal towards their new bonds, which
-    makes the norm of the product that of its last factor. All factors then get the same root mean square entry.
+    Products of many Gaussian factors have heavy tails, so every factor is made of orthogonal blocks. A factor that maps
+    part of the state (a butterfly stage) is orthogonal for each index of its other modes. In a network without such
+    factors (TT, Kronecker, low rank), all but the last are orthonormal towards their new bonds, so the product has the
+    norm of its last factor. All factors then get the same root mean square entry.
 
     Args:
         spec: the structured matrix.
         dtype: float32, float64 or a complex dtype.
     Returns:
-        One tensor per factor; constants are returned as they are.
+        One tensor per factor; constants have their fixed entries.
     """
     std = 1 / math.sqrt(3 * spec.in_features * len(spec.equations))
     exact = spec.in_features * spec.out_features <= EXACT
@@ -42,22 +42,18 @@ def initial_factors(spec: Spec, *, dtype: torch.dtype = torch.float32) -> list[T
             break
     if exact and correction < math.inf:
         # Scale each equation once, evenly over its learned factors.
-        start = 0
-        for eq in spec.equations:
-            learned = [start + k for k, factor in enumerate(eq.factors) if factor.learned]
+        for eq, numbers in spec.split(range(len(factors))):
+            learned = [k for k, factor in zip(numbers, eq.factors, strict=True) if factor.learned]
             for k in learned:
                 factors[k] = factors[k] * correction ** (1 / len(learned))
-            start += len(eq.factors)
     return factors
 
 
 def _equation_factors(eq: Equation, std: float, dtype: torch.dtype) -> list[Tensor]:
-    state: set[str] = set(eq.inputs)
-    drawn = []
-    for k, factor in enumerate(eq.factors):
-        needed = {*eq.outputs, *(mode for later in eq.factors[k + 1 :] for mode in later.modes)}
-        drawn.append(_constant(eq, factor, dtype) if factor.constant else _blocks(eq, factor, state, needed, dtype))
-        state = (state | set(factor.modes)) & needed
+    drawn = [
+        _constant(eq, factor, dtype) if factor.constant else _blocks(eq, factor, absorbed, dtype)
+        for factor, absorbed in zip(eq.factors, eq.absorb(range(len(eq.factors))), strict=True)
+    ]
     bonds = set(eq.size) - {*eq.outputs, *eq.inputs}
     # E[W^2] = (number of summands) * product of the factors' mean squares.
     fixed = math.prod(_mean_square(t) for t, f in zip(drawn, eq.factors, strict=True) if not f.learned)
@@ -77,14 +73,12 @@ def _constant(eq: Equation, factor: Factor, dtype: torch.dtype) -> Tensor:
     return torch.tensor(factor.constant, dtype=dtype).reshape(eq.shape(factor.modes))
 
 
-def _blocks(eq: Equation, factor: Factor, state: set[str], needed: set[str], dtype: torch.dtype) -> Tensor:
-    batch = tuple(mode for mode in factor.modes if mode in state and mode in needed)
-    new = tuple(mode for mode in factor.modes if mode not in state)
-    summed = tuple(mode for mode in factor.modes if mode in state and mode not in needed)
+def _blocks(eq: Equation, factor: Factor, absorbed: Absorption, dtype: torch.dtype) -> Tensor:
+    batch = absorbed.batch
     if batch:
-        rows, columns = new, summed
+        rows, columns = absorbed.new, absorbed.summed
     else:
-        columns = tuple(mode for mode in new if mode in needed and mode not in eq.outputs)
+        columns = tuple(mode for mode in absorbed.new if mode not in eq.outputs)
         rows = tuple(mode for mode in factor.modes if mode not in columns)
     blocks = _orthogonal(eq.numel(batch), eq.numel(rows), eq.numel(columns), dtype)
     order: Modes = (*batch, *rows, *columns)
@@ -92,9 +86,9 @@ def _blocks(eq: Equation, factor: Factor, state: set[str], needed: set[str], dty
 
 
 def _orthogonal(count: int, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Haar-distributed matrices with orthonormal columns, or rows where those are fewer."""
+    """Draw Haar-distributed matrices (count, rows, columns) with orthonormal columns, or rows if those are fewer."""
     tall = torch.randn(count, max(rows, columns), min(rows, columns), dtype=dtype)
     q, r = torch.linalg.qr(tall)
-    signs = torch.sgn(torch.diagonal(r, dim1=-2, dim2=-1))
+    signs = torch.sgn(torch.diagonal(r, dim1=-2, dim2=-1))  # without them qr is not Haar-distributed (Mezzadri 2007)
     q = q * torch.where(signs == 0, torch.ones_like(signs), signs).unsqueeze(-2)
     return q if rows >= columns else q.mT

@@ -14,11 +14,12 @@ from typing_extensions import Self
 
 from structlin.equation.structure import Structure, hyperparameters
 from structlin.fitting.fit import Families, Fit, fit
-from structlin.fitting.objective import Root
+from structlin.fitting.objective import GramRoot
 from structlin.layers.init import initial_factors
 from structlin.runtime import contract, kernels, planner
+from structlin.runtime.eager import suits
 from structlin.runtime.execution import Execution, Key
-from structlin.runtime.kernels.chain import Chain, suits
+from structlin.runtime.kernels.chain import Chain
 from structlin.runtime.machines import machine_of
 from structlin.runtime.planner import Order, Plan
 
@@ -107,7 +108,7 @@ class StructuredLinear(nn.Module):
         *,
         structure: Structure | Families | None = None,
         ratio: float | None = None,
-        gram: Tensor | Root | None = None,
+        gram: Tensor | GramRoot | None = None,
         output_gram: Tensor | None = None,
         refine: int | None = None,
         **fields: Any,

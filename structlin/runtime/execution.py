@@ -16,7 +16,9 @@ from torch.compiler import is_compiling
 
 from structlin.equation.spec import Spec
 from structlin.runtime import contract, kernels, planner
-from structlin.runtime.kernels.chain import TENSORS, Chain, chain_of, plain, suits, unobserved
+from structlin.runtime.costs import DENSE_GAIN, DENSE_SECONDS, PLAN_SECONDS, PLAN_SLOWER, SMALL
+from structlin.runtime.eager import TENSORS, plain, suits, unobserved
+from structlin.runtime.kernels.chain import Chain, chain_of
 from structlin.runtime.machines import machine_of
 from structlin.runtime.planner import Order, Plan
 from structlin.runtime.recompute import by_chunks, recomputed, with_bias
@@ -26,13 +28,6 @@ _in_a_group: Callable[[], bool] = getattr(torch.distributed, "is_initialized", l
 # torch.compile gets one plan for all numbers of tokens: a plan per number would recompile for each.
 COMPILED_TOKENS = 256
 MOST_TOKENS = 1024  # to plan for: more of them go by the same plan
-# Of a plan: the bias and new memory make it so much slower than its products and copies, where these are not in half
-# precision (measured); and the Python around them.
-PLAN_SLOWER, PLAN_SECONDS = 1.15, 6e-6
-DENSE_SECONDS = 2e-6  # of the kept dense matrix, beyond its product
-DENSE_GAIN = 0.9  # the dense matrix is kept in eval where its predicted time is below this share of every other's
-
-_SMALL = 4 << 20  # bytes of activations that are not worth computing anew
 
 _ROUNDS = 5  # of samples, when ways are measured
 _SAMPLE = 5e-4  # s, of one
@@ -82,9 +77,14 @@ class Execution:
         self.spec = spec
         self.choice = choice
         self.autotune = autotune
-        self._compiled = choice if isinstance(choice, Plan) else planner.find_plan(spec, COMPILED_TOKENS, order=choice)
+        machine = machine_of(torch.device("cpu"))
+        self._compiled = (
+            choice
+            if isinstance(choice, Plan)
+            else planner.find_plan(spec, COMPILED_TOKENS, machine=machine, order=choice)
+        )
         self._chain = chain_of(spec)
-        self._compiled_natively = self._chain.seconds(COMPILED_TOKENS) < self._compiled.seconds
+        self._compiled_natively = self._chain.seconds(COMPILED_TOKENS, machine=machine) < self._compiled.seconds
         # What is known of the parameters at the last call: they are plain tensors, their changes leave traces, and they
         # are of a dtype that the native kernel takes.
         self._plain = self._traceable = False
@@ -158,7 +158,7 @@ class Execution:
         dense = self.spec.in_features * self.spec.out_features
         # Kept, and in flight: a gradient and its copy. A dense matrix is made and differentiated by way of copies.
         most = tokens * (plan.inner + 2 * plan.widest) + 4 * dense * plan.materialises
-        return most * x.element_size() >= _SMALL and most > dense + tokens * self.spec.in_features
+        return most * x.element_size() >= SMALL and most > dense + tokens * self.spec.in_features
 
     def _traces(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> bool:
         """Whether torch.compile shall call the native kernel."""
@@ -174,9 +174,10 @@ class Execution:
         """What was asked for, or one plan for all: for tracers, transforms, and tensors of other kinds."""
         if isinstance(self.choice, Plan) or is_compiling():
             return self._compiled
+        machine = machine_of(rows.device)
         return planner.find_plan(
-            self.spec, planner.bucket(len(rows)), itemsize=rows.element_size(), order=self.choice
-        )  # fmt: skip
+            self.spec, planner.bucket(len(rows)), machine=machine, itemsize=rows.element_size(), order=self.choice
+        )
 
     # Choosing --------------------------------------------------------------------------------------------------------
 
@@ -188,11 +189,11 @@ class Execution:
         plan = planner.find_plan(self.spec, tokens, itemsize=itemsize, machine=machine, folded=key.frozen)
         if key.frozen:
             sizes = self.spec.in_features, self.spec.out_features
-            dense = planner.dense_seconds(*sizes, tokens, itemsize, machine) + DENSE_SECONDS
+            dense = planner.dense_seconds(*sizes, tokens, itemsize=itemsize, machine=machine) + DENSE_SECONDS
             options.append((dense if plan.materialises else dense / DENSE_GAIN, DENSE))
         options.append((plan.seconds * (PLAN_SLOWER if itemsize >= 4 else 1.0) + PLAN_SECONDS, plan))
         if key.native:
-            options.append((self._chain.seconds(tokens, itemsize, machine), self._chain))
+            options.append((self._chain.seconds(tokens, itemsize=itemsize, machine=machine), self._chain))
         return [(seconds * key.tokens / tokens, way) for seconds, way in options]
 
     def _find(

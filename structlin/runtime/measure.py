@@ -14,7 +14,7 @@ from torch import Tensor
 from structlin.equation.spec import Spec, equation
 from structlin.runtime import kernels
 from structlin.runtime.machines import name_of, remember, shipped
-from structlin.runtime.planner import Machine
+from structlin.runtime.planner import CPU, Machine
 
 TOKENS = 256  # of a large input
 
@@ -59,8 +59,8 @@ def _measured(device: torch.device, machine: Machine) -> Machine:
         half_op=max(0.0, seconds(lambda: torch.mm(half, half)) - op),
         bandwidth=4 * near.numel() / seconds(lambda: torch.mv(near, near[0])),
         far_bandwidth=4 * far.numel() / seconds(lambda: torch.mv(far, far[0])),
-        copies=8 * stack.numel() / seconds(lambda: stack.permute(2, 1, 0).contiguous()),
-        turns=8 * stack.numel() / seconds(stack.flatten(0, 1).T.contiguous),
+        copy_bandwidth=8 * stack.numel() / seconds(lambda: stack.permute(2, 1, 0).contiguous()),
+        transpose_bandwidth=8 * stack.numel() / seconds(stack.flatten(0, 1).T.contiguous),
     )
 
 
@@ -71,7 +71,7 @@ def _native(tokens: int) -> float:
     chain = kernels.chain_of(Spec(size, size, (eq,)))
     x, factors = torch.ones(tokens, size), (torch.ones(size, rank), torch.ones(rank, size))
     with torch.no_grad():
-        return _seconds(torch.device("cpu"), lambda: chain(x, factors, None)) / chain.seconds(tokens)
+        return _seconds(torch.device("cpu"), lambda: chain(x, factors, None)) / chain.seconds(tokens, machine=CPU)
 
 
 def _seconds(device: torch.device, call: Callable[[], Tensor]) -> float:

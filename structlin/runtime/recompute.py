@@ -11,13 +11,8 @@ from torch import Tensor
 
 from structlin.equation.spec import Spec
 from structlin.runtime import contract
+from structlin.runtime.costs import ALIGNED, FEWEST, FRESH, MOST_BLOCKS, MOST_KEPT
 from structlin.runtime.planner import Plan, find_plan
-
-FEWEST = 16  # tokens to differentiate at a time
-MOST_BLOCKS = 16  # to build the dense matrix by
-FRESH = 1 << 19  # bytes of activations from which on buffers are quicker than new memory
-MOST_KEPT = 16 << 20  # bytes of buffers that are kept between calls
-ALIGNED = 64  # entries that buffers are a multiple of
 
 
 def by_chunks(spec: Spec, operands: contract.Operands, x: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:

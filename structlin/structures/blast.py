@@ -24,7 +24,7 @@ from structlin.layers.linear import StructuredLinear, layer_of
 class Blast(Structure):
     """Block (p, q) is left[p] diag(coupling[p, q]) right[q]: low rank, block diagonal and block low rank are members.
 
-    There is no closed form. The start is the truncated SVD (all couplings equal), then refined.
+    There is no closed form: refinement starts from the truncated SVD, which has all couplings 1.
     """
 
     name: ClassVar[str] = "blast"
@@ -44,7 +44,7 @@ class Blast(Structure):
         return self
 
     def _sides(self, in_features: int, out_features: int) -> tuple[int, int]:
-        """Rows and columns of a block, rounded up."""
+        """Return rows and columns of a block, rounded up."""
         return modes.split(out_features, self.blocks)[1], modes.split(in_features, self.blocks)[1]
 
     def spec(self, in_features: int, out_features: int) -> Spec:
@@ -55,7 +55,7 @@ class Blast(Structure):
 
     def decompose(self, weight: Tensor) -> list[Tensor]:
         rows, columns = self._sides(weight.shape[1], weight.shape[0])
-        left, right = linalg.truncated_svd(weight, self.rank)
+        left, right = linalg.truncated_svd(weight, self.rank)  # (out, rank), (rank, in)
         blocks = rearrange(linalg.pad_to(right, self.rank, self.blocks * columns), "r (q i) -> q r i", i=columns)
         return linalg.balance(
             [
@@ -87,7 +87,7 @@ class BlastLinear(StructuredLinear):
         out_features: size of each output row; likewise.
         bias: learn an additive bias.
         blocks: blocks per side, 1 <= blocks <= min(in_features, out_features).
-        rank: 1 <= rank <= min(in_features, out_features); a block reaches it although its neighbours share its factors.
+        rank: 1 <= rank <= min(in_features, out_features), of every block; blocks in a row or column share factors.
         device: of the parameters.
         dtype: of the parameters.
     Raises:

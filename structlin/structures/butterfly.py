@@ -23,7 +23,7 @@ _SPLITS = 4  # candidates that the budget search offers to the fit
 
 
 def chain_equation(digits: Sequence[int], in_modes: Digits, inner_modes: Digits, out_modes: Digits) -> Equation:
-    """Write a product of stages, each of which maps one digit of the state and shares nothing between the others.
+    """Write a product of stages; each maps one digit of the state, by a block for every value of the other digits.
 
     Args:
         digits: the digit (from 0, most significant first) that each stage maps, in order of application.
@@ -34,7 +34,7 @@ def chain_equation(digits: Sequence[int], in_modes: Digits, inner_modes: Digits,
         Equation whose factor `stage_s` has the other digits as leading modes, then the new and the old digit.
     """
     count = len(in_modes)
-    current = [f"i{d + 1}" for d in range(count)]
+    current = [f"i{d + 1}" for d in range(count)]  # the mode that stands for each digit: i1, then m0, .., then o1
     sizes = dict(zip(current, in_modes, strict=True))
     terms = []
     final = {digit: s for s, digit in enumerate(digits)}
@@ -52,7 +52,7 @@ def chain_equation(digits: Sequence[int], in_modes: Digits, inner_modes: Digits,
 def digit_modes(
     size: int, other: int, radix: int | None, given: Digits | None, given_other: Digits | None
 ) -> Digits:  # fmt: skip
-    """Digits of one side: as given, or as many as the other side has."""
+    """Return the digits of one side: the given ones, or as many as the other side has."""
     if given is not None:
         if not given or min(given) < 1 or math.prod(given) < size:
             raise ValueError(
@@ -69,7 +69,7 @@ def digit_modes(
 def both_modes(
     in_features: int, out_features: int, radix: int | None, in_modes: Digits | None, out_modes: Digits | None
 ) -> tuple[Digits, Digits]:
-    """Digits of input and output, equally many."""
+    """Return the digits of input and output, equal in number."""
     found_in = digit_modes(in_features, out_features, radix, in_modes, out_modes)
     found_out = digit_modes(out_features, in_features, radix, out_modes, in_modes)
     if len(found_in) != len(found_out):
@@ -82,8 +82,8 @@ def both_modes(
 class Butterfly(Structure):
     """Butterfly matrices of mixed radix; the decomposition is the hierarchical projection, exact on true butterflies.
 
-    The last digit (stride 1) is mapped first, as in Dao et al. 2020. `radix=2` is the classic; None takes two digits
-    near the square root, the fastest in plain torch.
+    The last digit (stride 1) is mapped first, as in Dao et al. 2020. `radix=2` is the classic butterfly; None takes two
+    digits near the square root, the fastest choice in plain torch.
     """
 
     name: ClassVar[str] = "butterfly"
@@ -96,7 +96,7 @@ class Butterfly(Structure):
         return type(self)(radix=self.radix, in_modes=in_modes, out_modes=out_modes)
 
     def digits(self) -> tuple[Digits, Digits]:
-        """Output and input digits of a resolved structure."""
+        """Return output and input digits of a resolved structure."""
         assert self.out_modes
         assert self.in_modes
         return self.out_modes, self.in_modes

@@ -27,11 +27,11 @@ _WIDTH = 3  # beyond it chains are hard to fit (benchmarks/results/optimisers.md
 class Kaleidoscope(Structure):
     """K-matrices (B B*)^w_e with merged stages: digits are mapped in the order 1 .. k .. 1 .. k .. 1.
 
-    B*'s last stage and B's first map the same digit, so they are one; so are neighbours across the powers: width w over
-    two digits has 2 w + 1 stages. The inner size of a digit is the larger of input and output; `expansion`
-    multiplies that of the first digit, which is S E S^T of the paper without the rows and columns that S drops.
+    B*'s last stage and B's first map the same digit, so they merge into one, as do neighbours across the powers: width
+    w over two digits has 2 w + 1 stages. The inner size of a digit is the larger of input and output. `expansion`
+    multiplies that of the first digit, which gives the paper's S E S^T without the rows and columns that S drops.
 
-    There is no closed form. The start is the butterfly projection with identity stages before it, then refined.
+    There is no closed form: refinement starts from the butterfly projection with identity stages before it.
     """
 
     name: ClassVar[str] = "kmatrix"
@@ -50,18 +50,18 @@ class Kaleidoscope(Structure):
         return type(self)(self.width, self.expansion, self.radix, in_modes, out_modes)
 
     def digits(self) -> tuple[Digits, Digits]:
-        """Output and input digits of a resolved structure."""
+        """Return output and input digits of a resolved structure."""
         assert self.out_modes
         assert self.in_modes
         return self.out_modes, self.in_modes
 
     def stages(self) -> list[int]:
-        """The digit that each stage maps, in order of application."""
+        """Return the digit that each stage maps, in order of application."""
         last = len(self.digits()[0]) - 1
         return [0] + [*range(1, last + 1), *range(last - 1, -1, -1)] * self.width
 
     def inner_modes(self) -> Digits:
-        """Sizes of the digits between the stages."""
+        """Return the sizes of the digits between the stages."""
         first, *rest = (max(pair) for pair in zip(*self.digits(), strict=True))
         return (self.expansion * first, *rest)
 
@@ -73,7 +73,7 @@ class Kaleidoscope(Structure):
     def decompose(self, weight: Tensor) -> list[Tensor]:
         out_modes, in_modes = self.digits()
         if weight.shape[0] > weight.shape[1]:
-            # Widening identities would leave the projection zero columns: a saddle that refinement does not leave.
+            # Widening identities would give the projection zero columns, a saddle point that refinement cannot leave.
             mirror = replace(self, in_modes=out_modes, out_modes=in_modes)
             return [stage.mT for stage in reversed(mirror.decompose(weight.mT))]
         dtype = linalg.working_dtype(weight)
@@ -81,16 +81,16 @@ class Kaleidoscope(Structure):
         shapes = [eq.shape(factor.modes) for factor in eq.factors]
         before, last = shapes[: -len(in_modes)], shapes[-len(in_modes) :]
         identities = [torch.eye(*shape[-2:], dtype=dtype, device=weight.device).expand(shape) for shape in before]
-        # The identities embed each input digit in its inner size: project the weight embedded in the same way.
+        # The identities embed each input digit in its inner size, so project the weight embedded in the same way.
         inner = tuple(shape[-1] for shape in reversed(last))
         padded = linalg.pad_to(weight.to(dtype), math.prod(out_modes), math.prod(in_modes)).reshape(-1, *in_modes)
-        embedded = padded.new_zeros(math.prod(out_modes), *inner)
+        embedded = padded.new_zeros(math.prod(out_modes), *inner)  # (out, inner digits)
         embedded[(slice(None), *map(slice, in_modes))] = padded
         return linalg.balance([*identities, *linalg.butterfly_projection(embedded.flatten(1), out_modes, inner)])
 
     @classmethod
     def candidates(cls, in_features: int, out_features: int, budget: int) -> Iterator[Self]:
-        """Members over two digits: the one of the most even digits and the largest, of width 3 at most and of any."""
+        """Yield members over two digits: the most even digits and the largest size, for widths to 3, then for any."""
         out_size, in_size = modes.padded(out_features, 2), modes.padded(in_features, 2)
         pairs = [
             cls(in_modes=(i1, in_size // i1), out_modes=(o1, out_size // o1))
@@ -102,7 +102,7 @@ class Kaleidoscope(Structure):
         for pair in pairs:
             sizes = [replace(pair, width=w).spec(in_features, out_features).num_parameters for w in (1, 2)]
             if sizes[0] <= budget and math.prod(pair.inner_modes()) == smallest:
-                step = sizes[1] - sizes[0]
+                step = sizes[1] - sizes[0]  # parameters of a further power of B B*
                 widest = 1 + (budget - sizes[0]) // step
                 options += [(sizes[0] + (w - 1) * step, w, *pair.digits()) for w in {widest, min(widest, _WIDTH)}]
         shallow = [option for option in options if option[1] <= _WIDTH]
@@ -116,7 +116,7 @@ class Kaleidoscope(Structure):
 
 
 def _splits(size: int) -> list[int]:
-    """First digits of `size` = first * second, neither much larger than the other."""
+    """Return the first digits of splits size = first * second in which neither is much larger than the other."""
     return [d for d in modes.divisors(size) if max(d, size // d) <= _SKEW * min(d, size // d)] or [1]
 
 

@@ -27,20 +27,20 @@ def kronecker_equation(terms: int, shape: Shape, left: tuple[float, ...] | None 
 
 
 def balanced_shape(in_features: int, out_features: int) -> Shape:
-    """Factor shapes with sides near the square roots and similar numbers of entries: ((o1, i1), (o2, i2))."""
+    """Return factor shapes ((o1, i1), (o2, i2)) with sides near the square roots and similar numbers of entries."""
     o_small, o_large = modes.balanced_modes(out_features, 2)
     i_small, i_large = modes.balanced_modes(in_features, 2)
     return (o_small, i_large), (o_large, i_small)
 
 
 def max_terms(shape: Shape) -> int:
-    """The number of terms that reproduces any matrix."""
+    """Return the number of terms that reproduces any matrix."""
     (o1, i1), (o2, i2) = shape
     return min(o1 * i1, o2 * i2)
 
 
 def nearest(weight: Tensor, terms: int, shape: Shape) -> tuple[Tensor, Tensor]:
-    """Nearest Kronecker sum of the zero-padded weight."""
+    """Return left and right factors of the Kronecker sum nearest to the zero-padded weight."""
     (o1, i1), (o2, i2) = shape
     return linalg.nearest_kronecker(linalg.pad_to(weight, o1 * o2, i1 * i2), terms, shape)
 

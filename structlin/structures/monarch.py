@@ -41,7 +41,7 @@ class Monarch(Structure):
         return self
 
     def _sides(self, in_features: int, out_features: int) -> tuple[int, int]:
-        """Rows and columns of a block, rounded up."""
+        """Return rows and columns of a block, rounded up."""
         return modes.split(out_features, self.blocks)[1], modes.split(in_features, self.blocks)[1]
 
     def spec(self, in_features: int, out_features: int) -> Spec:
@@ -54,7 +54,7 @@ class Monarch(Structure):
         rows, columns = self._sides(weight.shape[1], weight.shape[0])
         padded = linalg.pad_to(weight, self.blocks * rows, self.blocks * columns)
         grid = rearrange(padded, "(p o) (q i) -> p q o i", o=rows, i=columns)
-        left, right = linalg.truncated_svd(grid, self.rank)
+        left, right = linalg.truncated_svd(grid, self.rank)  # (p, q, o, r), (p, q, r, i)
         return rearrange(right, "p q r i -> q p r i"), rearrange(left, "p q o r -> p o q r")
 
     @classmethod

@@ -52,7 +52,7 @@ class PHM(Structure):
         return self
 
     def shape(self, in_features: int, out_features: int) -> Shape:
-        """((n, n), (o2, i2)) with o2 and i2 rounded up."""
+        """Return the factor shapes ((n, n), (o2, i2)), o2 and i2 rounded up."""
         return (self.n, self.n), (modes.split(out_features, self.n)[1], modes.split(in_features, self.n)[1])
 
     def spec(self, in_features: int, out_features: int) -> Spec:
@@ -70,7 +70,8 @@ class PHM(Structure):
             return nearest(weight, self.n, shape)
         left = torch.tensor(HAMILTON, dtype=linalg.working_dtype(weight), device=weight.device)
         (_, _), (o2, i2) = shape
-        blocks = linalg.rearranged(linalg.pad_to(weight.to(left.dtype), 4 * o2, 4 * i2), shape)
+        # The left factors are orthogonal with squared norm 4, so the projection is an inner product over 4.
+        blocks = linalg.rearranged(linalg.pad_to(weight.to(left.dtype), 4 * o2, 4 * i2), shape)  # (16, o2 i2)
         return left, (left.flatten(1) @ blocks / 4).reshape(4, o2, i2)
 
     @classmethod
@@ -99,7 +100,7 @@ class PHMLinear(StructuredLinear):
         device: of the parameters.
         dtype: of the parameters.
     Raises:
-        ValueError: if n is below 1, more terms than any matrix needs, or not 4 with the Hamilton product.
+        ValueError: if n is below 1, exceeds the terms that any matrix needs, or is not 4 with the Hamilton product.
     Source: Zhang et al. 2021, Beyond fully-connected layers with quaternions; Parcollet et al. 2019.
     Example:
         >>> PHMLinear(64, 32, n=4).num_parameters

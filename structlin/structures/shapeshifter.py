@@ -22,9 +22,9 @@ from structlin.structures.kronecker import balanced_shape, check_terms, kronecke
 class Shapeshifter(Structure):
     """A low-rank product of the reordered weight whose factors have about 2 rank sqrt(in out) parameters.
 
-    `order="kron"` reorders by Van Loan & Pitsianis (a Kronecker sum with all sides near square roots);
-    `order="reshape"`
-    reads the weight row-major as a nearly square matrix. Both decompositions are SVDs of the reordered weight, optimal.
+    `order="kron"` reorders as Van Loan & Pitsianis do (a Kronecker sum with all sides near square roots).
+    `order="reshape"` reads the weight row-major as a nearly square matrix. Both decompositions are SVDs of the
+    reordered weight, optimal.
     """
 
     name: ClassVar[str] = "shapeshifter"
@@ -84,17 +84,17 @@ class Shapeshifter(Structure):
 
 
 def _square_split(large: int, small: int) -> tuple[int, int]:
-    """Split the larger side so that the weight reads as a nearly square matrix: kept * moved >= large."""
+    """Split the larger side, rest * moved >= large, so that moving a part to the other side makes the weight square."""
     moved = max(round((large / small) ** 0.5), 1)
     return -(-large // moved), moved
 
 
 def _reshaped(in_features: int, out_features: int) -> tuple[int, int]:
-    """Rows and columns of the weight read as a nearly square matrix."""
-    kept, moved = _square_split(max(in_features, out_features), min(in_features, out_features))
+    """Return rows and columns of the weight read as a nearly square matrix."""
+    rest, moved = _square_split(max(in_features, out_features), min(in_features, out_features))
     if out_features >= in_features:
-        return kept, moved * in_features
-    return out_features * moved, kept
+        return rest, moved * in_features
+    return out_features * moved, rest
 
 
 @layer_of(Shapeshifter)
@@ -115,8 +115,8 @@ class ShapeshifterLinear(StructuredLinear):
     Raises:
         ValueError: if rank or order is out of range.
     Source: Panahi, Saeedi & Arodz 2021, Shapeshifter. The paper's code was never published: "kron" follows its
-        abstract, "reshape" the course project; where the authors round square roots up
-        we take the nearest balanced factors.
+        abstract, "reshape" the course project. The authors round square roots up; we take the nearest balanced
+        factors.
     Example:
         >>> ShapeshifterLinear(64, 64, rank=2).num_parameters
         256

@@ -25,7 +25,7 @@ _MOST_CORES = 32
 class TensorTrain(Structure):
     """TT-matrices; the decomposition is TT-SVD, within sqrt(d - 1) of the best error for its ranks.
 
-    `rank` is one number (lowered to the maximum at each bond), or one per bond; with `tolerance` instead, the ranks
+    `rank` is one number, lowered to the maximum at each bond, or one per bond. With `tolerance` in its place, the ranks
     follow from the weight so that the relative error stays below it.
     """
 
@@ -60,7 +60,7 @@ class TensorTrain(Structure):
                 f"out_modes={self.out_modes}, in_modes={self.in_modes}, cores={self.cores}: "
                 f"use 2 to {_MOST_CORES} modes from 1, as many for the output as for the input"
             )
-        # Small output modes meet large input modes, so that the cores are of similar size.
+        # Pair small output modes with large input modes, so that the cores have similar sizes.
         out_modes = tuple(self.out_modes or modes.balanced_modes(out_features, count))
         in_modes = tuple(self.in_modes or modes.balanced_modes(in_features, count)[::-1])
         if math.prod(out_modes) < out_features or math.prod(in_modes) < in_features:
@@ -71,7 +71,7 @@ class TensorTrain(Structure):
         return out_modes, in_modes
 
     def sizes(self) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Ranks, output modes and input modes of a resolved structure."""
+        """Return ranks, output modes and input modes of a resolved structure."""
         assert isinstance(self.rank, tuple)
         assert self.in_modes
         assert self.out_modes
@@ -101,7 +101,7 @@ class TensorTrain(Structure):
         balanced = linalg.balance(cores)
         bonds = (1, *self.sizes()[0], 1)
         for k, core in enumerate(balanced):
-            # A TT-SVD bond may come out smaller than asked for (a zero-padded weight): fill up with zeros.
+            # The bond of a zero-padded weight may come out smaller than asked for: fill up with zeros.
             full = core.new_zeros(bonds[k], *core.shape[1:3], bonds[k + 1])
             full[: core.shape[0], :, :, : core.shape[3]] = core
             first, last = k == 0, k == len(balanced) - 1
@@ -118,7 +118,7 @@ class TensorTrain(Structure):
 
 
 def bond_maxima(out_modes: Sequence[int], in_modes: Sequence[int]) -> tuple[int, ...]:
-    """Largest useful rank of each bond: the smaller side of its unfolding."""
+    """Return the largest useful rank of each bond: the smaller side of its unfolding."""
     sizes = [o * i for o, i in zip(out_modes, in_modes, strict=True)]
     return tuple(min(math.prod(sizes[: k + 1]), math.prod(sizes[k + 1 :])) for k in range(len(sizes) - 1))
 
@@ -135,7 +135,7 @@ def _checked_ranks(rank: int | Sequence[int], maxima: tuple[int, ...]) -> tuple[
 
 
 def _ranks_within(budget: int, out_modes: Sequence[int], in_modes: Sequence[int]) -> tuple[int, ...] | None:
-    """The largest ranks of at most `budget` parameters: uniform first, then each bond as far as it goes."""
+    """Find the largest ranks within a budget: uniform ones first, then each bond in turn as far as it goes."""
     maxima = bond_maxima(out_modes, in_modes)
 
     def size(ranks: Sequence[int]) -> int:
@@ -143,7 +143,7 @@ def _ranks_within(budget: int, out_modes: Sequence[int], in_modes: Sequence[int]
         return sum(bonds[k] * o * i * bonds[k + 1] for k, (o, i) in enumerate(zip(out_modes, in_modes, strict=True)))
 
     def largest(ranks_for: list[tuple[int, ...]]) -> tuple[int, ...] | None:
-        # Sizes ascend along the list: bisect for the last that fits.
+        # Sizes ascend along the list: bisect for the last one that fits.
         lo, hi = 0, len(ranks_for)
         while lo < hi:
             middle = (lo + hi) // 2
@@ -170,8 +170,8 @@ class TTLinear(StructuredLinear):
         rank: one number (lowered to the maximum at each bond), or one per bond.
         in_modes: d whole numbers whose product is in_features or more (surplus is padded); None takes balanced ones.
         out_modes: d whole numbers, likewise.
-        cores: d where no modes are given.
-        tolerance: for `from_linear` in place of rank: relative Frobenius error allowed.
+        cores: d, if no modes are given.
+        tolerance: relative Frobenius error allowed, in place of rank; for `from_linear` only.
         device: of the parameters.
         dtype: of the parameters.
     Raises:

@@ -13,8 +13,8 @@ from torch import nn
 
 from structlin import LowRankLinear
 from structlin.compress.calibrate import collect_shifted, collect_statistics, statistics_by_layer
-from structlin.compress.observe import Sums
 from structlin.compress.statistics import Statistics
+from structlin.compress.sums import Sums
 
 F64 = {"rtol": 1e-12, "atol": 1e-12}  # sums of some hundred products, in another order
 F32 = {"rtol": 1e-4, "atol": 1e-4}
@@ -78,7 +78,7 @@ def hooks_of(model):
 
 
 def same_bits(left: Statistics, right: Statistics) -> bool:
-    parts = [(getattr(left, f), getattr(right, f)) for f in ("grams", "output_grams", "crosses")]
+    parts = [(getattr(left, f), getattr(right, f)) for f in ("grams", "output_grams", "cross_grams")]
     return left.tokens == right.tokens and all(
         a.keys() == b.keys() and all(torch.equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a) for a, b in parts
     )
@@ -110,11 +110,11 @@ def test_gram_is_the_sum_over_all_inputs(kind):
         rows = seen[module]
         torch.testing.assert_close(statistics.grams[name], rows.T @ rows, **F64)
         assert statistics.tokens[name] == 18
-    assert statistics.output_grams == statistics.crosses == {}
+    assert statistics.output_grams == statistics.cross_grams == {}
 
 
 def test_a_batch_of_another_kind_needs_forward():
-    with pytest.raises(TypeError, match=r"a batch is a str; .* or forward="):
+    with pytest.raises(TypeError, match=r"a batch is a str; .* or pass forward="):
         collect_statistics(Attention(), ["text"])
 
 
@@ -398,8 +398,8 @@ def test_merge_refuses_other_layers():
         one.merge(Statistics({"a": torch.eye(3)}, {"a": 1}))
     with pytest.raises(ValueError, match=r"layer 'b': only one part has its grams"):
         one.merge(Statistics({"a": torch.eye(2), "b": torch.eye(2)}, {"a": 1, "b": 1}))
-    with pytest.raises(ValueError, match=r"layer 'a': only one part has its crosses"):
-        one.merge(Statistics({"a": torch.eye(2)}, {"a": 1}, crosses={"a": torch.eye(2)}))
+    with pytest.raises(ValueError, match=r"layer 'a': only one part has its cross_grams"):
+        one.merge(Statistics({"a": torch.eye(2)}, {"a": 1}, cross_grams={"a": torch.eye(2)}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -436,11 +436,11 @@ def test_a_file_that_is_not_ours(tmp_path):
     save_file({"a": torch.eye(2)}, path)
     with pytest.raises(ValueError, match="metadata lacks 'structlin_statistics'"):
         Statistics.load(path)
-    record = {"version": 2, "tokens": {}, "grams": {}, "output_grams": {}, "crosses": {}, "complex": []}
+    record = {"version": 2, "tokens": {}, "grams": {}, "output_grams": {}, "cross_grams": {}, "complex": []}
     save_file({"0": torch.eye(2)}, path, {"structlin_statistics": json.dumps(record)})
     with pytest.raises(ValueError, match="version 2; this structlin reads version 1"):
         Statistics.load(path)
-    for change in ({"grams": {"a": "9"}}, {"grams": {"a": "0"}}, {"crosses": None}, {"tokens": 3}):
+    for change in ({"grams": {"a": "9"}}, {"grams": {"a": "0"}}, {"cross_grams": None}, {"tokens": 3}):
         save_file({"0": torch.eye(2)}, path, {"structlin_statistics": json.dumps(record | {"version": 1} | change)})
         with pytest.raises(ValueError, match=r"not a file of Statistics.save"):
             Statistics.load(path)
@@ -669,10 +669,10 @@ def test_swaps_that_change_nothing_give_the_plain_gram(twin):
     shifted = collect_shifted(model, X, swaps, ["q", "k", "o", "head"], dtype=torch.float64)
     for name, gram in shifted.grams.items():
         torch.testing.assert_close(gram, plain.grams[name], **F64)
-        torch.testing.assert_close(shifted.crosses[name], gram, **F64)
+        torch.testing.assert_close(shifted.cross_grams[name], gram, **F64)
         assert shifted.tokens[name] == plain.tokens[name]
     assert shifted.grams["q"] is shifted.grams["k"]
-    assert shifted.crosses["q"] is shifted.crosses["k"]
+    assert shifted.cross_grams["q"] is shifted.cross_grams["k"]
     assert all(getattr(model, name) is child for name, child in children.items())
     assert all(module.training for module in model.modules())
     assert hooks_of(model) == sum(hooks_of(new) for new in swaps.values()) == 0
@@ -691,9 +691,9 @@ def test_shifted_inputs_are_those_of_the_compressed_model():
         x, new = before[getattr(model, name)], after[getattr(other, name)]
         # In eval, as here, the layer may contract in another order than in training: equal to float32.
         torch.testing.assert_close(shifted.grams[name], new.T @ new, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(shifted.crosses[name], x.T @ new, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(shifted.cross_grams[name], x.T @ new, rtol=1e-5, atol=1e-5)
     assert shifted.grams["k"] is shifted.grams["v"]
-    assert not torch.allclose(shifted.grams["o"], shifted.crosses["o"])
+    assert not torch.allclose(shifted.grams["o"], shifted.cross_grams["o"])
     assert type(model.v) is nn.Linear
 
 
@@ -705,7 +705,7 @@ def test_shifted_complex_cross_solves_the_least_squares():
     shifted = collect_shifted(model, [x], {model[0]: new}, ["1"], dtype=torch.float64)
     with torch.no_grad():
         expected = torch.linalg.lstsq(new(x), model(x)).solution.T
-        found = model[1].weight @ shifted.crosses["1"] @ torch.linalg.inv(shifted.grams["1"])
+        found = model[1].weight @ shifted.cross_grams["1"] @ torch.linalg.inv(shifted.grams["1"])
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
 
 
@@ -718,7 +718,7 @@ def test_shifted_passes_stop_early_where_each_layer_is_called_once():
     seen = recorded(shared, lambda m: [m(x), m(x)], [shared.left, shared.again])
     shifted = collect_shifted(shared, [x, x], {}, ["left", "again"], dtype=torch.float64)
     torch.testing.assert_close(shifted.grams["again"], seen[shared.again].T @ seen[shared.again], **F64)
-    torch.testing.assert_close(shifted.crosses["left"], 2 * seen[shared.left].T @ seen[shared.left], **F64)
+    torch.testing.assert_close(shifted.cross_grams["left"], 2 * seen[shared.left].T @ seen[shared.left], **F64)
     assert shifted.tokens == {"left": 20, "again": 20}
 
 
@@ -736,15 +736,15 @@ def test_shifted_inputs_leave_masked_tokens_out_and_hold_no_later_writes():
     x, keep = torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [1, 0, 0]])
     for mask, rows in ((None, x.reshape(-1, 4)), (keep, x[keep.bool()])):
         shifted = collect_shifted(Writing(), [{"x": x, "attention_mask": mask}] * 2, {}, ["a", "b"])
-        torch.testing.assert_close(shifted.crosses["a"], 2 * rows.T @ rows, **F32)
-        torch.testing.assert_close(shifted.crosses["b"], 18 * rows.T @ rows, **F32)
+        torch.testing.assert_close(shifted.cross_grams["a"], 2 * rows.T @ rows, **F32)
+        torch.testing.assert_close(shifted.cross_grams["b"], 18 * rows.T @ rows, **F32)
         assert shifted.grams["a"] is not shifted.grams["b"]
 
 
 def test_a_root_that_is_swapped():
     linear, x = nn.Linear(4, 4), torch.randn(5, 4)
     shifted = collect_shifted(linear, [x], {linear: nn.Linear(4, 4)}, [""])
-    torch.testing.assert_close(shifted.crosses[""], x.T @ x, **F32)
+    torch.testing.assert_close(shifted.cross_grams[""], x.T @ x, **F32)
 
 
 def test_bad_swaps():

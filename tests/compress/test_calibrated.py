@@ -1,7 +1,9 @@
 """Compression with calibration: output errors, auto, global budgets, sequential compensation, quality."""
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -9,13 +11,14 @@ from torch import nn
 
 import structlin
 from structlin import collect_statistics, compress_model, plan_compression
-from structlin.compress import apply, workers
-from structlin.compress.allocate import Share, allocate
-from structlin.compress.evidence import gather
+from structlin.compress import fit_layers, workers
+from structlin.compress.data import Data
+from structlin.compress.decide import Share, allocate, round_up_ranks
+from structlin.compress.evaluate import Evaluator
+from structlin.compress.observe import replaced
 from structlin.compress.plan import PlanEntry, fingerprint
 from structlin.compress.report import Report
 from structlin.compress.sequential import shifted
-from structlin.compress.spend import spend
 from structlin.compress.targets import find_targets
 from structlin.fitting.fit import fit
 from structlin.runtime.contract import to_dense
@@ -36,6 +39,10 @@ def batches(count, seed=1):
     mixing = torch.randn(32, 32) * torch.logspace(0, -2, 32)
     torch.manual_seed(seed)
     return [torch.randn(50, 32) @ mixing.T for _ in range(count)]
+
+
+def observed(model, data):
+    return Data(collect_statistics(model, data[1:]), tuple(data[1:]), tuple(data[:1]))
 
 
 def changed(report):
@@ -131,7 +138,7 @@ def test_a_plan_keeps_its_fits_until_the_weight_changes(mlp, monkeypatch):
     plan = plan_compression(mlp, "auto", ratio=0.6, refine=5, calibration=collect_statistics(mlp, batches(4)))
     assert structlin.CompressionPlan.from_json(plan.to_json()) == plan
     calls = []
-    monkeypatch.setattr(apply, "fit", lambda *a, **k: calls.append(a) or fit(*a, **k))
+    monkeypatch.setattr(fit_layers, "fit", lambda *a, **k: calls.append(a) or fit(*a, **k))
     compress_model(copy.deepcopy(mlp), plan)
     assert not calls
     with torch.no_grad():
@@ -157,18 +164,18 @@ def test_global_allocation_meets_the_budget(mlp, name):
 
 
 def test_what_is_left_of_the_budget_buys_ranks(mlp):
-    evidence = gather(mlp, batches(10), None, None, "skip")
+    data = observed(mlp, batches(10))
     targets = find_targets(mlp)[:3]
     given = {"0": 0.5, "2": 0.5, "4": 0.5}
     entries = []
     for target, structure in zip(
         targets, (LowRank(2), Sum(parts=(LowRank(3), LowRank(1))), Monarch(blocks=4, rank=1)), strict=True
     ):
-        weight, gram = target.linear.weight, evidence.grams(target.name)[0]
+        weight, gram = target.linear.weight, data.grams(target.name)[0]
         found = fit(weight, structure.resolve(weight.shape[1], weight.shape[0]), gram=gram)
         sizes = target.linear.in_features, target.linear.out_features
         entries.append(PlanEntry(target.name, (), *sizes, found.structure, fitted=(fingerprint(weight), found)))
-    spent = spend(entries, given, targets, evidence)
+    spent = round_up_ranks(entries, given, targets, data)
     total = sum(0.5 * entry.parameters_before for entry in entries)
     assert total - 96 < sum(entry.parameters_after for entry in spent) <= total
     assert spent[2] == entries[2]  # a Monarch matrix has no rank to raise
@@ -177,20 +184,28 @@ def test_what_is_left_of_the_budget_buys_ranks(mlp):
         assert known.structure == after.structure
         assert known.output_error < before.fitted[1].output_error
         assert all(map(torch.allclose, known.factors[2:], before.fitted[1].factors[2:]))  # those of the second part
-        rows, weight = evidence.grams(target.name)[0].rows.double(), target.linear.weight.detach().double()
+        rows, weight = data.grams(target.name)[0].rows.double(), target.linear.weight.detach().double()
         difference = weight - to_dense(known.spec, known.factors)
         error = (rows @ difference.mT).norm() / (rows @ weight.mT).norm()
         assert error.item() == pytest.approx(known.output_error, rel=1e-4)
-    assert spend(entries, {}, targets, evidence) == entries
+    assert round_up_ranks(entries, {}, targets, data) == entries
 
 
 def test_allocation_spends_all_and_favours_what_matters(mlp):
     with torch.no_grad():
         mlp[4].weight *= 1e-3  # what layer 2 does hardly reaches the output then; layer 4's outputs are near linear
         mlp[2].weight[1:] = mlp[2].weight[:1]  # rank 1
-    evidence = gather(mlp, batches(10), None, None, "skip")
+    data = observed(mlp, batches(10))
     shares = [Share(target, 0.5) for target in find_targets(mlp) if target.name in ("0", "2", "4")]
-    ratios = allocate(mlp, shares, evidence)
+    evaluator = Evaluator(mlp, batches(1, seed=3))
+    modules = list(mlp)
+
+    def moved(answers):
+        assert list(mlp) == modules  # planning never swaps
+        with replaced(answers):
+            return evaluator.distance(mlp)
+
+    ratios = allocate(shares, data, moved)
     sizes = {share.target.name: share.target.linear.weight.numel() for share in shares}
     assert sum(ratios[name] * sizes[name] for name in sizes) == pytest.approx(0.5 * sum(sizes.values()), rel=5e-3)
     assert ratios["2"] < 0.5 < max(ratios["0"], ratios["4"])
@@ -240,12 +255,12 @@ def test_sequential_compensation_is_closer_and_leaves_the_first_layer_alone(mlp)
 
 def test_the_shifted_weight_is_the_regression(mlp):
     data = batches(5)
-    evidence = gather(mlp, data, data[:1], None, "skip")
+    known = Data(batches=tuple(data))
     proxy = copy.deepcopy(mlp[0])
     with torch.no_grad():
         proxy.weight *= 0.7
     target = next(t for t in find_targets(mlp) if t.name == "2")
-    wanted, _ = shifted(mlp, [target], {mlp[0]: proxy}, evidence)["2"]
+    wanted, _ = shifted(mlp, [target], {mlp[0]: proxy}, known)["2"]
     x = torch.cat([mlp[1](mlp[0](batch)) for batch in data]).double()
     other = torch.cat([mlp[1](proxy(batch)) for batch in data]).double()
     shrinkage = 0.03 * other.square().sum() / 64
@@ -260,7 +275,7 @@ def test_sequential_failures_change_nothing(mlp, monkeypatch):
     with pytest.raises(ValueError, match="pass calibration as batches"):
         compress_model(mlp, "lowrank", ratio=0.5, sequential=True)
     count = iter(range(2))
-    monkeypatch.setattr(apply, "fit", lambda *a, **k: [next(count), fit(*a, **k)][1])
+    monkeypatch.setattr(fit_layers, "fit", lambda *a, **k: [next(count), fit(*a, **k)][1])
     with pytest.raises(RuntimeError, match="the model is unchanged"):
         compress_model(mlp, "lowrank", ratio=0.5, calibration=batches(4), sequential=True)
     assert all(type(a) is type(b) for a, b in zip(mlp, before, strict=True))
@@ -277,7 +292,8 @@ def test_report_carries_task_fidelity_and_size_before_and_after_healing(mlp):
     def evaluate(model):
         return -distance(model, teacher, data[:2])
 
-    report = compress_model(mlp, "lowrank", ratio=0.4, calibration=data, evaluate=evaluate)
+    evaluator = Evaluator(mlp, data[:2], evaluate=evaluate)
+    report = compress_model(mlp, "lowrank", ratio=0.4, calibration=data[2:], evaluate=evaluator)
     dense, compressed = report.qualities
     assert (dense.stage, dense.task, dense.size) == ("dense", 0, 1)
     assert dense.cosine == pytest.approx(1, abs=1e-5)
@@ -285,7 +301,7 @@ def test_report_carries_task_fidelity_and_size_before_and_after_healing(mlp):
     assert compressed.cosine < 1
     assert compressed.size == pytest.approx(report.parameters_after / report.parameters_before)
     structlin.heal(mlp, teacher, data, steps=100, lr=3e-3, progress=False)
-    healed = report.measure("healed")
+    healed = report.measure("healed", evaluator)
     assert len(healed.qualities) == 3
     assert healed.qualities[2].task > compressed.task
     assert healed.qualities[2].cosine > compressed.cosine
@@ -321,12 +337,29 @@ def test_models_with_logits_get_kl_and_agreement(mlp):
     assert quality.cosine is None
 
 
-def test_a_report_without_a_judge(mlp):
-    report = compress_model(mlp, "lowrank", ratio=0.5)
+def test_a_report_keeps_no_batches_and_no_grams(mlp):
+    data = batches(6)
+    statistics = collect_statistics(mlp, data)
+    evaluate = Task()
+    report = compress_model(
+        mlp, "auto", ratio=0.5, calibration=statistics, validation=data, evaluate=evaluate, refine=5
+    )
+    assert len(report.qualities) == 2
+    tensors = [*data, *statistics.grams.values()]
+    references = [weakref.ref(tensor) for tensor in tensors] + [weakref.ref(evaluate)]
+    del data, statistics, tensors, evaluate
+    gc.collect()
+    assert [reference for reference in references if reference() is not None] == []
     assert isinstance(report, Report)
-    assert report.qualities == ()
-    with pytest.raises(ValueError, match="pass evaluate= or calibration="):
-        report.measure()
+
+
+class Task:
+    def __call__(self, model):
+        return 1.0
+
+
+def test_a_report_without_batches_has_no_quality(mlp):
+    assert compress_model(mlp, "lowrank", ratio=0.5).qualities == ()
 
 
 # Threads -------------------------------------------------------------------------------------------------------------

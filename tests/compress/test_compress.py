@@ -11,7 +11,7 @@ from torch import nn
 
 import structlin
 from structlin import CompressionPlan, LowRankLinear, StructuredLinear, compress_model, plan_compression, to_dense_
-from structlin.compress import apply as apply_module
+from structlin.compress import fit_layers
 from structlin.structures import Kronecker, LowRank, TensorTrain, families
 
 
@@ -292,7 +292,7 @@ def test_failure_in_a_later_layer_leaves_the_model_as_it_was(mlp, monkeypatch):
     state = copy.deepcopy(mlp.state_dict())
     modules = list(mlp)
     calls = []
-    fit = apply_module.fit
+    fit = fit_layers.fit
 
     def failing(weight, structure, **options):
         calls.append(structure)
@@ -300,7 +300,7 @@ def test_failure_in_a_later_layer_leaves_the_model_as_it_was(mlp, monkeypatch):
             raise torch.linalg.LinAlgError("did not converge")
         return fit(weight, structure, **options)
 
-    monkeypatch.setattr(apply_module, "fit", failing)
+    monkeypatch.setattr(fit_layers, "fit", failing)
     with pytest.raises(RuntimeError, match="layer '2': did not converge; the model is unchanged"):
         compress_model(mlp, "lowrank", ratio=0.5)
     assert list(mlp) == modules
@@ -520,7 +520,7 @@ def test_plan_version_and_model_are_checked(mlp):
         compress_model(nn.Sequential(nn.ReLU()), plan)
     with pytest.raises(ValueError, match=r"layer '0' has \(in, out\)"):
         compress_model(nn.Sequential(nn.Linear(3, 3)), plan)
-    with pytest.raises(ValueError, match="a plan holds its ratio"):
+    with pytest.raises(ValueError, match="a plan holds its ratio layer by layer"):
         compress_model(mlp, plan, ratio=0.5)
     torch.nn.utils.parametrizations.orthogonal(mlp[0])
     with pytest.raises(ValueError, match="layer '0' cannot be compressed: its weight is parametrised"):

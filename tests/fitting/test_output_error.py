@@ -11,8 +11,8 @@ from structlin import SumLinear
 from structlin.equation.structure import from_record, registered, show, to_record
 from structlin.fitting.budget import within
 from structlin.fitting.fit import fit
-from structlin.fitting.objective import Root, make_objective
-from structlin.fitting.refine import Refinement, low_rank_summand
+from structlin.fitting.objective import GramRoot, make_objective
+from structlin.fitting.refine import HALVINGS, HURRY, WARM_UP, WINDOW, Refinement, Schedule, low_rank_summand
 from structlin.runtime.contract import to_dense
 from structlin.runtime.planner import flops_per_token
 from structlin.structures import PHM, Blast, Kaleidoscope, Kronecker, LowRank, Monarch, Sum, families, family, sum_of
@@ -195,6 +195,41 @@ def test_it_stops_at_the_floor_and_hurries_on_a_plateau():
     assert refinement.steps_taken < 500
 
 
+def test_the_schedule_warms_up_and_decays_to_zero():
+    schedule, fades = Schedule(steps=200, rate=1.0), []
+    while not schedule.ended:
+        fades.append(schedule.fade())
+        schedule.step(error=0.5 ** len(fades))
+    assert schedule.taken == len(fades) == 200
+    assert fades[0] == pytest.approx(1 / WARM_UP, rel=1e-3)
+    assert fades.index(max(fades)) == WARM_UP - 1
+    assert fades[100] == pytest.approx(0.5)
+    assert fades[-1] < 1e-3
+
+
+def test_the_schedule_halves_warms_up_again_and_gives_up():
+    schedule = Schedule(steps=1000, rate=2.0)
+    for _ in range(50):
+        schedule.step(1.0)
+    place = schedule.position
+    schedule.halve()
+    assert (schedule.rate, schedule.position, schedule.taken) == (1.0, place, 50)
+    assert schedule.fade() < 1.01 / WARM_UP
+    for _ in range(HALVINGS - 1):
+        assert not schedule.ended
+        schedule.halve()
+    assert schedule.ended
+
+
+@pytest.mark.parametrize(("gain", "stride"), [(0.01, 1.0), (1e-6, HURRY)])
+def test_the_schedule_hurries_on_a_plateau(gain, stride):
+    schedule = Schedule(steps=1000, rate=1.0)
+    for k in range(3 * WINDOW):
+        schedule.step((1 - gain) ** k)
+    assert schedule.stride == stride
+    assert schedule.position == (2 * WINDOW + WINDOW * stride if stride > 1 else 3 * WINDOW)
+
+
 def test_low_rank_summands_are_recognised():
     def summand(structure, size=16):
         return low_rank_summand(structure.resolve(size, size).spec(size, size))
@@ -208,7 +243,7 @@ def test_low_rank_summands_are_recognised():
 def test_a_root_saves_the_eigendecomposition():
     gram = gram_of(16)
     weight = torch.randn(8, 16)
-    by_root, by_gram = (fit(weight, LowRank(3), gram=given) for given in (Root.of(gram), gram))
+    by_root, by_gram = (fit(weight, LowRank(3), gram=given) for given in (GramRoot.of(gram), gram))
     assert torch.equal(by_root.factors[0], by_gram.factors[0])
 
 

@@ -62,7 +62,7 @@ def test_chunks_give_the_same(name, tokens, order):
 
 def test_buffers_are_used_again():
     layer, x = large(), torch.randn(900, 64)
-    plan = planner.find_plan(layer.spec, 900)
+    plan = planner.find_plan(layer.spec, 900, machine=planner.CPU)
     with torch.inference_mode():
         operands = contract.fold(layer.spec, layer.factors, plan)
         by_chunks(layer.spec, operands, x, None, plan)
@@ -79,7 +79,7 @@ def test_what_is_too_large_is_not_kept(monkeypatch):
     monkeypatch.setattr(recompute, "MOST_KEPT", 0)
     monkeypatch.setattr(recompute, "_KEPT", recompute._Kept())
     layer, x = large(), torch.randn(900, 64)
-    plan = planner.find_plan(layer.spec, 900)
+    plan = planner.find_plan(layer.spec, 900, machine=planner.CPU)
     with torch.no_grad():
         y = by_chunks(layer.spec, contract.fold(layer.spec, layer.factors, plan), x, layer.bias, plan)
     assert_close(y, F.linear(x, layer.to_dense(), layer.bias), "chunks", 1e-5)
@@ -88,7 +88,7 @@ def test_what_is_too_large_is_not_kept(monkeypatch):
 
 def test_threads_have_buffers_of_their_own():
     layer = large()
-    plan = planner.find_plan(layer.spec, 900)
+    plan = planner.find_plan(layer.spec, 900, machine=planner.CPU)
     inputs = torch.randn(8, 900, 64)
     operands = [[operand.detach() for operand in part] for part in contract.fold(layer.spec, layer.factors, plan)]
 
@@ -173,13 +173,14 @@ def test_differentiated_by_what_is_faster():
     """A chain three times, or the dense matrix twice."""
     for structure, order in ((PHM(n=2), "materialise"), (Kaleidoscope(width=2), "auto")):
         found = build(structure, 768, 768).spec
-        assert recompute._again(found, planner.find_plan(found, 512)) == planner.find_plan(found, 512, order=order)
-    assert not planner.find_plan(build(PHM(n=2), 768, 768).spec, 512).materialises
+        plan = planner.find_plan(found, 512, machine=planner.CPU)
+        assert recompute._again(found, plan) == planner.find_plan(found, 512, machine=planner.CPU, order=order)
+    assert not planner.find_plan(build(PHM(n=2), 768, 768).spec, 512, machine=planner.CPU).materialises
 
 
 def test_gradients_are_added_up_in_place():
     layer = large(Kaleidoscope(width=2), (64, 64))
-    plan = planner.find_plan(layer.spec, 512, order="forward")
+    plan = planner.find_plan(layer.spec, 512, machine=planner.CPU, order="forward")
     sums = contract.Pullback(layer.spec, layer.factors, range(5), plan)
     x, slope = torch.randn(512, 64), torch.randn(512, 64)
     sums(x[:256], slope[:256], False)

@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -21,9 +22,10 @@ from structlin.fitting.fit import fit
 from structlin.layers.linear import build
 from structlin.runtime import kernels, planner
 from structlin.runtime.contract import forward
+from structlin.runtime.eager import suits
 from structlin.runtime.execution import Key
 from structlin.runtime.kernels import native
-from structlin.runtime.kernels.chain import Chain, chain_of, suits
+from structlin.runtime.kernels.chain import Chain, chain_of
 from structlin.runtime.kernels.layouts import cost
 from structlin.runtime.kernels.program import program, stages
 from structlin.runtime.measure import measure_machine
@@ -462,15 +464,16 @@ def test_predictions_follow_the_machine():
     assert found.native != 1.0
     chain = chain_of(build(LowRank(rank=8), 512, 512).spec)
     slower = replace(planner.CPU, native=2.0, native_few=3.0)
-    assert chain.seconds(64, machine=slower) == 2 * chain.seconds(64)
-    assert chain.seconds(1, machine=slower) == 3 * chain.seconds(1)
+    assert chain.seconds(64, machine=slower) == 2 * chain.seconds(64, machine=planner.CPU)
+    assert chain.seconds(1, machine=slower) == 3 * chain.seconds(1, machine=planner.CPU)
     key = Key(64, torch.float32, torch.device("cpu"), native=True, frozen=False)
     predicted = {type(way): seconds for seconds, way in build(LowRank(rank=8), 512, 512)._execution.options(key)}
     assert predicted[Chain] == chain.seconds(64, machine=found)
 
 
 def test_predictions_order_the_sizes():
-    small, large = (chain_of(build(LowRank(rank=r), 512, 512).spec) for r in (8, 128))
-    assert small.seconds(64) < large.seconds(64) < large.seconds(512)
+    chains = (chain_of(build(LowRank(rank=r), 512, 512).spec) for r in (8, 128))
+    small, large = (partial(chain.seconds, machine=planner.CPU) for chain in chains)
+    assert small(64) < large(64) < large(512)
     assert planner.NATIVE.flops > planner.CPU.flops
-    assert large.seconds(1, itemsize=2) < large.seconds(1)
+    assert large(1, itemsize=2) < large(1)

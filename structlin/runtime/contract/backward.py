@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structlin.equation.spec import Spec
-from structlin.runtime.contract.forward import apply, merged, of_equations, product, read
+from structlin.runtime.contract.forward import apply, merged, product, read
 from structlin.runtime.planner import EquationPlan, Plan, View
 
 
@@ -49,9 +49,7 @@ class Pullback:
     def __init__(self, spec: Spec, factors: Sequence[Tensor], wanted: Sequence[int], plan: Plan) -> None:
         self.spec = spec
         leaves = [factor.detach().requires_grad_(k in wanted) for k, factor in enumerate(factors)]
-        self._parts = [
-            _Part(eq_plan, part) for (_, part), eq_plan in zip(of_equations(spec, leaves), plan.parts, strict=True)
-        ]
+        self._parts = [_Part(eq_plan, part) for (_, part), eq_plan in zip(spec.split(leaves), plan.parts, strict=True)]
 
     def __call__(self, x: Tensor, slopes: Tensor, of_input: bool) -> Tensor | None:
         """Add the gradients for some rows.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from structlin.equation.spec import Equation, Spec
-from structlin.runtime.contract.forward import of_equations, to_dense
+from structlin.runtime.contract.forward import to_dense
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,9 @@ def pulled_back(
     """Differentiate y = x W^T without a graph, by blocks of at most so many rows of W: see `gradients`."""
     sums = [torch.zeros_like(factor) if k in wanted else None for k, factor in enumerate(factors)]
     of_x = torch.zeros_like(x) if of_input else None
-    start = 0
-    for eq, part in of_equations(spec, factors):
-        stop = start + len(part)
+    for (eq, part), (_, totals) in zip(spec.split(factors), spec.split(sums), strict=True):
         for block in blocks(spec, eq, most):
-            _pull(block, part, x, slopes[:, block.rows], of_x, sums[start:stop])
-        start = stop
+            _pull(block, part, x, slopes[:, block.rows], of_x, totals)
     return tuple(total for total in (of_x, *sums) if total is not None)
 
 

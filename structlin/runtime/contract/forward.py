@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from structlin.equation.spec import Equation, Spec
-from structlin.runtime.planner import EquationPlan, Merge, Plan, View, merge_plan
+from structlin.equation.spec import Spec
+from structlin.runtime.planner import CPU, EquationPlan, Merge, Plan, View, merge_plan
 
 Operands = list[list[Tensor]]  # of each equation, one for each step of its plan
 Room = Callable[[Sequence[int]], Tensor]  # memory for a tensor of a shape
@@ -59,7 +59,7 @@ def apply(spec: Spec, factors: Sequence[Tensor], x: Tensor, plan: Plan) -> Tenso
 def fold(spec: Spec, factors: Sequence[Tensor], plan: Plan) -> Operands:
     """Merge factors as a plan says, and bring them into the layouts that its products read."""
     operands = []
-    for (_, part), eq_plan in zip(of_equations(spec, factors), plan.parts, strict=True):
+    for (_, part), eq_plan in zip(spec.split(factors), plan.parts, strict=True):
         slots = merged(eq_plan.merges, part)
         operands.append([read(slots[step.factor], step.factor_view) for step in eq_plan.steps])
     return operands
@@ -125,20 +125,12 @@ def to_dense(spec: Spec, factors: Sequence[Tensor]) -> Tensor:
         W, shape (out_features, in_features).
     """
     total = None
-    for eq, part in of_equations(spec, factors):
-        merges, view = merge_plan(eq)
+    for eq, part in spec.split(factors):
+        merges, view = merge_plan(eq, machine=CPU)  # everywhere: a dense matrix does not depend on records
         dense = read(merged(merges, part)[-1], view)[: spec.out_features, : spec.in_features]
         total = dense if total is None else total + dense
     assert total is not None
     return total
-
-
-def of_equations(spec: Spec, factors: Sequence[Tensor]) -> Iterator[tuple[Equation, Sequence[Tensor]]]:
-    """Each equation with its factors."""
-    start = 0
-    for eq in spec.equations:
-        yield eq, factors[start : start + len(eq.factors)]
-        start += len(eq.factors)
 
 
 def merged(merges: Sequence[Merge], factors: Sequence[Tensor]) -> list[Tensor]:

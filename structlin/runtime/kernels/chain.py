@@ -8,28 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import (
-    _get_function_stack_at,
-    _is_any_autocast_enabled,
-    _is_tracing,
-    _len_torch_dispatch_stack,
-    _len_torch_function_stack,
-)
-from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad
-from torch.utils._device import DeviceContext
 
 from structlin.equation.spec import Spec
 from structlin.runtime import planner
+from structlin.runtime.costs import NATIVE_ROWS
+from structlin.runtime.eager import constant, plain, suits, unobserved
 from structlin.runtime.kernels import native
-from structlin.runtime.kernels.constant import constant
 from structlin.runtime.kernels.layouts import cost
 from structlin.runtime.kernels.operators import SPECS
 from structlin.runtime.kernels.program import program
 from structlin.runtime.planner import Machine
-
-TENSORS = (Tensor, torch.nn.Parameter)  # no subclasses
-DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Chain:
@@ -49,14 +37,15 @@ class Chain:
         SPECS[table] = self.spec
         return table
 
-    def seconds(self, tokens: int, itemsize: int = 4, machine: Machine = planner.CPU) -> float:
-        """Predict the time of a forward pass in s, for elements of so many bytes."""
-        if tokens <= planner.NATIVE_ROWS:
+    def seconds(self, tokens: int, *, itemsize: int = 4, machine: Machine) -> float:
+        """Predict the time of a forward pass in s."""
+        if tokens <= NATIVE_ROWS:
+            # Each token takes its arithmetic or one pass over the factors, whichever is longer.
             rates = planner.NATIVE_FEW
             read = itemsize * self.spec.num_parameters / rates.bandwidth
             return machine.native_few * (tokens * max(cost(self.spec, few=True).seconds, read) + rates.op)
         moved = itemsize * tokens * (self.spec.in_features + self.spec.out_features)
-        if itemsize < 4:  # the factors are converted first
+        if itemsize < 4:  # the kernel converts the factors to float32 first
             moved += itemsize * self.spec.num_parameters
         flops = tokens * cost(self.spec, few=False).flops
         rates = planner.NATIVE
@@ -95,31 +84,3 @@ class Chain:
 def chain_of(spec: Spec) -> Chain:
     """Return the program of a spec, written once."""
     return Chain(spec)
-
-
-def plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether these are tensors or parameters, none of a subclass."""
-    return all(type(tensor) in TENSORS for tensor in tensors)
-
-
-def unobserved() -> bool:
-    """Whether nothing watches or transforms what is done to tensors: no mode, transform, tracer or autocast."""
-    return (
-        not _is_any_autocast_enabled()
-        and _len_torch_dispatch_stack() == 0
-        and peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
-        and not _is_tracing()
-        and (_len_torch_function_stack() == 0 or _only_devices())
-    )
-
-
-def _only_devices() -> bool:
-    """Whether all modes for functions are torch.set_default_device's, which changes nothing here."""
-    return all(type(_get_function_stack_at(k)) is DeviceContext for k in range(_len_torch_function_stack()))
-
-
-def suits(tensors: Sequence[Tensor]) -> bool:
-    """Whether the kernel can take these (plain) tensors, where it is available: all of one of DTYPES, on the CPU."""
-    dtype = tensors[0].dtype
-    return dtype in DTYPES and all(tensor.dtype is dtype and tensor.is_cpu for tensor in tensors)

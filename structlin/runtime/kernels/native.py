@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from structlin.runtime.eager import constant
 from structlin.runtime.kernels import operators
-from structlin.runtime.kernels.constant import constant
 from structlin.runtime.machines import cache_folder, processor
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("chain.cpp", "calls.cpp"))

@@ -10,6 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from structlin.equation.spec import Spec
 from structlin.runtime import contract, planner
+from structlin.runtime.machines import machine_of
 
 SPECS: WeakIdKeyDictionary = WeakIdKeyDictionary()  # what the programs are for, by their tensors
 
@@ -44,6 +45,7 @@ def _differentiable_backward(
             "(STRUCTLIN_KERNELS=off), or do not compile what create_graph=True goes through"
         )
     rows, slopes = x.reshape(-1, spec.in_features), dy.reshape(-1, spec.out_features)
-    plan = planner.find_plan(spec, planner.bucket(len(rows)))
+    machine = machine_of(x.device)
+    plan = planner.find_plan(spec, planner.bucket(len(rows)), machine=machine, itemsize=x.element_size())
     found = contract.gradients(spec, rows, factors, slopes, input_gradient, wanted, plan)
     return [found[0].reshape(x.shape), *found[1:]] if input_gradient else list(found)

@@ -76,10 +76,8 @@ def _run(*tables: Sequence[int]) -> int:
 def stages(spec: Spec, few: bool) -> tuple[Stage, ...]:
     """Write the tables of all chains, for tiles of tokens or for a few."""
     found: list[Stage] = []
-    first = 0
-    for eq, chain in zip(spec.equations, links(spec, few), strict=True):
-        found += _stages(eq, chain, first, bool(found))
-        first += len(eq.factors)
+    for (eq, numbers), chain in zip(spec.split(range(len(spec.factors))), links(spec, few), strict=True):
+        found += _stages(eq, chain, numbers[0], bool(found))
     return tuple(found)
 
 
@@ -127,7 +125,7 @@ def _stages(eq: Equation, chain: Sequence[Link], first: int, accumulate: bool) -
     source = INPUT
     for step, link in enumerate(chain):
         last = step == len(chain) - 1
-        role, outer = link.role, link.outer
+        role, outer = link.absorbed, link.outer
         a, w, b = (_strides(eq, modes) for modes in (link.before, eq.factors[role.factor].modes, link.after))
         target = OUTPUT if last else (FIRST, SECOND)[step % 2]
         tables = (

@@ -1,11 +1,10 @@
-"""Choose how to contract an equation with a batch of tokens: pure integer code, tested without tensors."""
+"""Choose how to contract an equation with a batch of tokens: integer code, tested without tensors."""
 
 from structlin.runtime.planner.machine import (
     CPU,
     H200,
     NATIVE,
     NATIVE_FEW,
-    NATIVE_ROWS,
     Machine,
     bucket,
     dense_seconds,
@@ -19,7 +18,6 @@ __all__ = [
     "H200",
     "NATIVE",
     "NATIVE_FEW",
-    "NATIVE_ROWS",
     "ORDERS",
     "TOKENS",
     "Cost",

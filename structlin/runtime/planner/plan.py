@@ -1,4 +1,4 @@
-"""Plans: lists of matrix products as data, which print themselves."""
+"""Describe a contraction as data: a plan is a list of matrix products that prints itself."""
 
 from __future__ import annotations
 
@@ -6,26 +6,25 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from structlin.equation.spec import Equation
+from structlin.runtime.costs import CHUNK, CHUNK_STEP
 from structlin.runtime.planner.machine import Machine
 
-TOKENS = "n"  # the name of the token axis in a plan; mode names of equations must differ from it
+TOKENS = "n"  # the token axis in a plan; no mode of an equation may have this name
 
-CHUNK, CHUNK_STEP = 128, 16  # tokens that a chunk should have, and what it has a multiple of
-
-Shape = tuple[int, ...]  # of activations: -1 is the axis with the tokens
+Shape = tuple[int, ...]  # of factors or activations; -1 stands for the axis with the tokens
 
 
 @dataclass(frozen=True)
 class View:
-    """How a tensor is read as a matrix (rows, columns), or as a stack of them (batch, rows, columns).
+    """How to read a tensor as a matrix (rows, columns) or a stack of matrices (batch, rows, columns).
 
-    What is None is not needed.
+    Three steps, each left out where it is None: reshape to `modes`, permute by `axes`, reshape to `shape`.
 
     Args:
-        modes: shape to split it into, where its axes are to be permuted.
+        modes: shape that separates the axes to be permuted.
         axes: their new order.
-        shape: of the matrix or stack.
-        copy: whether the layout changes in memory.
+        shape: shape of the matrix or stack.
+        copy: whether the layout in memory changes.
     """
 
     modes: Shape | None
@@ -36,7 +35,7 @@ class View:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a product is predicted to cost, layout copies included."""
+    """The counted cost of a product, layout copies included."""
 
     text: str
     flops: int
@@ -46,15 +45,15 @@ class Cost:
 
 @dataclass(frozen=True)
 class Merge:
-    """A product of two factors, or of what came of them.
+    """A product of two factors, or of results of earlier merges.
 
     Args:
-        left: its number: factors first, then results in order.
-        right: the other's.
-        left_view: how it is read.
-        right_view: how the other is read.
-        shared: the left one is a matrix, shared by all of the stack on the right.
-        cost: once.
+        left: slot of the left operand: factors come first, then the results of merges in order.
+        right: slot of the right operand.
+        left_view: how to read the left operand.
+        right_view: how to read the right operand.
+        shared: the left operand is one matrix, multiplied with every matrix of the stack on the right.
+        cost: cost of this product.
     """
 
     left: int
@@ -67,15 +66,15 @@ class Merge:
 
 @dataclass(frozen=True)
 class Step:
-    """A product of the activations with a factor (or what came of some).
+    """A product of the activations with a factor or merged factors.
 
     Args:
-        factor: its number.
-        factor_view: how it is read.
-        view: how the activations are read.
-        swapped: the factor goes left.
-        shared: the factor is a matrix, shared by all of the stack of activations.
-        cost: for the planned number of tokens.
+        factor: slot of the factor, as in `Merge`.
+        factor_view: how to read the factor.
+        view: how to read the activations.
+        swapped: the factor is the left operand.
+        shared: the factor is one matrix, multiplied with every matrix of the stack of activations.
+        cost: cost for the planned number of tokens.
     """
 
     factor: int
@@ -90,20 +89,19 @@ class Step:
 class EquationPlan:
     """A contraction of one equation with an input of `tokens` rows; prints itself as a table.
 
-    `flops`, `nbytes` and `seconds` are predictions for `tokens`; the steps are right for any number of tokens.
-    Where `folded`, merges and copies of factors are not part of them: they are done once.
+    `flops`, `nbytes` and `seconds` hold for `tokens` rows; merges and steps hold for any number of rows.
 
     Args:
-        equation: what is contracted.
+        equation: the equation.
         tokens: rows planned for.
         itemsize: bytes per element.
-        machine: the record that times are predicted by.
-        folded: see above.
+        machine: the record that predicted the time.
+        folded: the factors are constant, so that they are merged and copied once, beforehand; costs leave this out.
         merges: products of factors only.
         steps: products with the activations.
-        result: how the last of them is read as (tokens, outputs).
-        inner: entries per token that stand between input and output: results of steps, and copies of them.
-        widest: entries per token of the largest of these, or of an output that has to be brought into order.
+        result: how to read the last product as (tokens, outputs).
+        inner: entries per token of all activations between input and output, copies included.
+        widest: entries per token of the largest of these, or of an output that is copied into order.
         seconds: predicted time.
     """
 
@@ -121,7 +119,7 @@ class EquationPlan:
 
     @property
     def counted(self) -> tuple[Cost, ...]:
-        """Costs of the products that are done for each input."""
+        """Costs of the products that run for each input."""
         merges = () if self.folded else tuple(merge.cost for merge in self.merges)
         return (*merges, *(step.cost for step in self.steps))
 
@@ -137,15 +135,15 @@ class EquationPlan:
 
     @property
     def materialises(self) -> bool:
-        """Whether the dense matrix is built first."""
+        """Whether the plan builds the dense matrix first."""
         return len(self.steps) == 1 and len(self.merges) > 0
 
     def __str__(self) -> str:
         products = len(self.counted)
         kind = "materialise, then one product" if self.materialises else f"{products} product{'s' * (products > 1)}"
-        kept = ", factors folded once" if self.folded else ""
+        folded = ", factors folded once" if self.folded else ""
         head = (
-            f"{self.equation}\n{kind} for {self.tokens} tokens on {self.machine.name}{kept}: "
+            f"{self.equation}\n{kind} for {self.tokens} tokens on {self.machine.name}{folded}: "
             f"{self.flops:,} FLOPs, {self.nbytes:,} B, {self.seconds * 1e3:.3g} ms predicted"
         )
         width = max(len(cost.text) for cost in self.counted)
@@ -155,7 +153,7 @@ class EquationPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The plans of all equations of a spec, in its order; their predicted costs add up."""
+    """The plans of all equations of a spec, in its order; their costs add up."""
 
     parts: tuple[EquationPlan, ...]
 
@@ -181,28 +179,31 @@ class Plan:
 
     @property
     def summary(self) -> str:
-        """The number of products of each equation, in a few words."""
+        """The number of products of each equation, in words."""
         counts = [(part.materialises, len(part.counted)) for part in self.parts]
         return " + ".join("materialised" if m else f"{count} product{'s' * (count > 1)}" for m, count in counts)
 
     @property
     def inner(self) -> int:
-        """Entries per token that stand between input and output, over all equations."""
+        """Entries per token of all activations between input and output, over all equations."""
         return sum(part.inner for part in self.parts)
 
     @property
     def widest(self) -> int:
-        """Entries per token of the largest activations between input and output."""
+        """Entries per token of the largest activations of any equation."""
         return max(part.widest for part in self.parts)
 
     @property
     def folds(self) -> tuple[object, ...]:
-        """What is made of the factors: equal for plans that can share it."""
+        """A key of the folded factors: equal for plans that can share them."""
         return tuple((part.merges, [(step.factor, step.factor_view) for step in part.steps]) for part in self.parts)
 
     @cached_property
     def chunk(self) -> int:
-        """Tokens at a time: activations stay in a core's own cache, or close to it where that would be few tokens."""
+        """Tokens per chunk, so that the activations of a chunk fit a core's cache.
+
+        A chunk of fewer than CHUNK tokens may overflow that cache up to four times: small chunks pay for operations.
+        """
         widest = max(1, *(part.widest * part.itemsize for part in self.parts))
         room = min(self.parts[0].machine.core_cache / widest, 1 << 30)
         return max(1, int(max(room, min(CHUNK, 4 * room))) // CHUNK_STEP) * CHUNK_STEP

@@ -1,4 +1,4 @@
-"""One product of two operands: the ways to do it as a matrix product or a stack of them, and what each costs."""
+"""List the ways to contract two operands as one matrix product or stack of products, each with its cost."""
 
 from __future__ import annotations
 
@@ -7,23 +7,36 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 
-from structlin.equation.spec import Equation, Modes
+from structlin.equation.spec import Equation, Modes, contraction
 from structlin.runtime.planner.machine import Machine
 from structlin.runtime.planner.plan import TOKENS, Cost
 
-Groups = tuple[Modes, Modes, Modes]  # the (batch, rows, columns) of an operand
+Groups = tuple[Modes, Modes, Modes]  # an operand read as a stack: modes of (batch, rows, columns)
 
 
 @dataclass(frozen=True)
 class Product:
-    """One way to multiply two operands: which goes left, how each is read, and what it costs."""
+    """One way to multiply two operands.
+
+    Args:
+        left: layout of the left operand.
+        right: layout of the right operand.
+        left_groups: how to read the left operand, (batch, rows, summed).
+        right_groups: how to read the right operand, (batch, summed, columns).
+        swapped: the factor is the left operand, the activations are the right one.
+        broadcast: the left operand is one matrix for the whole batch.
+        out: layout of the result.
+        copies: whether reading the left, and the right, copies it into another layout.
+        cost: FLOPs, bytes and operations.
+        seconds: predicted time.
+    """
 
     left: Modes
     right: Modes
     left_groups: Groups
     right_groups: Groups
-    swapped: bool  # the factor goes left, the activations go right
-    broadcast: bool  # the left operand is shared over the batch
+    swapped: bool
+    broadcast: bool
     out: Modes
     copies: tuple[bool, bool]
     cost: Cost
@@ -31,29 +44,36 @@ class Product:
 
     @property
     def sides(self) -> tuple[tuple[Modes, Groups, bool], tuple[Modes, Groups, bool]]:
-        """Left and right: modes, groups, and whether it is copied."""
+        """The left and the right operand: layout, groups, whether it is copied."""
         return (self.left, self.left_groups, self.copies[0]), (self.right, self.right_groups, self.copies[1])
 
 
 @dataclass(frozen=True)
 class Merged:
-    """Neighbouring factors contracted with one another; a single factor has no product."""
+    """Neighbouring factors contracted with one another.
+
+    Args:
+        modes: layout of the result.
+        seconds: predicted time, 0 where `folded`.
+        middle: index of the factor that the right half begins with.
+        product: of the two halves; None for a single factor.
+    """
 
     modes: Modes
-    seconds: float = 0.0  # none where it is done once, beforehand
+    seconds: float = 0.0
     middle: int = 0
     product: Product | None = None
 
 
 class Products:
-    """Products of the operands of one equation, for one number of tokens.
+    """The products of one equation for one number of tokens.
 
     Args:
         eq: the equation.
         tokens: rows of the input.
         itemsize: bytes per element.
         machine: cost record.
-        folded: copies of factors are made once, beforehand, and cost nothing.
+        folded: copies of factors cost nothing; see `EquationPlan`.
     """
 
     def __init__(self, eq: Equation, tokens: int, itemsize: int, machine: Machine, folded: bool) -> None:
@@ -63,27 +83,25 @@ class Products:
         self.size = {**eq.size, TOKENS: tokens}
 
     def numel(self, modes: Iterable[str]) -> int:
+        """Count the entries of a tensor with these modes, tokens included."""
         return math.prod([self.size[mode] for mode in modes])
 
     def copy(self, modes: Modes, order: Modes) -> float:
-        """Predict the time to bring a tensor with these modes into an order, in s."""
+        """Predict the time to copy a tensor with these modes into another order, in s."""
         same = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(modes), reversed(order), strict=False))
-        run = self.numel(mode for mode, _ in same)
-        return self.machine.copy(self.numel(modes), self.itemsize, run, len(blocks(modes, order)))
+        run = self.numel(mode for mode, _ in same)  # innermost entries that stay neighbours
+        return self.machine.copy(self.numel(modes), self.itemsize, run=run, axes=len(blocks(modes, order)))
 
     def ways(self, a: Modes, b: Modes, needed: frozenset[str]) -> Iterator[Product]:
-        """All ways to multiply activations (or merged factors) `a` by a factor `b` in one batched product."""
-        shared = [mode for mode in a if mode in b]
-        batch = tuple(mode for mode in shared if mode in needed)
-        summed = tuple(mode for mode in shared if mode not in needed)
-        free_a = tuple(mode for mode in a if mode not in shared)
-        free_b = tuple(mode for mode in b if mode not in shared)
+        """Yield all ways to multiply activations (or merged factors) `a` by a factor `b` in one batched product."""
+        batch, free_a, free_b, summed = contraction(a, b, needed)
         # x @ W, then W @ x: which one is free of copies depends on the layout of the activations.
         yield self.product(a, b, (batch, free_a, summed), (batch, summed, free_b), batch + free_a + free_b)
         yield self.product(
             b, a, (batch, free_b, summed), (batch, summed, free_a), batch + free_b + free_a, swapped=True
         )
-        # Summed modes in the middle of the activations: share W over the leading modes, no copy at all.
+        # Where the summed modes are neighbours in the middle of the activations, (before, summed, after) is a view:
+        # W is broadcast over the leading modes, and nothing is copied.
         first = a.index(summed[0]) if summed else 0
         before, after = a[:first], a[first + len(summed) :]
         if not batch and before and after and a[first : first + len(summed)] == summed:
@@ -96,8 +114,9 @@ class Products:
         self, left: Modes, right: Modes, left_groups: Groups, right_groups: Groups, out: Modes,
         *, swapped: bool = False, broadcast: bool = False,
     ) -> Product:  # fmt: skip
+        """Count and time one way."""
         copies = _needs_copy(left, left_groups), _needs_copy(right, right_groups)
-        if self.folded and TOKENS in out:  # the factor is copied once, beforehand
+        if self.folded and TOKENS in out:  # only the operand with tokens is copied for each input
             copies = copies[0] and TOKENS in left, copies[1] and TOKENS in right
         sizes = self.numel(left), self.numel(right)
         sides = zip(sizes, copies, (left, right), (left_groups, right_groups), strict=True)
@@ -116,7 +135,7 @@ class Products:
 
 
 def blocks(modes: Modes, order: Modes) -> list[Modes]:
-    """Modes that stay neighbours in another order, together."""
+    """Group the modes that stay neighbours, in the same order, in another layout."""
     found: list[Modes] = [modes[:1]]
     for first, second in pairwise(modes):
         if order.index(second) == order.index(first) + 1:
@@ -127,8 +146,9 @@ def blocks(modes: Modes, order: Modes) -> list[Modes]:
 
 
 def _needs_copy(modes: Modes, groups: Groups) -> bool:
-    """Whether reading a tensor with these modes as a (batch, rows, columns) stack copies it."""
+    """Return whether reading a tensor with these modes as a (batch, rows, columns) stack copies it."""
     position = {mode: k for k, mode in enumerate(modes)}
+    # Each group has to be one axis with one stride.
     runs = all(position[b] == position[a] + 1 for group in groups for a, b in pairwise(group))
-    # A stack whose innermost axis is the batch sends torch.bmm into a slow loop: copy it first.
+    # torch.bmm falls to a slow loop where the batch is the innermost axis: copy first.
     return not runs or (bool(modes) and modes[-1] in groups[0])

@@ -1,8 +1,8 @@
 """Search for the fastest predicted plan of an equation.
 
-The factors form a chain; neighbours may be merged into one operand first, and the input absorbs the operands from
-either end of the chain. "Materialise" is the plan that merges everything before it meets the input. The search
-minimises the predicted time: FLOPs or bytes moved (layout copies included) and operations.
+The factors form a chain. Neighbours may be merged into one operand first, and the input absorbs the operands from
+either end of the chain. "Materialise" is the plan that merges all factors before they meet the input. The search
+minimises the predicted time of products, layout copies included.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Literal
 
-from structlin.equation.spec import Equation, Modes, Spec
-from structlin.runtime.planner.machine import CPU, Machine
+from structlin.equation.spec import Equation, Modes, Spec, contraction
+from structlin.runtime.planner.machine import Machine
 from structlin.runtime.planner.plan import TOKENS, EquationPlan, Merge, Plan, Shape, Step, View
 from structlin.runtime.planner.products import Merged, Product, Products
 from structlin.runtime.planner.write import Writer
@@ -23,13 +23,19 @@ Order = Literal["auto", "forward", "backward", "materialise"]
 ORDERS: tuple[Order, ...] = ("auto", "forward", "backward", "materialise")
 
 _BEAM = 3  # layouts kept per position of the chain
-_CHAIN = 24  # factors up to which all merges of neighbours are searched
-_LENGTH = 6  # longer chains merge at most so many neighbours, or all
+_CHAIN = 24  # factors of the longest chain in which all merges of neighbours are searched
+_LENGTH = 6  # neighbours that longer chains merge at most, unless all of them
 
 
 @dataclass(frozen=True)
 class _State:
-    """A partial plan: the modes of the activations, the merged factors that they absorbed, and the cost so far."""
+    """A partial plan.
+
+    Args:
+        modes: layout of the activations.
+        absorbed: for each operand so far: its factors lo..hi-1 and the product.
+        cost: predicted time so far, in s.
+    """
 
     modes: Modes
     absorbed: tuple[tuple[int, int, Product], ...]
@@ -39,7 +45,7 @@ class _State:
 class _Search:
     """Dynamic programming over the positions of the chain, for one equation and one number of tokens."""
 
-    def __init__(self, eq: Equation, tokens: int, itemsize: int, machine: Machine, folded: bool = False) -> None:
+    def __init__(self, eq: Equation, tokens: int, itemsize: int, machine: Machine, folded: bool) -> None:
         self.eq = eq
         self.itemsize = itemsize
         self.machine = machine
@@ -66,21 +72,21 @@ class _Search:
         return self.known[lo, hi]
 
     def outside(self, lo: int, hi: int) -> frozenset[str]:
-        """Modes that the merged factors lo..hi-1 must keep."""
+        """Return the modes that the merged factors lo..hi-1 must keep: those that something outside needs."""
         others = (*self.eq.factors[:lo], *self.eq.factors[hi:])
         return self.external.union(*(factor.modes for factor in others))
 
     def middle(self, lo: int, hi: int) -> int:
-        """Where to split the factors lo..hi-1 for merging: the optimum in short chains, the middle in long ones."""
+        """Return where to split the factors lo..hi-1 for merging: the optimum in short chains, half in long ones."""
         return self.splits[lo, hi] if self.count <= _CHAIN else (lo + hi) // 2
 
     @cached_property
     def splits(self) -> dict[tuple[int, int], int]:
-        """Matrix-chain dynamic programming: where to split each interval of factors so that merging it is cheapest.
+        """Where to split each interval of factors for the cheapest merge, by matrix-chain dynamic programming.
 
-        Costs are those of products without copies: layouts are settled afterwards, in `merged`.
+        Costs leave out layout copies: `merged` chooses layouts afterwards.
         """
-        kept = {
+        held = {
             (lo, hi): self.outside(lo, hi) & {mode for factor in self.eq.factors[lo:hi] for mode in factor.modes}
             for lo in range(self.count)
             for hi in range(lo + 1, self.count + 1)
@@ -92,10 +98,9 @@ class _Search:
                 hi = lo + length
                 options = []
                 for middle in range(lo + 1, hi):
-                    a, b = kept[lo, middle], kept[middle, hi]
-                    shared = a & b
-                    groups = (shared & kept[lo, hi], a - shared, shared - kept[lo, hi], b - shared)
-                    batch, rows, summed, columns = map(self.products.numel, groups)
+                    batch, rows, columns, summed = map(
+                        self.products.numel, contraction(held[lo, middle], held[middle, hi], held[lo, hi])
+                    )
                     seconds = self.machine.product(batch, rows, summed, columns, self.itemsize)
                     options.append((cost[lo, middle] + cost[middle, hi] + seconds, middle))
                 cost[lo, hi], split[lo, hi] = min(options)
@@ -104,7 +109,7 @@ class _Search:
     # Absorbing the chain -----------------------------------------------------------------------------------------
 
     def sweep(self, forward: bool, lengths: Sequence[int], bound: float = math.inf) -> _State | None:
-        """Best plan that absorbs groups of the given lengths from one end of the chain, none if all exceed `bound`."""
+        """Find the best plan that absorbs groups of the given lengths from one end; None if all exceed `bound`."""
         states: list[list[_State]] = [[] for _ in range(self.count + 1)]
         states[0].append(_State((TOKENS, *self.eq.inputs), (), 0.0))
         for done in range(self.count):
@@ -115,6 +120,7 @@ class _Search:
         return min(map(self.finished, states[-1]), key=lambda state: state.cost, default=None)
 
     def absorb(self, state: _State, done: int, length: int, forward: bool, bound: float) -> Iterator[_State]:
+        """Yield the states after the next `length` factors, merged, are absorbed in one product."""
         lo = done if forward else self.count - done - length
         hi = lo + length
         merged = self.merged(lo, hi)
@@ -127,7 +133,7 @@ class _Search:
             yield _State(product.out, (*state.absorbed, (lo, hi, product)), cost)
 
     def finished(self, state: _State) -> _State:
-        """Add the cost of bringing the result into (tokens, outputs) order."""
+        """Add the cost of copying the result into (tokens, outputs) order."""
         ordered = (TOKENS, *self.eq.outputs)
         if state.modes == ordered:
             return state
@@ -135,7 +141,7 @@ class _Search:
         return _State(state.modes, state.absorbed, state.cost + copy)
 
     def plan(self, state: _State) -> EquationPlan:
-        """Write down what was found."""
+        """Write a finished state as a plan."""
         writer = Writer(self.eq, self.merged)
         steps: list[Step] = []
         inner: list[int] = []  # entries per token
@@ -143,11 +149,11 @@ class _Search:
         shape: Shape = (-1, self.eq.padded_in)
         for lo, hi, product in state.absorbed:
             steps.append(writer.step(lo, hi, product, shape))
-            copied, made = (self.products.numel(some) // max(1, self.tokens) for some in (modes, product.out))
-            inner += [copied, made] if steps[-1].view.copy else [made]
+            before, after = (self.products.numel(some) // max(1, self.tokens) for some in (modes, product.out))
+            inner += [before, after] if steps[-1].view.copy else [after]
             modes, shape = product.out, writer.shape_of(product)
         ordered = (TOKENS, *self.eq.outputs)
-        last = inner.pop()  # the output, if only in another order
+        last = inner.pop()  # the output itself, perhaps in another order
         result = writer.view(modes, ((), (TOKENS,), self.eq.outputs), modes != ordered, shape)
         return EquationPlan(
             self.eq, self.tokens, self.itemsize, self.machine, self.folded, tuple(writer.merges), tuple(steps), result,
@@ -156,7 +162,7 @@ class _Search:
 
 
 def _best(states: list[_State]) -> list[_State]:
-    """The cheapest state of each layout, the cheapest layouts only."""
+    """Keep the cheapest state of each layout, and of these the cheapest few."""
     by_layout: dict[Modes, _State] = {}
     for state in sorted(states, key=lambda state: state.cost):
         by_layout.setdefault(state.modes, state)
@@ -165,26 +171,27 @@ def _best(states: list[_State]) -> list[_State]:
 
 @lru_cache(maxsize=1024)
 def find_plan(
-    spec: Spec, tokens: int, *, itemsize: int = 4, machine: Machine = CPU, order: Order = "auto", folded: bool = False
+    spec: Spec, tokens: int, *, machine: Machine, itemsize: int = 4, order: Order = "auto", folded: bool = False
 ) -> Plan:  # fmt: skip
-    """Search for the fastest predicted plan.
+    """Search for the plan with the least predicted time.
 
     Args:
         spec: the structured matrix.
         tokens: rows of the input.
+        machine: cost record of the machine that will run the plan (`runtime.machines.machine_of`).
         itemsize: bytes per element.
-        machine: cost record.
-        order: "auto" searches; "forward" and "backward" absorb one factor at a time from the first or the last;
-            "materialise" builds the dense matrix first.
-        folded: the factors are constant, so that merging and copying them is done once and costs nothing here.
+        order: "auto" searches; "forward" and "backward" absorb one factor at a time, beginning with the first or the
+            last; "materialise" builds the dense matrix first.
+        folded: the factors are constant; see `EquationPlan`.
     Returns:
-        A Plan, right for any number of tokens and predicted for `tokens`.
+        A Plan, valid for any number of tokens, with costs for `tokens`.
     Raises:
         ValueError: if order is unknown.
     Example:
         >>> from structlin.equation.spec import equation
+        >>> from structlin.runtime.planner import CPU
         >>> eq = equation("o r, r i -> o i", ("left", "right"), {"o": 64, "r": 16, "i": 64})
-        >>> print(find_plan(Spec(64, 64, (eq,)), 32, order="backward"))
+        >>> print(find_plan(Spec(64, 64, (eq,)), 32, machine=CPU, order="backward"))
         o r, r i -> o i
         2 products for 32 tokens on cpu, 1 thread: 131,072 FLOPs, 28,672 B, 0.00792 ms predicted
           [r i] * [n i] -> [r n]           65,536 FLOPs         14,336 B  1 ops
@@ -195,15 +202,13 @@ def find_plan(
     return Plan(tuple(_find(eq, tokens, itemsize, machine, order, folded) for eq in spec.equations))
 
 
-def _find(
-    eq: Equation, tokens: int, itemsize: int, machine: Machine, order: Order, folded: bool = False
-) -> EquationPlan:  # fmt: skip
+def _find(eq: Equation, tokens: int, itemsize: int, machine: Machine, order: Order, folded: bool) -> EquationPlan:
     search = _Search(eq, tokens, itemsize, machine, folded)
     single = [1]
     every = [*range(1, search.count + 1)] if search.count <= _CHAIN else [*range(1, _LENGTH + 1), search.count]
     options: Sequence[_State | None]
     if order == "auto":
-        # The sequential plans are quick to find, and what costs more than they do need not be searched.
+        # The sequential plans are quick to find, and their cost bounds the search.
         options = [search.sweep(forward, single) for forward in (True, False)]
         bound = min(state.cost for state in options if state)
         options = [*options, *(search.sweep(forward, every, bound) for forward in (True, False))]
@@ -215,14 +220,27 @@ def _find(
 
 
 @lru_cache(maxsize=1024)
-def merge_plan(eq: Equation) -> tuple[tuple[Merge, ...], View]:
-    """Merges of all factors, and how the result is read as the dense matrix (outputs, inputs)."""
-    writer = Writer(eq, _Search(eq, 1, 4, CPU).merged)
+def merge_plan(eq: Equation, *, machine: Machine) -> tuple[tuple[Merge, ...], View]:
+    """Plan the dense matrix of an equation.
+
+    Args:
+        eq: the equation.
+        machine: cost record, which decides the order of merges and the layouts between them.
+    Returns:
+        Merges of all factors, and how to read the last result as (outputs, inputs).
+    """
+    writer = Writer(eq, _Search(eq, 1, 4, machine, folded=False).merged)
     view = writer.dense()
     return tuple(writer.merges), view
 
 
 @lru_cache(maxsize=1024)
 def flops_per_token(spec: Spec) -> int:
-    """FLOPs of the cheaper sequential order (first factor first or last factor first), for one token."""
-    return sum(min(_find(eq, 1, 4, CPU, order).flops for order in ("forward", "backward")) for eq in spec.equations)
+    """Count the FLOPs for one token, one factor at a time, in the cheaper direction of each equation."""
+    return sum(
+        min(_flops(eq, range(len(eq.factors))), _flops(eq, range(len(eq.factors))[::-1])) for eq in spec.equations
+    )
+
+
+def _flops(eq: Equation, order: Sequence[int]) -> int:
+    return sum(absorption.flops(eq) for absorption in eq.absorb(order))

@@ -1,4 +1,4 @@
-"""Write products down as data: numbers of operands, and how they are read."""
+"""Write the products that the search has found as merges and steps of a plan."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from structlin.runtime.planner.products import Groups, Merged, Product, blocks
 
 
 class Writer:
-    """Numbers the factors of an equation and what comes of merging them, and notes their shapes.
+    """Gives each factor of an equation, and each result of a merge, a slot with a known shape.
 
     Args:
         eq: the equation.
-        merged: how the factors lo..hi-1 are merged.
+        merged: returns how to merge the factors lo..hi-1.
     """
 
     def __init__(self, eq: Equation, merged: Callable[[int, int], Merged]) -> None:
@@ -24,7 +24,7 @@ class Writer:
         self.merges: list[Merge] = []
 
     def merge(self, lo: int, hi: int) -> int:
-        """Append what merges the factors lo..hi-1; return the number of the result."""
+        """Append the merges of the factors lo..hi-1 and return the slot of the result."""
         merged = self.merged(lo, hi)
         if merged.product is None:
             return lo
@@ -39,7 +39,7 @@ class Writer:
         return len(self.shapes) - 1
 
     def step(self, lo: int, hi: int, product: Product, shape: Shape) -> Step:
-        """The product of activations of a shape with the merged factors lo..hi-1."""
+        """Return the product of activations of this shape with the merged factors lo..hi-1."""
         factor = self.merge(lo, hi)
         left, right = product.sides
         operand, side = (left, right) if product.swapped else (right, left)
@@ -47,22 +47,23 @@ class Writer:
         return Step(factor, factor_view, view, product.swapped, product.broadcast, product.cost)
 
     def dense(self) -> View:
-        """Merge all factors; how the result is read as (outputs, inputs)."""
+        """Merge all factors and return how to read the result as the dense matrix (outputs, inputs)."""
         count = len(self.eq.factors)
         last = self.merge(0, count)
         return self.view(self.merged(0, count).modes, ((), self.eq.outputs, self.eq.inputs), False, self.shapes[last])
 
     def shape_of(self, product: Product) -> Shape:
-        """Shape of what a product gives."""
+        """Return the shape of a product's result."""
         return self.stacked((product.right_groups[0], product.left_groups[1], product.right_groups[2]))
 
     def view(self, modes: Modes, groups: Groups, copy: bool, shape: Shape) -> View:
-        """How to read a tensor of a shape, with these modes, by groups."""
+        """Return how to read a tensor with these modes and this shape as (batch, rows, columns)."""
         order = tuple(mode for group in groups for mode in group)
         target = self.stacked(groups)
         if modes == order:
             return View(None, None, target if target != shape else None, copy)
-        parts = blocks(modes, order)  # torch turns matrices faster than it permutes
+        # Permute runs of neighbouring modes as one axis: torch transposes matrices faster than it permutes stacks.
+        parts = blocks(modes, order)
         axes = tuple(sorted(range(len(parts)), key=lambda k: order.index(parts[k][0])))
         split = tuple(map(self.extent, parts))
         permuted = tuple(split[k] for k in axes)

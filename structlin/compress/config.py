@@ -1,0 +1,296 @@
+"""`Compression`: every setting of a compression, checked when it is made, and the rules among them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, get_args
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from structlin.equation.structure import Structure, from_record, to_record
+from structlin.fitting.budget import Budget, check_ratio
+from structlin.fitting.fit import Families
+from structlin.structures import Blast, Kaleidoscope, LowRank, family, sum_of
+
+# What "auto" chooses from. Low rank is always solved exactly, so that the choice is never worse than it; the two sums
+# were best in benchmarks/results/structures_tried.md.
+AUTO: Families = (LowRank, sum_of(LowRank, Kaleidoscope), sum_of(LowRank, Blast))
+
+ALLOCATIONS = ("uniform", "global")
+TIES = ("skip", "replace")
+VERSION = 1
+
+Pattern = str | Callable[[str, nn.Module], bool]
+Value = Structure | str | None | Mapping[str, Any]
+Rules = Mapping[Pattern, Value]
+Mask = str | Callable[[Any], Tensor | None] | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What one layer gets: a structure with its sizes, or one or more classes and the ratio to size them by."""
+
+    structure: Structure | Families
+    ratio: float | None = None
+    refine: int | None = None
+
+
+@dataclass(frozen=True)
+class Compression:
+    """All settings of a compression, checked when it is made.
+
+    `compress_model` and `plan_compression` take one, or build one from their keywords.
+
+    Args:
+        structure: for layers that no rule names. A registered name (with `ratio`); `"a+b"` for the sum of two; "auto"
+            (with `ratio`) for the best of low rank, low rank + K-matrix and low rank + BLAST; an instance with its
+            sizes; or None to stay dense.
+        ratio: parameters kept / dense parameters, of each layer or, with allocation="global", of all of them together.
+        rules: pattern -> structure, name, None, or a mapping with `structure`, `ratio`, `refine` and hyperparameters.
+            A pattern is a glob on the dotted name, a regular expression after `re:`, or a predicate(name, module). The
+            first match wins.
+        budget: what the ratio counts: "parameters", "bytes", or "flops" per token.
+        allocation: "uniform" gives each layer the ratio. "global" gives more to layers where a parameter lowers the
+            error of the model's outputs more, if held-back batches confirm it (see `decide.allocate`).
+        tied: "skip" leaves a weight that an embedding shares dense; "replace" compresses it for all of its users.
+        skip_last: leave the output layer dense unless a rule names it.
+        refine: refinement steps of each fit; None takes the structure's default.
+        sequential: fit each layer to the inputs that the compressed layers before it produce, towards the original
+            outputs. Needs calibration as batches; each group of layers with the same input runs all of them twice.
+        require_speedup: leave a layer dense unless its replacement, frozen and timed on this machine, is faster for one
+            sentence's and for one batch's number of rows (`speed.TOKENS`).
+        mask: which tokens count in calibration, see `collect_statistics`.
+        held_back: share of the calibration batches (at most 8 of them) that only checks see, unless `validation` is
+            given.
+        shrinkage: share of the Gram's mean eigenvalue that is added to all of them, see `Statistics.root`.
+        seed: of torch's generators while a model is compressed; their states are restored afterwards.
+    Raises:
+        ValueError: if a setting is out of range, a name unknown, or a rule contradicts itself.
+        TypeError: if a setting or a rule is of the wrong kind.
+    Example:
+        >>> Compression("lowrank", ratio=0.5, rules={"*.attention.*": {"ratio": 0.75}}).ratio
+        0.5
+    """
+
+    structure: Value
+    _: KW_ONLY
+    ratio: float | None = None
+    rules: Rules = field(default_factory=dict)
+    budget: Budget = "parameters"
+    allocation: str = "uniform"
+    tied: str = "skip"
+    skip_last: bool = True
+    refine: int | None = None
+    sequential: bool = False
+    require_speedup: bool = False
+    mask: Mask = "auto"
+    held_back: float = 0.1
+    shrinkage: float = 0.03
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("budget", get_args(Budget)), ("allocation", ALLOCATIONS), ("tied", TIES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use {_either(allowed)}")
+        for name in ("skip_last", "sequential", "require_speedup"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}={getattr(self, name)!r}; use True or False")
+        if self.refine is not None:
+            _check_count("refine", self.refine)
+        _check_count("seed", self.seed)
+        check_mask(self.mask)
+        if not 0 < self.held_back < 1:
+            raise ValueError(f"held_back={self.held_back} is outside (0, 1); it is a share of the calibration batches")
+        if not 0 <= self.shrinkage < math.inf:
+            raise ValueError(f"shrinkage={self.shrinkage} is negative or not finite; use a share such as 0.03")
+        if not isinstance(self.rules, Mapping):
+            raise TypeError(f"rules is a {type(self.rules).__name__}; give a mapping of patterns to structures")
+        object.__setattr__(self, "rules", dict(self.rules))  # the caller's may change
+        self.choices()  # reading the rules checks them
+
+    def choices(self) -> tuple[Choice | None, list[tuple[Pattern, Choice | None]]]:
+        """Read the default and the rules; None means to stay dense."""
+        default = self._choice(self.structure, None)
+        for pattern in self.rules:
+            if not isinstance(pattern, str) and not callable(pattern):
+                raise TypeError(f"a pattern is a {type(pattern).__name__}; use a glob, 're:...' or a predicate")
+        return default, [(pattern, self._choice(value, default)) for pattern, value in self.rules.items()]
+
+    def _choice(self, value: Value, default: Choice | None) -> Choice | None:
+        if self.ratio is not None:
+            check_ratio(self.ratio)
+        if value is None:
+            return None
+        if isinstance(value, Mapping):
+            return _from_mapping(value, default, self.ratio, self.refine)
+        if isinstance(value, str):
+            if self.ratio is None:
+                raise ValueError(
+                    f"structure {value!r} needs a ratio (or an instance such as LowRank(rank=8) with its sizes)"
+                )
+            return Choice(_family(value), self.ratio, self.refine)
+        if isinstance(value, Structure):
+            return Choice(value, None, self.refine)
+        raise TypeError(
+            f"a rule holds {type(value).__name__}; use a structure, its name, a mapping, or None to stay dense"
+        )
+
+    def changed(self, **settings: Any) -> Self:
+        """Return a copy with other values of some settings, checked again."""
+        return dataclasses.replace(self, **settings)
+
+    # JSON ------------------------------------------------------------------------------------------------------------
+
+    def to_record(self) -> dict[str, Any]:
+        """Return the settings as plain JSON data.
+
+        Raises:
+            ValueError: if a rule's pattern or the mask is a function; name layers by globs instead.
+        """
+        record: dict[str, Any] = {"version": VERSION}
+        for entry in dataclasses.fields(Compression):
+            record[entry.name] = _written(entry.name, getattr(self, entry.name))
+        return record
+
+    def to_json(self) -> str:
+        """Write the settings as JSON; see `to_record`."""
+        return json.dumps(self.to_record(), indent=2)
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """Read what `to_record` returned; absent settings take their defaults.
+
+        Raises:
+            ValueError: if the version or a setting is unknown, or a setting is bad.
+        """
+        if record.get("version") != VERSION:
+            raise ValueError(f"settings of version {record.get('version')}; this structlin reads version {VERSION}")
+        settings = {name: value for name, value in record.items() if name != "version"}
+        check_names(settings, "a stored Compression")
+        settings["structure"] = _read(settings.get("structure"))
+        settings["rules"] = {pattern: _read(value) for pattern, value in settings.get("rules", {}).items()}
+        return cls(**settings)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote; see `from_record`."""
+        return cls.from_record(json.loads(text))
+
+
+def with_settings(structure: Value | Compression, settings: Mapping[str, Any], caller: str) -> Compression:
+    """Build the settings from a verb's arguments: a structure and keywords, or a Compression that keywords change."""
+    check_names(settings, caller)
+    return structure.changed(**settings) if isinstance(structure, Compression) else Compression(structure, **settings)
+
+
+def check_names(settings: Mapping[str, Any], caller: str) -> None:
+    """Refuse unknown settings by name.
+
+    Raises:
+        TypeError: naming the nearest setting.
+    """
+    known = [entry.name for entry in dataclasses.fields(Compression)]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the settings are {known}"
+            raise TypeError(f"{caller} has no setting {name!r}; {hint}")
+
+
+def check_mask(mask: Mask) -> None:
+    """Refuse what does not tell which tokens count."""
+    if mask is not None and mask != "auto" and not callable(mask):
+        raise ValueError(f"mask={mask!r} is unknown; use 'auto', None or a callable(batch)")
+
+
+def matches(pattern: Pattern, names: Sequence[str], module: nn.Module) -> bool:
+    """Whether a glob, a regular expression after `re:`, or a predicate(name, module) matches any of the names."""
+    if callable(pattern):
+        return any(pattern(name, module) for name in names)
+    if pattern.startswith("re:"):
+        return any(re.fullmatch(pattern[3:], name) for name in names)
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
+def describe(pattern: Pattern) -> str:
+    """Write a pattern as reports show it."""
+    return repr(pattern) if isinstance(pattern, str) else getattr(pattern, "__name__", "predicate")
+
+
+# Reading rules -------------------------------------------------------------------------------------------------------
+
+
+def _from_mapping(
+    value: Mapping[str, Any], default: Choice | None, ratio: float | None, refine: int | None
+) -> Choice:  # fmt: skip
+    """Read a rule such as {"structure": "kronecker", "terms": 4} or {"ratio": 0.25}."""
+    fields = dict(value)
+    named = fields.pop("structure", default.structure if default else None)
+    # Hyperparameters fix the sizes, so that the general ratio does not apply to them.
+    ratio, refine = fields.pop("ratio", None if fields else ratio), fields.pop("refine", refine)
+    if ratio is not None:
+        check_ratio(ratio)
+    if refine is not None:
+        _check_count("refine", refine)
+    if named is None:
+        raise ValueError(f"rule {dict(value)} names no structure and there is no default; add structure=")
+    structure = _family(named) if isinstance(named, str) else named
+    if fields or (not isinstance(structure, Structure) and ratio is None):
+        if ratio is not None or isinstance(structure, Structure):
+            raise ValueError(f"rule {dict(value)} gives hyperparameters besides a ratio or an instance; give one")
+        if not isinstance(structure, type):
+            raise ValueError(f"rule {dict(value)}: {named!r} finds its sizes from a ratio; add ratio=")
+        return Choice(_instance(structure, fields), None, refine)
+    if isinstance(structure, Structure) and "ratio" in value:
+        structure = type(structure)
+    return Choice(structure, None if isinstance(structure, Structure) else ratio, refine)
+
+
+def _family(name: str) -> Families:
+    return AUTO if name == "auto" else family(name)
+
+
+def _instance(cls: type[Structure], fields: Mapping[str, Any]) -> Structure:
+    try:
+        return cls(**fields)
+    except TypeError as error:
+        raise ValueError(f"{cls.name} does not take {dict(fields)}: {error}") from error
+
+
+def _check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name}={value!r}; use a whole number from 0")
+
+
+def _either(allowed: Sequence[str]) -> str:
+    *others, last = map(repr, allowed)
+    return f"{', '.join(others)} or {last}"
+
+
+def _written(name: str, value: Any) -> Any:
+    if callable(value) and not isinstance(value, Structure):
+        raise ValueError(
+            f"{name} holds a function, which JSON cannot; name layers by globs, and masks by 'auto' or None"
+        )
+    if isinstance(value, Structure):
+        return to_record(value)
+    if isinstance(value, Mapping):
+        return {_written(name, key): _written(name, item) for key, item in value.items()}
+    return value
+
+
+def _read(value: Any) -> Any:
+    """Read a structure or a rule: records of structures have a `kind`."""
+    if not isinstance(value, Mapping):
+        return value
+    if "kind" in value:
+        return from_record(value)
+    return {name: _read(item) if name == "structure" else item for name, item in value.items()}

@@ -1,0 +1,71 @@
+"""Calibration data of a compression: batches, batches held back from them, and statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import Self
+
+from structlin.compress.statistics import SHRINKAGE, Statistics
+from structlin.fitting.objective import GramRoot
+from structlin.heal.data import Forward
+
+MOST_HELD_BACK = 8  # batches
+
+
+@dataclass(frozen=True)
+class Data:
+    """Calibration data, as fits and checks need it.
+
+    Args:
+        statistics: Grams by name. None: fits are in the Frobenius norm, or the statistics are still to be collected.
+        batches: what statistics are collected from, and what sequential fits run.
+        held_back: batches that the statistics do not know, for checks from end to end.
+        forward: calls the model on a batch.
+        shrinkage: of the Grams, see `Statistics.root`.
+    """
+
+    statistics: Statistics | None = None
+    batches: tuple[Any, ...] = ()
+    held_back: tuple[Any, ...] = ()
+    forward: Forward | None = None
+    shrinkage: float = SHRINKAGE
+
+    @classmethod
+    def gather(
+        cls,
+        calibration: Statistics | Iterable[Any] | None,
+        validation: Iterable[Any] | None,
+        forward: Forward | None,
+        share: float,
+    ) -> Self:
+        """Sort what the caller gave, and hold a share of the batches back (at most 8) if there is no `validation`.
+
+        Raises:
+            TypeError: if calibration is neither statistics nor an iterable of batches.
+            ValueError: if it holds no batch.
+        """
+        held_back = tuple(validation) if validation is not None else ()
+        if calibration is None or isinstance(calibration, Statistics):
+            return cls(calibration, (), held_back, forward)
+        if isinstance(calibration, (Tensor, Mapping, str)) or not isinstance(calibration, Iterable):
+            raise TypeError(f"calibration is a {type(calibration).__name__}; give Statistics or an iterable of batches")
+        batches = tuple(calibration)
+        if not batches:
+            raise ValueError("calibration holds no batch; give at least one")
+        if validation is None and len(batches) > 1:
+            count = min(MOST_HELD_BACK, max(1, round(share * len(batches))))
+            # Evenly spread: batches are often sorted by length.
+            chosen = {round((k + 0.5) * len(batches) / count - 0.5) for k in range(count)}
+            held_back = tuple(batch for k, batch in enumerate(batches) if k in chosen)
+            batches = tuple(batch for k, batch in enumerate(batches) if k not in chosen)
+        return cls(None, batches, held_back, forward)
+
+    def grams(self, name: str) -> tuple[GramRoot | None, Tensor | None]:
+        """Return the square root of a layer's input Gram and its output Gram, None where unknown."""
+        if self.statistics is None or not self.statistics.tokens.get(name):
+            return None, None
+        return self.statistics.root(name, self.shrinkage), self.statistics.output_grams.get(name)

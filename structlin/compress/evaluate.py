@@ -1,0 +1,95 @@
+"""The numbers of the compression literature: what the task loses, how faithful the outputs are, and the size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structlin.compress.report import Quality
+from structlin.heal.data import Forward, device_of, evaluating, pick, run, to_device, unmasked
+from structlin.heal.losses import divergence, squared_error
+
+Evaluate = Callable[[nn.Module], float]
+
+
+class Evaluator:
+    """Compare models with a dense one on held-back batches, and by a task.
+
+    The dense model runs once, when this is made; its outputs on the batches are kept.
+
+    Args:
+        model: the dense model.
+        batches: held back from calibration and training; none: only task and size are measured.
+        evaluate: a function of the model that measures a task.
+        forward: `forward(model, batch)` calls a model, where a batch is not what it takes.
+    Attributes:
+        dense: the quality of the dense model.
+    Example:
+        >>> model = nn.Linear(4, 4)
+        >>> evaluator = Evaluator(model, [torch.randn(8, 4)])
+        >>> evaluator(model, "itself").cosine > 0.9999
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any] = (),
+        *,
+        evaluate: Evaluate | None = None,
+        forward: Forward | None = None,
+    ) -> None:
+        self.batches = tuple(batches)
+        self._evaluate, self._forward = evaluate, forward
+        self._size = sum(parameter.numel() for parameter in model.parameters())
+        self._reference = self._outputs(model)
+        self.dense = self._quality(model, "dense", self._reference)
+
+    def __call__(self, model: nn.Module, stage: str) -> Quality:
+        """Measure a model at a stage of its compression."""
+        return self._quality(model, stage, self._outputs(model))
+
+    def distance(self, model: nn.Module) -> float:
+        """Return the mean distance from the dense outputs: KL divergence of logits, else relative squared error."""
+        distances = [
+            (divergence if _are_logits(kind, expected) else squared_error)(found, expected).item()
+            for (_, found), (kind, expected) in zip(self._outputs(model), self._reference, strict=True)
+        ]
+        return sum(distances) / len(distances)
+
+    def _outputs(self, model: nn.Module) -> list[tuple[str, Tensor]]:
+        """Run a model over the batches; keep the tensor that stands for each output, without masked positions."""
+        found = []
+        with evaluating(model), torch.no_grad():
+            for given in self.batches:
+                batch = given if self._forward else to_device(given, device_of(model))
+                kind, tensor = pick(run(model, batch, self._forward))
+                tensor = unmasked(tensor, batch)
+                found.append((kind, tensor if tensor.ndim > 1 else tensor.unsqueeze(-1)))
+        return found
+
+    def _quality(self, model: nn.Module, stage: str, outputs: list[tuple[str, Tensor]]) -> Quality:
+        size = sum(parameter.numel() for parameter in model.parameters()) / max(self._size, 1)
+        task = None if self._evaluate is None else float(self._evaluate(model))
+        if not outputs:
+            return Quality(stage, size, task)
+        pairs = [(found, expected) for (_, found), (_, expected) in zip(outputs, self._reference, strict=True)]
+        counts = torch.tensor([expected[..., 0].numel() for _, expected in pairs], dtype=torch.float64)
+
+        def mean(values: list[Tensor]) -> float:
+            return ((torch.stack(values).cpu().double() * counts).sum() / counts.sum().clamp_min(1)).item()
+
+        if _are_logits(*self._reference[0]):
+            kl = mean([divergence(found, expected) for found, expected in pairs])
+            same = [(found.argmax(-1) == expected.argmax(-1)).double().mean() for found, expected in pairs]
+            return Quality(stage, size, task, kl=kl, top1=mean(same))
+        cosines = [torch.cosine_similarity(found, expected, dim=-1).mean() for found, expected in pairs]
+        return Quality(stage, size, task, cosine=mean(cosines))
+
+
+def _are_logits(kind: str, output: Tensor) -> bool:
+    """Whether the last axis of an output holds the scores of several classes."""
+    return kind == "logits" and output.shape[-1] > 1
