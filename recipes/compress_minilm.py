@@ -50,11 +50,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import structlin
-from structlin.equation.structure import registered
+from structlin.structures import families, family
 
-STRUCTURES = registered(sized=True)
+ALL = ("lowrank", *sorted(families().keys() - {"lowrank"}))  # the baseline first
 # By default: those that are fitted in seconds, because they have a closed form, and the strongest.
-DEFAULT = [*sorted(name for name, cls in STRUCTURES.items() if not cls.refine_steps), "lowrank+kmatrix"]
+DEFAULT = [*(name for name in ALL if not family(name).refine_steps), "lowrank+kmatrix"]
 MOST_STEPS = 100  # of refinement by default: with a structure's own number, up to 500, `all` would take hours
 COLUMNS = {
     "structure": ("structure", ""),
@@ -204,8 +204,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help=f"hub id or local path (default: the copy in the package {PACKAGE})")
     parser.add_argument(
-        "--structures", nargs="+", choices=[*sorted(STRUCTURES), "all"], default=DEFAULT, metavar="NAME",
-        help=f"names, or all (default: {' '.join(DEFAULT)}); there are {' '.join(sorted(STRUCTURES))}",
+        "--structures", nargs="+", type=known, default=DEFAULT, metavar="NAME",
+        help=f"names, sums of names, or all: {' '.join(ALL)} (default: {' '.join(DEFAULT)})",
     )  # fmt: skip
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.5])
     parser.add_argument(
@@ -220,13 +220,21 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "minilm", help="folder of the saved model")
     parser.add_argument("--load", type=Path, help="only load the model saved there and compare its embeddings")
     args = parser.parse_args(argv)
-    args.structures = sorted(STRUCTURES) if "all" in args.structures else args.structures
+    args.structures = list(ALL) if "all" in args.structures else args.structures
     return args
+
+
+def known(name: str) -> str:
+    """Return the name of a structure or a sum, or "all"; refuse others with what there is."""
+    try:
+        return name if name == "all" else family(name).name
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def steps(name: str, given: int | None) -> int:
     """Return the steps of refinement for a structure: as given, or its own number up to a limit."""
-    return min(STRUCTURES[name].refine_steps, MOST_STEPS) if given is None else given
+    return min(family(name).refine_steps, MOST_STEPS) if given is None else given
 
 
 def described(args: argparse.Namespace, argv: Sequence[str]) -> dict[str, Any]:
@@ -258,7 +266,7 @@ def main(argv: Sequence[str]) -> int:
     say(f"dense: {rows[0]['mib']:.1f} MiB, {rows[0]['sentences_per_second']:.0f} sentences/s")
     middle = sorted(args.ratios)[len(args.ratios) // 2]
     best: tuple[float, nn.Module, str] | None = None
-    work = [(name, ratio) for ratio in args.ratios for name in sorted(args.structures, key=lambda n: n != "lowrank")]
+    work = [(name, ratio) for ratio in args.ratios for name in args.structures]
     for k, (name, ratio) in enumerate(work):
         say(f"[{k + 1}/{len(work)}] {name} at ratio {ratio}")
         compressed = compress(dense, name, ratio, steps(name, args.refine))
