@@ -40,7 +40,7 @@ def steps(model, x, y, eval_x):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     model.eval()
     with torch.no_grad():
-        before = model(eval_x)  # in eval factors may be kept: they must not be kept for too long
+        before = model(eval_x)  # nothing of the factors may be kept
     for _ in range(3):
         nn.functional.mse_loss(model(x), y).backward()
         optimizer.step()
