@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from structlin.compress.fit_layers import Outcome
+from structlin.layers.freeze import freeze_, unfreeze_
 from structlin.layers.linear import StructuredLinear
 from structlin.runtime import planner
 from structlin.runtime.machines import machine_of
@@ -20,20 +21,20 @@ _SAMPLES, _SECONDS = 9, 2e-3  # samples of each layer, and the least length of o
 
 
 def time_ratio(layer: nn.Module, dense: nn.Linear, tokens: int) -> float:
-    """Measure the time of a layer in eval relative to the dense one, on `tokens` rows of random input.
+    """Measure the time of a frozen layer relative to the dense one, on `tokens` rows of random input.
 
     Samples of both alternate, and the median of their ratios counts.
     """
     x = torch.randn(tokens, dense.in_features).to(dense.weight)
     modes = layer.training, dense.training
     try:
-        layer.eval()
+        freeze_(layer.eval())
         dense.eval()
         with torch.no_grad():
             calls = _calls(dense, x)
             ratios = [_seconds(layer, x, calls) / _seconds(dense, x, calls) for _ in range(_SAMPLES)]
     finally:
-        layer.train(modes[0])
+        unfreeze_(layer).train(modes[0])
         dense.train(modes[1])
     return statistics.median(ratios)
 

@@ -51,6 +51,17 @@ def test_shared_weights_are_taken_back_together(monkeypatch):
     assert all(isinstance(module, nn.Linear) for module in model.values())
 
 
+def test_layers_are_timed_frozen_and_left_as_they_were(model):
+    report = compress_model(model, LowRank(rank=4))
+    layer = report.model[0]
+    frozen = []
+    layer.register_forward_pre_hook(lambda module, args: frozen.append(module.frozen))
+    time_ratio(layer, nn.Linear(32, 64), 16)
+    assert set(frozen) == {True}
+    assert layer.training
+    assert not layer.frozen
+
+
 def test_time_ratio_tells_fast_from_slow():
     dense = nn.Linear(512, 512).train()
     small, large = nn.Linear(512, 512, bias=False), nn.Sequential(*[nn.Linear(512, 512) for _ in range(8)])
