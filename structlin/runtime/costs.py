@@ -40,7 +40,7 @@ LINE = 64  # B of a cache line: copies that keep runs of a line together cost wh
 # Two-byte dtypes: 1 to 16 rows take the same time; stacks of strided matrices are copied first, 2.5 times as slow.
 HALF_ROWS, HALF_STACK = 16, 2.5
 
-# Slowdown of thin products against their FLOPs, fitted to 1,193 timed shapes.
+# Slowdown of thin products against their FLOPs, fitted to products timed with torch 2.13 and MKL.
 TINY, TINY_STACK = 400, 44.0  # a stack of products with fewer multiplications each goes through a scalar loop
 VECTOR_STACK = 32.0  # a stack of products with a single column each goes through a slow kernel
 ROWS, PER_ROW, FEW_ROWS = 8, 4.4, 2.0  # from 8 rows on, 4.4 / rows are lost; below, the rate is a third

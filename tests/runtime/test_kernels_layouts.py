@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from cases import CASES
@@ -10,7 +12,8 @@ from test_kernels import built, dense, gradients, low  # noqa: F401
 from structlin.layers.linear import build
 from structlin.runtime.kernels import chain_of
 from structlin.runtime.kernels.layouts import Cost, cost, links
-from structlin.runtime.kernels.program import program, stages
+from structlin.runtime.kernels.native import HEADERS
+from structlin.runtime.kernels.program import Header, Record, program, stages
 from structlin.structures import Kronecker, LowRank, Sum, TensorTrain
 from structlin.testing import assert_close
 
@@ -88,3 +91,10 @@ def test_one_program_where_layouts_agree():
     same, other = spec(LowRank(rank=3), 16, 20), spec(TRAIN, 480, 120)
     assert program(same)[10] == 0
     assert 0 < program(other)[10] < len(program(other))
+
+
+@pytest.mark.parametrize("part", [Header, Record])
+def test_python_and_the_kernel_agree_on_the_integers_of_a_program(part):
+    source = next(file.read_text() for file in HEADERS if file.name == "program.h")
+    (names,) = re.findall(rf"struct {part.__name__} {{\s*int32_t ([^;]*);", source)
+    assert tuple(re.split(r",\s*", names)) == part._fields

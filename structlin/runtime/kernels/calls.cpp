@@ -1,5 +1,5 @@
-// How the kernel is called: noting what a backward pass will need, and from Python without boxing the arguments, which
-// takes torch.ops longer than small layers take to compute.
+// Calls of the kernel: the autograd function, and functions for Python that do not box their arguments (torch.ops does,
+// which takes longer than a small layer takes to compute).
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -26,14 +26,16 @@ at::Tensor forward(const at::Tensor& x, at::TensorList factors, const Optional& 
   return op.call(x, factors, bias, program, out_features);
 }
 
-// Saves the input and the factors only: the backward pass computes the activations of a tile of tokens anew.
+// Saves the input and the factors only: the backward pass recomputes the activations, one tile of tokens at a time.
 struct Function : torch::autograd::Function<Function> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const Optional& bias, const at::Tensor& program,
                             int64_t out_features, at::TensorList factors) {
     variable_list saved{x};
     saved.insert(saved.end(), factors.begin(), factors.end());
     ctx->save_for_backward(std::move(saved));
-    ctx->saved_data["program"] = program;  // not among the saved: hooks may replace those
+    // Not saved as a variable: saved-tensor hooks may hand back a copy, and SPECS in operators.py finds the spec of a
+    // program by the identity of its tensor.
+    ctx->saved_data["program"] = program;
     ctx->saved_data["bias"] = bias.has_value();
     return ::forward(x, factors, bias, program, out_features);
   }
@@ -42,7 +44,8 @@ struct Function : torch::autograd::Function<Function> {
     const variable_list saved = ctx->get_saved_variables();
     const at::Tensor &dy = gradients[0], &x = saved[0], program = ctx->saved_data["program"].toTensor();
     const at::TensorList factors = at::TensorList(saved).slice(1);
-    // Edges are numbered by the tensors that forward was given: x, bias if there is one, program, then the factors.
+    // needs_input_grad counts the tensors that forward was given: x (0), bias if there is one, program, factors. The
+    // gradients returned count arguments, present or not: x, bias, program, out_features, factors from 4 on.
     const bool biased = ctx->saved_data["bias"].toBool(), of_x = ctx->needs_input_grad(0);
     std::vector<int64_t> wanted;
     for (size_t k = 0; k < factors.size(); ++k)
@@ -72,7 +75,7 @@ at::Tensor chain(const at::Tensor& x, at::TensorList factors, const Optional& bi
 
 TORCH_LIBRARY_IMPL(structlin, Autograd, library) { library.impl("chain", chain); }
 
-#if __has_include(<Python.h>)  // else torch.ops it is
+#if __has_include(<Python.h>)  // without Python's headers native.py calls torch.ops
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/Exceptions.h>
@@ -102,7 +105,7 @@ PyObject* wrapped(const at::Tensor& x, at::TensorList factors, const Optional& b
   return THPVariable_Wrap(std::move(y));
 }
 
-// chain(x, factors, bias, program, out_features), as the operator.
+// chain(x, factors, bias, program, out_features): the operator, for Python.
 PyObject* call_chain(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 5 && PyTuple_Check(given[1]), "chain takes x, a tuple of factors, bias, program, out_features");
@@ -112,7 +115,8 @@ PyObject* call_chain(PyObject*, PyObject* const* given, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// As `unobserved` in runtime/eager.py, but for modes that only set a device.
+// The same question as `unobserved` in runtime/eager.py, asked of torch's thread-local state. It is stricter: a mode that
+// only sets a default device counts as an observer here, which leads to the slower way and no further.
 bool unobserved() {
   const auto local = c10::impl::tls_local_dispatch_key_set();
   return (local.included_ - c10::default_included_set).empty() &&
@@ -120,8 +124,9 @@ bool unobserved() {
          !at::impl::torch_function_mode_enabled() && !torch::autograd::ForwardADLevel::try_get_by_idx(0);
 }
 
-// recall(known, x, parameters): what a layer with these parameters gives for x, known being a Known of native.py; None
-// where that does not hold any more, or not for such an input.
+// recall(known, x, parameters): runs a layer in one call, where everything is as it was when `known` (Known in native.py)
+// was written: the same parameter objects, a plain input of their dtype, a number of rows for which the kernel is the
+// fastest way, nobody watching. Returns None in any other case: the caller has to choose again.
 PyObject* call_recall(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK_TYPE(count == 3 && PyTuple_Check(given[0]) && PyDict_Check(given[2]), "recall takes known, x, parameters");

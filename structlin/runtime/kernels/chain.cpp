@@ -1,11 +1,11 @@
 // Chains of small contractions on a CPU: all stages of a structured layer, and its bias, in one call.
 //
-// A stage maps activations a to b[o(i) + r(j)] += sum_q w[v(i) + m(j) + n(q)] a[x(i) + c(q)], for all outer i, rows j.
-// All seven offsets are tables in the program (int32), which structlin/kernels/program.py writes: a factor is read in
-// the order in which it is stored, and activations are never permuted. Batches of tokens are transposed into tiles whose
-// innermost axis is the token, so that every stage is vectorised over tokens whatever its modes (tiles.h); single tokens
-// are vectorised along the factors, or along modes that a factor does not touch (rows.h). Tensors are float32 or
-// bfloat16, all of one kind; whatever is computed in between is float32.
+// A stage contracts the activations with one factor. All its offsets are tables of int32 in the program, which
+// program.py writes (Stage in program.h has the formula): a factor is read in the order in which it is stored, and
+// activations are never permuted. Batches of tokens are transposed into tiles whose innermost axis is the token: there
+// every stage vectorises over tokens, in any layout of modes (tiles.h). Single tokens vectorise along the factors, or
+// along modes that a factor does not touch (rows.h). Tensors are float32 or bfloat16, all of one dtype; everything
+// computed in between is float32.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -23,12 +23,11 @@
 
 namespace {
 
-constexpr int64_t FEW = 3;          // tokens that go one by one
-constexpr int64_t CACHE = 1 << 23;  // bytes of intermediates that a tile may have
+constexpr int64_t CACHE = 1 << 23;  // bytes of intermediates in a tile, at most
 
 template <class S> constexpr bool HALF = std::is_same_v<S, at::BFloat16>;
 
-// Contiguous factors, as floats if these are asked for. Single tokens read them as they are (measured: half the time).
+// Contiguous factors, as floats if W is float. Single tokens read bfloat16 as it is (measured: half the time).
 template <class W> struct Operands {
   Factors<W> pointers;
   std::vector<at::Tensor> kept;
@@ -60,7 +59,7 @@ template <class W> struct Operands {
   }
 };
 
-// Whether all is bfloat16; else all is float32.
+// Returns whether all tensors are bfloat16; if not, all are float32.
 bool halves(const at::Tensor& x, at::TensorList factors, const char* name, const at::Tensor& other) {
   const at::ScalarType type = x.scalar_type();
   TORCH_CHECK(type == at::kFloat || type == at::kBFloat16,
@@ -77,7 +76,7 @@ bool halves(const at::Tensor& x, at::TensorList factors, const char* name, const
 template <class S>
 void run_chain(const Program& p, at::TensorList factors, const S* bias, const S* x, S* y, int64_t tokens) {
   const int64_t in = p.in_features(), out = p.out_features();
-  if (tokens <= FEW) {
+  if (tokens <= p.few_tokens()) {
     const Operands<S> operands(factors, HALF<S>);
     for (int64_t t = 0; t < tokens; ++t) run_token(p.few(), operands.pointers, bias, x + t * in, y + t * out);
     return;
@@ -96,7 +95,7 @@ void run_chain(const Program& p, at::TensorList factors, const S* bias, const S*
   });
 }
 
-// out_features is there for the fake kernel in operators.py, which cannot read the program.
+// out_features is an argument for the fake kernel in operators.py, which cannot read the program.
 at::Tensor chain(const at::Tensor& x, at::TensorList factors, const std::optional<at::Tensor>& bias,
                  const at::Tensor& program, int64_t out_features) {
   const Program p{program.const_data_ptr<int32_t>()};
@@ -121,7 +120,7 @@ at::Tensor chain(const at::Tensor& x, at::TensorList factors, const std::optiona
   return y;
 }
 
-// The gradients of the factors are added to; the sums of each thread but the first are kept apart until the end.
+// Adds to the gradients of the factors. Every thread but the first sums into memory of its own, added at the end.
 template <class S>
 void run_chain_backward(const Program& p, at::TensorList factors, const S* x, const S* dy, S* dx, int64_t tokens,
                         at::IntArrayRef wanted, const std::vector<at::Tensor>& gradients) {
@@ -132,14 +131,14 @@ void run_chain_backward(const Program& p, at::TensorList factors, const S* x, co
     sums[wanted[k]] = gradients[k].mutable_data_ptr<float>();
     total += gradients[k].numel();
   }
-  if (tokens <= FEW) {
+  if (tokens <= p.few_tokens()) {
     const Operands<S> operands(factors, HALF<S>);
     for (int64_t t = 0; t < tokens; ++t)
       run_token_backward(p, operands.pointers, x + t * in, dy + t * out, dx ? dx + t * in : nullptr, sums);
     return;
   }
   const Operands<float> operands(factors, HALF<S>);
-  // Tiles as long as the intermediates leave room in a cache, so that sums over tokens pay.
+  // Tiles as long as their intermediates fit the cache: sums over tokens are added to memory once per tile.
   const int64_t floats = 2 * int64_t(p.in_rows()) + p.out_rows() + kept_rows(p) + 2 * int64_t(p.rows());
   const int64_t share = p.share(tokens);
   const int L = share > NARROW ? WIDEST : share > 4 ? NARROW : 4;
@@ -176,7 +175,7 @@ void run_chain_backward(const Program& p, at::TensorList factors, const S* x, co
   }
 }
 
-// The gradient of x, where asked for, then those of the wanted factors, in their order.
+// Returns the gradient of x if `input_gradient`, then those of the wanted factors, in their order.
 std::vector<at::Tensor> chain_backward(const at::Tensor& dy, const at::Tensor& x, at::TensorList factors,
                                        const at::Tensor& program, bool input_gradient, at::IntArrayRef wanted) {
   const Program p{program.const_data_ptr<int32_t>()};
@@ -187,13 +186,13 @@ std::vector<at::Tensor> chain_backward(const at::Tensor& dy, const at::Tensor& x
   p.check(factors);
   for (const int64_t k : wanted)
     TORCH_CHECK(k >= 0 && k < int64_t(factors.size()), "structlin::chain_backward: there is no factor ", k);
-  const at::Tensor rows = x.contiguous(), slopes = dy.contiguous();
+  const at::Tensor rows = x.contiguous(), grad_output = dy.contiguous();
   std::vector<at::Tensor> result, gradients;
   if (input_gradient) result.push_back(at::empty(x.sizes(), x.options()));
   for (const int64_t k : wanted) gradients.push_back(at::zeros(factors[k].sizes(), at::kFloat));
   const auto go = [&](auto zero) {
     using S = decltype(zero);
-    run_chain_backward<S>(p, factors, rows.const_data_ptr<S>(), slopes.const_data_ptr<S>(),
+    run_chain_backward<S>(p, factors, rows.const_data_ptr<S>(), grad_output.const_data_ptr<S>(),
                           input_gradient ? result[0].mutable_data_ptr<S>() : nullptr, x.numel() / p.in_features(),
                           wanted, gradients);
   };
@@ -213,7 +212,7 @@ TORCH_LIBRARY_FRAGMENT(structlin, library) {
   library.def(
       "chain_backward(Tensor dy, Tensor x, Tensor[] factors, Tensor program, bool input_gradient, int[] wanted) -> "
       "Tensor[]");
-  library.def(  // in operators.py
+  library.def(  // implemented in operators.py
       "chain_differentiable_backward(Tensor dy, Tensor x, Tensor[] factors, Tensor program, bool input_gradient, "
       "int[] wanted) -> Tensor[]");
 }

@@ -1,4 +1,4 @@
-// Programs as structlin/kernels/program.py writes them, and memory to run them in.
+// Programs as program.py writes them, and the scratch memory to run them in.
 
 #pragma once
 
@@ -10,35 +10,48 @@
 
 namespace {
 
-struct Stage {
-  int factor, source, target;  // buffers: 0 is x, 1 is y
-  bool accumulates;
-  int outer, rows, columns;
-  bool unit;    // n(q) = q
-  int run;      // x, v and o advance by one in runs of this length, 0: they do not
-  bool packed;  // c(q) = q
-  int shared;   // x and o advance by one while v stays, in runs of this length
-  const int32_t *x, *v, *o, *r, *m, *c, *n;
+// The integers of a program, in the order of `Header` and `Record` in program.py (a test compares the names). Offsets
+// of tables and programs count from the beginning of the program.
+struct Header {
+  int32_t stages, in_features, out_features, in_rows, out_rows, rows, widest, block, inputs, outputs, few, few_tokens;
+};
+struct Record {
+  int32_t factor, source, target, accumulates, outer, rows, columns, order, packed, entries, shared, a_outer, w_outer,
+      b_outer, b_row, w_row, a_column, w_column;
+};
 
-  // The stage from the gradient of its output to that of its input.
+// One factor absorbed: for outer indices i and rows j, sums over columns q,
+//   b[b_outer(i) + b_row(j)] += sum_q w[w_outer(i) + w_row(j) + w_column(q)] a[a_outer(i) + a_column(q)].
+struct Stage {
+  int factor, source, target;  // of w, a and b; buffer 0 is x, 1 is y, 2 and 3 take turns in between
+  bool accumulates;            // else b is overwritten
+  int outer, rows, columns;
+  bool unit;    // w_column(q) = q: a row of the factor is contiguous
+  int run;      // all outer offsets advance by one in runs of this length; 0: they do not
+  bool packed;  // a_column(q) = q
+  int shared;   // a_outer and b_outer advance by one while w_outer stays, in runs of this length
+  const int32_t *a_outer, *w_outer, *b_outer, *b_row, *w_row, *a_column, *w_column;
+
+  // The stage that maps the gradient of b to that of a, by the transposed blocks of w.
   Stage transposed(bool accumulate) const {
-    return {factor, target, source, accumulate, outer, columns, rows, false, 0, false, shared, o, v, x, c, n, r, m};
+    return {.factor = factor, .source = target, .target = source, .accumulates = accumulate, .outer = outer,
+            .rows = columns, .columns = rows, .unit = false, .run = 0, .packed = false, .shared = shared,
+            .a_outer = b_outer, .w_outer = w_outer, .b_outer = a_outer, .b_row = a_column, .w_row = w_column,
+            .a_column = b_row, .w_column = w_row};
   }
 
-  // Outer indices from i on, and rows from j on.
+  // The part with outer indices i to i + many and rows j to j + count.
   Stage part(int i, int many, int j, int count) const {
     Stage s = *this;
-    s.x += i, s.v += i, s.o += i, s.outer = many;
-    s.r += j, s.m += j, s.rows = count;
+    s.a_outer += i, s.w_outer += i, s.b_outer += i, s.outer = many;
+    s.b_row += j, s.w_row += j, s.rows = count;
     return s;
   }
 };
 
-constexpr int64_t MANY = 1 << 21;  // multiplications that are worth waking threads
+constexpr int64_t MANY = 1 << 21;  // multiplications from which on waking threads pays
 
-constexpr int HEADER = 11, RECORD = 18;
-
-// Where the features of an input or output stand in its layout.
+// Maps the features of an input or output to their places in its layout; no table: they stay where they are.
 struct Places {
   const int32_t* table;
   int64_t operator[](int64_t feature) const { return table ? table[feature] : feature; }
@@ -46,46 +59,51 @@ struct Places {
 
 struct Program {
   const int32_t* data;
-  int stages() const { return data[0]; }
-  int in_features() const { return data[1]; }
-  int out_features() const { return data[2]; }
-  int in_rows() const { return data[3]; }   // of x, padded
-  int out_rows() const { return data[4]; }  // of y, padded
-  int rows() const { return data[5]; }      // of the largest intermediate
-  int widest() const { return data[6]; }    // most rows or columns of a stage
-  int block() const { return data[7]; }     // most rows times columns of a stage whose n(q) is not q
-  Program few() const { return {data + data[10]}; }  // what single tokens go forward by
-  Places inputs() const { return {data[8] ? data + data[8] : nullptr}; }
-  Places outputs() const { return {data[9] ? data + data[9] : nullptr}; }
+  const Header& header() const { return *reinterpret_cast<const Header*>(data); }
+  const Record& record(int k) const { return reinterpret_cast<const Record*>(data + sizeof(Header) / 4)[k]; }
+  int stages() const { return header().stages; }
+  int in_features() const { return header().in_features; }
+  int out_features() const { return header().out_features; }
+  int in_rows() const { return header().in_rows; }        // features of x, padded
+  int out_rows() const { return header().out_rows; }      // features of y, padded
+  int rows() const { return header().rows; }              // features of the largest intermediate
+  int widest() const { return header().widest; }          // most rows or columns of a stage
+  int block() const { return header().block; }            // largest block of a factor that is not `unit`
+  int few_tokens() const { return header().few_tokens; }  // up to this many tokens go one by one
+  Program few() const { return {data + header().few}; }   // the program of single tokens' forward pass
+  Places inputs() const { return {header().inputs ? data + header().inputs : nullptr}; }
+  Places outputs() const { return {header().outputs ? data + header().outputs : nullptr}; }
   Stage stage(int k) const {
-    const int32_t* f = data + HEADER + RECORD * k;
-    return {f[0], f[1], f[2], f[3] != 0, f[4], f[5], f[6], f[7] == 1, f[7] > 1 ? f[7] : 0, f[8] != 0, f[10],
-            data + f[11], data + f[12], data + f[13], data + f[14], data + f[15], data + f[16], data + f[17]};
+    const Record& r = record(k);
+    return {r.factor, r.source, r.target, r.accumulates != 0, r.outer, r.rows, r.columns, r.order == 1,
+            r.order > 1 ? r.order : 0, r.packed != 0, r.shared, data + r.a_outer, data + r.w_outer, data + r.b_outer,
+            data + r.b_row, data + r.w_row, data + r.a_column, data + r.w_column};
   }
 
-  // Of how many tokens each of several threads takes its share: all of them where they are not worth waking threads.
+  // Tokens for each of several threads; all of them where the work does not pay for waking threads.
   int64_t share(int64_t tokens) const {
     int64_t multiplications = 0;
     for (int k = 0; k < stages(); ++k) {
-      const int32_t* f = data + HEADER + RECORD * k;
-      multiplications += int64_t(f[4]) * f[5] * f[6];
+      const Record& r = record(k);
+      multiplications += int64_t(r.outer) * r.rows * r.columns;
     }
     const int64_t threads = tokens * multiplications < MANY ? 1 : at::get_num_threads();
     return (tokens + threads - 1) / threads;
   }
 
-  // Nothing beyond the factors is read, whatever has become of them.
+  // Refuses factors that are shorter than the offsets reach: a parameter's `.data` may have been replaced since the
+  // program was written, and no read may leave a factor.
   void check(at::TensorList factors) const {
     for (int k = 0; k < stages(); ++k) {
-      const int32_t* f = data + HEADER + RECORD * k;
-      TORCH_CHECK(f[0] < int64_t(factors.size()) && factors[f[0]].numel() >= f[9],
-                  "structlin::chain: factor ", f[0], " is missing, or has fewer than ", f[9], " entries");
+      const Record& r = record(k);
+      TORCH_CHECK(r.factor < int64_t(factors.size()) && factors[r.factor].numel() >= r.entries,
+                  "structlin::chain: factor ", r.factor, " is missing, or has fewer than ", r.entries, " entries");
     }
   }
 };
 
-// Aligned scratch of a thread, kept between calls: of a tile (0), or for factors (1), for which fresh memory would take
-// longer to map than they take to convert.
+// Aligned scratch memory of a thread, kept between calls. Each USE has its own: a tile (0), converted factors (1; fresh
+// memory would take longer to map than they take to convert), a share of a row (2, inside of a parallel region that reads 0).
 template <int USE = 0> float* scratch(int64_t floats) {
   thread_local std::vector<float> memory;
   if (static_cast<int64_t>(memory.size()) < floats + 16) memory.resize(floats + 16);
@@ -95,7 +113,7 @@ template <int USE = 0> float* scratch(int64_t floats) {
 
 template <class S> using Factors = std::vector<const S*>;
 
-// Rows of the output of each stage but the last ones of the equations, which go to y.
+// Rows of all intermediates, which a backward pass keeps: the outputs of all stages that do not write to y.
 int64_t kept_rows(const Program& p) {
   int64_t rows = 0;
   for (int k = 0; k < p.stages(); ++k)

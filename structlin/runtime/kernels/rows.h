@@ -10,10 +10,11 @@
 
 namespace {
 
-constexpr int GROUP = 4;  // outer indices that are worth going through a block of a factor together
+constexpr int GROUP = 4;  // outer indices from which on sharing a pass over their block of the factor pays
 
-// out[j] = sum_q w[m(j) + q] a[q], L rows at a time; there are at least L rows and columns.
-template <int L, class W> void dot_rows(const Stage& s, const int32_t* m, const W* w, const float* a, float* out) {
+// out[j] = sum_q w[begins(j) + q] a[q], L rows at a time, for at least L rows and columns. Each row sums into its own
+// vector; the last vector of a row overlaps the one before, with zeros in place of what was counted there.
+template <int L, class W> void dot_rows(const Stage& s, const int32_t* begins, const W* w, const float* a, float* out) {
   const int rest = s.columns % L;
   float last[L] = {};
   for (int q = L - rest; q < L; ++q) last[q] = a[s.columns - L + q];
@@ -23,30 +24,32 @@ template <int L, class W> void dot_rows(const Stage& s, const int32_t* m, const 
     Vector<L> sum[L] = {};
     for (int q = 0; q + L <= s.columns; q += L) {
       const Vector<L> value = load<L>(a + q);
-      for (int p = 0; p < L; ++p) sum[p] += load<L>(w + m[first + p] + q) * value;
+      for (int p = 0; p < L; ++p) sum[p] += load<L>(w + begins[first + p] + q) * value;
     }
     if (rest)
-      for (int p = 0; p < L; ++p) sum[p] += load<L>(w + m[first + p] + s.columns - L) * tail;
+      for (int p = 0; p < L; ++p) sum[p] += load<L>(w + begins[first + p] + s.columns - L) * tail;
     store<L>(out + first, sums<L>(sum));
   }
 }
 
-// Vectors along outer indices from i on that share nothing: b = sum_q w a, L of them at a time.
+// Runs L outer indices from i on as lanes of a vector; each has its own block of the factor: b = sum_q w a.
 template <int L, class W> void run_along(const Stage& s, int i, const W* w, const float* a, float* b) {
   for (int j = 0; j < s.rows; ++j)
     for (int d = 0; d < s.run; d += L) {
       const int first = std::min(d, s.run - L);  // the last vector overlaps the one before
       Vector<L> sum = {};
       for (int q = 0; q < s.columns; ++q)
-        sum += load<L>(w + s.v[i] + s.m[j] + s.n[q] + first) * load<L>(a + s.x[i] + s.c[q] + first);
-      store<L>(b + s.o[i] + s.r[j] + first, sum);
+        sum += load<L>(w + s.w_outer[i] + s.w_row[j] + s.w_column[q] + first) *
+               load<L>(a + s.a_outer[i] + s.a_column[q] + first);
+      store<L>(b + s.b_outer[i] + s.b_row[j] + first, sum);
     }
 }
 
-// Vectors along outer indices that share their block of the factor: b = w a, all columns of it at a time.
+// Runs outer indices that share a block of the factor as columns of a small matrix product: b = w a. A tile's kernel
+// does this, with outer indices in place of tokens.
 template <int L, int NV, class W> void run_shared(const Stage& s, const W* w, const float* a, float* b) {
   for (int i = 0; i < s.outer; i += s.shared)
-    register_tiles<L, NV, false>(s, 1, s.shared, w + s.v[i], a + s.x[i], b + s.o[i]);
+    register_tiles<L, NV, false>(s, 1, s.shared, w + s.w_outer[i], a + s.a_outer[i], b + s.b_outer[i]);
 }
 
 template <class W> void run_any_shared(const Stage& s, const W* w, const float* a, float* b) {
@@ -56,20 +59,20 @@ template <class W> void run_any_shared(const Stage& s, const W* w, const float* 
   else run_shared<4, 1>(s, w, a, b);
 }
 
-// The same for any number of rows and columns.
-template <class W> void dot_any_rows(const Stage& s, const int32_t* m, const W* w, const float* a, float* out) {
+// `dot_rows` for any number of rows and columns.
+template <class W> void dot_any_rows(const Stage& s, const int32_t* begins, const W* w, const float* a, float* out) {
   const int smaller = std::min(s.rows, s.columns);
-  if (WIDEST >= 16 && smaller >= 16) return dot_rows<WIDEST>(s, m, w, a, out);
-  if (WIDEST >= 8 && smaller >= 8) return dot_rows<std::min(WIDEST, 8)>(s, m, w, a, out);
-  if (smaller >= 4) return dot_rows<4>(s, m, w, a, out);
+  if (WIDEST >= 16 && smaller >= 16) return dot_rows<WIDEST>(s, begins, w, a, out);
+  if (WIDEST >= 8 && smaller >= 8) return dot_rows<std::min(WIDEST, 8)>(s, begins, w, a, out);
+  if (smaller >= 4) return dot_rows<4>(s, begins, w, a, out);
   for (int j = 0; j < s.rows; ++j) {
     out[j] = 0.0f;
-    for (int q = 0; q < s.columns; ++q) out[j] += float(w[m[j] + q]) * a[q];
+    for (int q = 0; q < s.columns; ++q) out[j] += float(w[begins[j] + q]) * a[q];
   }
 }
 
-// Scratch of a row: the values of one outer index, its results, a block of the factor, and of its gradient, and where
-// its rows begin.
+// Scratch of one outer index: its values and results, its block of the factor gathered into order, the gradient of that
+// block, and where the block's rows begin.
 struct Row {
   float *values, *results, *block, *sums;
   int32_t* begins;
@@ -82,8 +85,9 @@ Row row_of(const Program& p, float* memory) {
   return {memory, memory + p.widest(), block, block + p.block(), reinterpret_cast<int32_t*>(memory + 2 * p.widest())};
 }
 
+// Runs a stage for one token.
 template <class W> void run_row(const Stage& s, const W* w, const float* a, float* b, const Row& row) {
-  // Where vectors overlap, nothing can be added to what is there.
+  // Overlapping vectors write some results twice, so they must not accumulate.
   if (s.shared >= 4 && !s.accumulates) return run_any_shared(s, w, a, b);
   if (s.run && !s.accumulates) {
     for (int i = 0; i < s.outer; i += s.run) {
@@ -94,30 +98,32 @@ template <class W> void run_row(const Stage& s, const W* w, const float* a, floa
     return;
   }
   for (int i = 0; i < s.outer; ++i) {
-    const float* value = a + s.x[i];
+    const float* value = a + s.a_outer[i];
     if (!s.packed) {
-      for (int q = 0; q < s.columns; ++q) row.values[q] = value[s.c[q]];
+      for (int q = 0; q < s.columns; ++q) row.values[q] = value[s.a_column[q]];
       value = row.values;
     }
     if (s.unit) {
-      dot_any_rows(s, s.m, w + s.v[i], value, row.results);
-    } else {  // put the block in order; the outer indices that share it follow one another
-      if (i == 0 || s.v[i] != s.v[i - 1])
+      dot_any_rows(s, s.w_row, w + s.w_outer[i], value, row.results);
+    } else {  // gather the block into order, once for all neighbouring outer indices that share it
+      if (i == 0 || s.w_outer[i] != s.w_outer[i - 1])
         for (int j = 0; j < s.rows; ++j) {
           row.begins[j] = j * s.columns;
-          for (int q = 0; q < s.columns; ++q) row.block[j * s.columns + q] = w[s.v[i] + s.m[j] + s.n[q]];
+          for (int q = 0; q < s.columns; ++q)
+            row.block[j * s.columns + q] = w[s.w_outer[i] + s.w_row[j] + s.w_column[q]];
         }
       dot_any_rows(s, row.begins, row.block, value, row.results);
     }
-    float* to = b + s.o[i];
+    float* to = b + s.b_outer[i];
     if (s.accumulates)
-      for (int j = 0; j < s.rows; ++j) to[s.r[j]] += row.results[j];
+      for (int j = 0; j < s.rows; ++j) to[s.b_row[j]] += row.results[j];
     else
-      for (int j = 0; j < s.rows; ++j) to[s.r[j]] = row.results[j];
+      for (int j = 0; j < s.rows; ++j) to[s.b_row[j]] = row.results[j];
   }
 }
 
-// By several threads where it is worth waking them: each takes some of the outer indices, or some of the rows.
+// Runs a stage for one token, on several threads if it is large: each takes a share of the outer indices (whole runs of
+// those that share a block), or of the rows.
 template <class W>
 void run_large_row(const Program& p, const Stage& s, const W* w, const float* a, float* b, const Row& row) {
   const int64_t threads = at::get_num_threads(), outer = s.outer / std::max(s.shared, 1);
@@ -133,6 +139,7 @@ void run_large_row(const Program& p, const Stage& s, const W* w, const float* a,
   });
 }
 
+// Copies a token into its layout and pads it with zeros.
 template <class S> void copy_in(const S* x, int features, int rows, const Places& at, float* to) {
   if (at.table) {
     for (int f = 0; f < features; ++f) to[at.table[f]] = x[f];
@@ -143,6 +150,7 @@ template <class S> void copy_in(const S* x, int features, int rows, const Places
   }
 }
 
+// Runs all stages and the bias for one token; buffers as in run_tile.
 template <class S> void run_token(const Program& p, const Factors<S>& factors, const S* bias, const S* x, S* y) {
   float* buffer[4] = {scratch(p.in_rows() + p.out_rows() + 2 * p.rows() + row_floats(p))};
   buffer[1] = buffer[0] + p.in_rows();
@@ -173,10 +181,10 @@ inline void sums_of(int count, int terms, const Value& value, const Scale& scale
   }
 }
 
-// Outer indices that share a block of the factor, whose rows begin at m(j), are packed and in order, for L columns at a
-// time from q on: dw += sum_i g_i a_i and da_i = w^T g_i.
+// Gradients of the outer indices that share a block of the factor, L columns at a time from q on: dw += sum_i g_i a_i and
+// da_i = w^T g_i. The block's rows begin at begins(j); they and the columns of a are contiguous.
 template <int L, class W>
-void group_backward(const Stage& s, const int32_t* m, const W* w, const float* a, const float* g, float* da,
+void group_backward(const Stage& s, const int32_t* begins, const W* w, const float* a, const float* g, float* da,
                     bool accumulate, float* dw, int q) {
   constexpr int MT = 8;
   Vector<L> sum[MT];
@@ -184,102 +192,104 @@ void group_backward(const Stage& s, const int32_t* m, const W* w, const float* a
     for (int j = 0; dw && j < s.rows; j += MT) {
       const int count = std::min(MT, s.rows - j);
       sums_of<L, MT>(
-          count, s.outer, [&](int i) { return load<L>(a + s.x[i] + q); },
-          [&](int p, int i) { return g[s.o[i] + s.r[j + p]]; }, sum);
+          count, s.outer, [&](int i) { return load<L>(a + s.a_outer[i] + q); },
+          [&](int p, int i) { return g[s.b_outer[i] + s.b_row[j + p]]; }, sum);
       for (int p = 0; p < count; ++p) {
-        float* to = dw + m[j + p] + q;
+        float* to = dw + begins[j + p] + q;
         store<L>(to, load<L>(to) + sum[p]);
       }
     }
     for (int i = 0; da && i < s.outer; i += MT) {
       const int count = std::min(MT, s.outer - i);
       sums_of<L, MT>(
-          count, s.rows, [&](int j) { return load<L>(w + m[j] + q); },
-          [&](int p, int j) { return g[s.o[i + p] + s.r[j]]; }, sum);
+          count, s.rows, [&](int j) { return load<L>(w + begins[j] + q); },
+          [&](int p, int j) { return g[s.b_outer[i + p] + s.b_row[j]]; }, sum);
       for (int p = 0; p < count; ++p) {
-        float* to = da + s.x[i + p] + q;
+        float* to = da + s.a_outer[i + p] + q;
         store<L>(to, accumulate ? load<L>(to) + sum[p] : sum[p]);
       }
     }
   }
   if constexpr (L > 4) {
-    if (q < s.columns) group_backward<L / 2>(s, m, w, a, g, da, accumulate, dw, q);
+    if (q < s.columns) group_backward<L / 2>(s, begins, w, a, g, da, accumulate, dw, q);
   } else {
     for (; q < s.columns; ++q)
       for (int i = 0; i < s.outer; ++i) {
-        float sum = accumulate && da ? da[s.x[i] + q] : 0.0f;
+        float sum = accumulate && da ? da[s.a_outer[i] + q] : 0.0f;
         for (int j = 0; j < s.rows; ++j) {
-          const float slope = g[s.o[i] + s.r[j]];
-          sum += slope * float(w[m[j] + q]);
-          if (dw) dw[m[j] + q] += slope * a[s.x[i] + q];
+          const float gradient = g[s.b_outer[i] + s.b_row[j]];
+          sum += gradient * float(w[begins[j] + q]);
+          if (dw) dw[begins[j] + q] += gradient * a[s.a_outer[i] + q];
         }
-        if (da) da[s.x[i] + q] = sum;
+        if (da) da[s.a_outer[i] + q] = sum;
       }
   }
 }
 
-// The same for a block in any order.
+// `group_backward` for a block in any order.
 template <class W>
 void run_group_backward(const Stage& s, const W* w, const float* a, const float* g, float* da, bool accumulate,
                         float* dw, const Row& row) {
-  const auto run = [&](const auto* block, const int32_t* m, float* sums) {
-    if (s.columns >= WIDEST) group_backward<WIDEST>(s, m, block, a, g, da, accumulate, sums, 0);
-    else if (s.columns >= NARROW) group_backward<NARROW>(s, m, block, a, g, da, accumulate, sums, 0);
-    else group_backward<4>(s, m, block, a, g, da, accumulate, sums, 0);
+  const auto run = [&](const auto* block, const int32_t* begins, float* sums) {
+    if (s.columns >= WIDEST) group_backward<WIDEST>(s, begins, block, a, g, da, accumulate, sums, 0);
+    else if (s.columns >= NARROW) group_backward<NARROW>(s, begins, block, a, g, da, accumulate, sums, 0);
+    else group_backward<4>(s, begins, block, a, g, da, accumulate, sums, 0);
   };
-  if (s.unit) return run(w, s.m, dw);
+  if (s.unit) return run(w, s.w_row, dw);
   for (int j = 0; j < s.rows; ++j) {
     row.begins[j] = j * s.columns;
-    for (int q = 0; q < s.columns; ++q) row.block[j * s.columns + q] = w[s.m[j] + s.n[q]];
+    for (int q = 0; q < s.columns; ++q) row.block[j * s.columns + q] = w[s.w_row[j] + s.w_column[q]];
   }
   if (dw) std::fill(row.sums, row.sums + s.rows * s.columns, 0.0f);
   run(static_cast<const float*>(row.block), row.begins, dw ? row.sums : nullptr);
   for (int j = 0; dw && j < s.rows; ++j)
-    for (int q = 0; q < s.columns; ++q) dw[s.m[j] + s.n[q]] += row.sums[j * s.columns + q];
+    for (int q = 0; q < s.columns; ++q) dw[s.w_row[j] + s.w_column[q]] += row.sums[j * s.columns + q];
 }
 
-// One token of one stage: da = w^T g and dw += g a, row by row of the factor.
+// Gradients of a stage for one token, row by row of the factor: da = w^T g and dw += g a. `accumulate`: da +=.
 template <class W>
 void run_row_backward(const Stage& s, const W* w, const float* a, const float* g, float* da, bool accumulate,
                       float* dw, const Row& row) {
   for (int i = 0, next; i < s.outer; i = next) {
-    for (next = i + 1; next < s.outer && s.v[next] == s.v[i]; ++next) {}
+    for (next = i + 1; next < s.outer && s.w_outer[next] == s.w_outer[i]; ++next) {}
     if (s.packed && next - i >= GROUP) {
-      run_group_backward(s.part(i, next - i, 0, s.rows), w + s.v[i], a, g, da, accumulate, dw ? dw + s.v[i] : nullptr, row);
+      run_group_backward(s.part(i, next - i, 0, s.rows), w + s.w_outer[i], a, g, da, accumulate,
+                         dw ? dw + s.w_outer[i] : nullptr, row);
       continue;
     }
     next = i + 1;
-    const float* value = a + s.x[i];
+    const float* value = a + s.a_outer[i];
     if (!s.packed) {
-      for (int q = 0; q < s.columns; ++q) row.values[q] = value[s.c[q]];
+      for (int q = 0; q < s.columns; ++q) row.values[q] = value[s.a_column[q]];
       value = row.values;
     }
     float* __restrict__ sum = row.results;
     if (da) std::fill(sum, sum + s.columns, 0.0f);
     for (int j = 0; j < s.rows; ++j) {
-      const float slope = g[s.o[i] + s.r[j]];
-      const W* weight = w + s.v[i] + s.m[j];
+      const float gradient = g[s.b_outer[i] + s.b_row[j]];
+      const W* weight = w + s.w_outer[i] + s.w_row[j];
       if (s.unit) {
         if (da)
-          for (int q = 0; q < s.columns; ++q) sum[q] += slope * float(weight[q]);
-        if (float* __restrict__ to = dw ? dw + s.v[i] + s.m[j] : nullptr)
-          for (int q = 0; q < s.columns; ++q) to[q] += slope * value[q];
+          for (int q = 0; q < s.columns; ++q) sum[q] += gradient * float(weight[q]);
+        if (float* __restrict__ to = dw ? dw + s.w_outer[i] + s.w_row[j] : nullptr)
+          for (int q = 0; q < s.columns; ++q) to[q] += gradient * value[q];
       } else {
         if (da)
-          for (int q = 0; q < s.columns; ++q) sum[q] += slope * float(weight[s.n[q]]);
+          for (int q = 0; q < s.columns; ++q) sum[q] += gradient * float(weight[s.w_column[q]]);
         if (dw)
-          for (int q = 0; q < s.columns; ++q) dw[s.v[i] + s.m[j] + s.n[q]] += slope * value[q];
+          for (int q = 0; q < s.columns; ++q) dw[s.w_outer[i] + s.w_row[j] + s.w_column[q]] += gradient * value[q];
       }
     }
     if (!da) continue;
-    float* to = da + s.x[i];
+    float* to = da + s.a_outer[i];
     if (accumulate)
-      for (int q = 0; q < s.columns; ++q) to[s.c[q]] += sum[q];
+      for (int q = 0; q < s.columns; ++q) to[s.a_column[q]] += sum[q];
     else
-      for (int q = 0; q < s.columns; ++q) to[s.c[q]] = sum[q];
+      for (int q = 0; q < s.columns; ++q) to[s.a_column[q]] = sum[q];
   }
 }
 
+// Adds the gradients of one token, as run_tile_backward does for a tile.
 template <class S>
 void run_token_backward(const Program& p, const Factors<S>& factors, const S* x, const S* dy, S* dx,
                         const std::vector<float*>& gradients) {

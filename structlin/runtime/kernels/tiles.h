@@ -1,4 +1,4 @@
-// Many tokens: tiles of them, whose vectors run over tokens.
+// Many tokens: tiles of shape (features, T), whose innermost axis, and with it all vectors, runs over tokens.
 
 #pragma once
 
@@ -9,19 +9,20 @@
 
 namespace {
 
-// MT rows of one outer index, for NV vectors of tokens out of T.
+// Computes MT rows of one outer index for NV vectors of tokens. The MT x NV sums stay in registers; a column of the
+// factor is broadcast. UNIT: a row of the factor is contiguous.
 template <int L, int NV, int MT, bool UNIT, class W>
 inline void register_tile(const Stage& s, int64_t T, const W* w, const float* a, float* b, int j) {
-  const int32_t *m = s.m + j, *r = s.r + j, *c = s.c, *n = s.n;
+  const int32_t *w_row = s.w_row + j, *b_row = s.b_row + j;
   const W* row[MT];
   Vector<L> sum[MT][NV];
   for (int p = 0; p < MT; ++p) {
-    row[p] = w + m[p];
-    for (int u = 0; u < NV; ++u) sum[p][u] = s.accumulates ? load<L>(b + r[p] * T + u * L) : Vector<L>{};
+    row[p] = w + w_row[p];
+    for (int u = 0; u < NV; ++u) sum[p][u] = s.accumulates ? load<L>(b + b_row[p] * T + u * L) : Vector<L>{};
   }
   for (int q = 0; q < s.columns; ++q) {
-    const float* from = a + c[q] * T;
-    const int offset = UNIT ? q : n[q];
+    const float* from = a + s.a_column[q] * T;
+    const int offset = UNIT ? q : s.w_column[q];
     Vector<L> value[NV];
     for (int u = 0; u < NV; ++u) value[u] = load<L>(from + u * L);
     for (int p = 0; p < MT; ++p) {
@@ -30,11 +31,11 @@ inline void register_tile(const Stage& s, int64_t T, const W* w, const float* a,
     }
   }
   for (int p = 0; p < MT; ++p)
-    for (int u = 0; u < NV; ++u) store<L>(b + r[p] * T + u * L, sum[p][u]);
+    for (int u = 0; u < NV; ++u) store<L>(b + b_row[p] * T + u * L, sum[p][u]);
 }
 
-// All rows of one outer index, for `length` columns of a and b, whose rows are T apart. The last vectors overlap those
-// before where they do not fit.
+// Computes rows j onwards of one outer index, for `length` columns of a and b, whose rows are T apart. Where the vectors
+// do not divide `length`, the last ones overlap those before and write the same sums again.
 template <int L, int NV, bool UNIT, int MT, class W>
 inline void register_tiles(const Stage& s, int64_t T, int64_t length, const W* w, const float* a, float* b, int j) {
   for (; j + MT <= s.rows; j += MT)
@@ -49,14 +50,14 @@ inline void register_tiles(const Stage& s, int64_t T, int64_t length, const W* w
 
 template <int L, int NV, bool UNIT, class W>
 inline void register_tiles(const Stage& s, int64_t T, int64_t length, const W* w, const float* a, float* b) {
-  // 16 rows: two tiles of 8, not 12 and 4
+  // 16 rows go as two tiles of 8: tiles of 12 and 4 are slower.
   if (ROWS > 8 && s.rows % ROWS && s.rows % 8 == 0) register_tiles<L, NV, UNIT, 8>(s, T, length, w, a, b, 0);
   else register_tiles<L, NV, UNIT, ROWS>(s, T, length, w, a, b, 0);
 }
 
 template <int L, int NV, bool UNIT> void run_stage(const Stage& s, int64_t T, const float* w, const float* a, float* b) {
   for (int i = 0; i < s.outer; ++i)
-    register_tiles<L, NV, UNIT>(s, T, T, w + s.v[i], a + s.x[i] * T, b + s.o[i] * T);
+    register_tiles<L, NV, UNIT>(s, T, T, w + s.w_outer[i], a + s.a_outer[i] * T, b + s.b_outer[i] * T);
 }
 
 template <int L, int NV> void run_stage(const Stage& s, int64_t T, const float* w, const float* a, float* b) {
@@ -64,7 +65,8 @@ template <int L, int NV> void run_stage(const Stage& s, int64_t T, const float* 
   else run_stage<L, NV, false>(s, T, w, a, b);
 }
 
-// Rows of `features` entries each into a tile of T columns; rows of the tile beyond the features are zero.
+// Transposes tokens of `features` entries each into a tile (rows, T). Rows beyond the features, and columns beyond the
+// tokens, become zero.
 template <int L, class S>
 void read_tile(const S* x, int64_t tokens, int features, int rows, const Places& at, int64_t T, float* tile) {
   static const S zeros[L] = {};
@@ -83,6 +85,7 @@ void read_tile(const S* x, int64_t tokens, int features, int rows, const Places&
   for (int f = features; f < rows; ++f) std::fill_n(tile + at[f] * T, T, 0.0f);
 }
 
+// Transposes a tile back into tokens and adds the bias.
 template <int L, class S>
 void write_tile(S* y, int64_t tokens, int features, const Places& at, int64_t T, const float* tile, const S* bias) {
   for (int64_t t = 0; t < std::min(T, tokens); t += L) {
@@ -101,6 +104,7 @@ void write_tile(S* y, int64_t tokens, int features, const Places& at, int64_t T,
   }
 }
 
+// Runs all stages on one tile of L * NV tokens. Buffers: padded input, padded output, two intermediates in turn.
 template <int L, int NV, class S>
 void run_tile(const Program& p, const Factors<float>& factors, const S* bias, const S* x, S* y, int64_t tokens) {
   constexpr int T = L * NV;
@@ -118,22 +122,23 @@ void run_tile(const Program& p, const Factors<float>& factors, const S* bias, co
 
 // Backward --------------------------------------------------------------------------------------------------------------
 
-// MT rows and NV vectors of columns of one outer index: dw += sum over tokens of g[r(j)] a, a transposed to T x stride.
+// For MT rows and NV vectors of columns of one outer index: dw += sum over tokens of g[b_row(j)] a. Here a is stored as
+// (T, stride), so that vectors run over columns and the gradient of a row is broadcast.
 template <int L, int NV, int MT>
 inline void gradient_tile(const Stage& s, int64_t T, const float* a, int64_t stride, const float* g, float* dw, int j, int q) {
   const float* row[MT];
-  for (int p = 0; p < MT; ++p) row[p] = g + s.r[j + p] * T;
+  for (int p = 0; p < MT; ++p) row[p] = g + s.b_row[j + p] * T;
   Vector<L> sum[MT][NV] = {};
   for (int64_t t = 0; t < T; ++t) {
     Vector<L> value[NV];
     for (int u = 0; u < NV; ++u) value[u] = load<L>(a + t * stride + u * L);
     for (int p = 0; p < MT; ++p) {
-      const float slope = row[p][t];
-      for (int u = 0; u < NV; ++u) sum[p][u] += slope * value[u];
+      const float gradient = row[p][t];
+      for (int u = 0; u < NV; ++u) sum[p][u] += gradient * value[u];
     }
   }
   for (int p = 0; p < MT; ++p) {
-    float* to = dw + s.m[j + p];
+    float* to = dw + s.w_row[j + p];
     for (int u = 0; u < NV; ++u) {
       const int first = q + u * L, count = std::min(L, s.columns - first);
       if (s.unit && count == L) {
@@ -141,7 +146,7 @@ inline void gradient_tile(const Stage& s, int64_t T, const float* a, int64_t str
       } else {
         float entry[L];
         store<L>(entry, sum[p][u]);
-        for (int d = 0; d < count; ++d) to[s.n[first + d]] += entry[d];
+        for (int d = 0; d < count; ++d) to[s.w_column[first + d]] += entry[d];
       }
     }
   }
@@ -153,42 +158,42 @@ inline void gradient_tiles(const Stage& s, int64_t T, const float* a, int64_t st
   if constexpr (MT > 1) gradient_tiles<L, NV, MT / 2>(s, T, a, stride, g, dw, q, j);
 }
 
-// dw[v(i) + m(j) + n(q)] += sum over tokens of g[o(i) + r(j)] a[x(i) + c(q)].
-template <int L> void factor_gradient(const Stage& s, int64_t T, const float* a, const float* g, float* turned, float* dw) {
+// dw[w_outer(i) + w_row(j) + w_column(q)] += sum over tokens of g[b_outer(i) + b_row(j)] a[a_outer(i) + a_column(q)].
+template <int L> void factor_gradient(const Stage& s, int64_t T, const float* a, const float* g, float* transposed, float* dw) {
   const int64_t stride = (s.columns + L - 1) / L * L;
   for (int i = 0; i < s.outer; ++i) {
-    const float* from = a + s.x[i] * T;
+    const float* from = a + s.a_outer[i] * T;
     for (int q = 0; q < stride; q += L)
       for (int64_t t = 0; t < T; t += L) {
         Vector<L> part[L];
-        for (int p = 0; p < L; ++p) part[p] = q + p < s.columns ? load<L>(from + s.c[q + p] * T + t) : Vector<L>{};
+        for (int p = 0; p < L; ++p) part[p] = q + p < s.columns ? load<L>(from + s.a_column[q + p] * T + t) : Vector<L>{};
         transpose<L>(part);
-        for (int p = 0; p < L; ++p) store<L>(turned + (t + p) * stride + q, part[p]);
+        for (int p = 0; p < L; ++p) store<L>(transposed + (t + p) * stride + q, part[p]);
       }
     int q = 0;
     for (; q + 2 * L <= stride; q += 2 * L)
-      gradient_tiles<L, 2>(s, T, turned + q, stride, g + s.o[i] * T, dw + s.v[i], q);
-    if (q < stride) gradient_tiles<L, 1>(s, T, turned + q, stride, g + s.o[i] * T, dw + s.v[i], q);
+      gradient_tiles<L, 2>(s, T, transposed + q, stride, g + s.b_outer[i] * T, dw + s.w_outer[i], q);
+    if (q < stride) gradient_tiles<L, 1>(s, T, transposed + q, stride, g + s.b_outer[i] * T, dw + s.w_outer[i], q);
   }
 }
 
-// By vectors that waste little of few columns, and divide the tile.
-template <int L> void any_factor_gradient(const Stage& s, int64_t T, const float* a, const float* g, float* turned, float* dw) {
+// Picks the vector's length: half of it suffices for few columns, and every length divides the tile.
+template <int L> void any_factor_gradient(const Stage& s, int64_t T, const float* a, const float* g, float* transposed, float* dw) {
   if constexpr (L > 4)
-    if (s.columns <= L / 2) return any_factor_gradient<L / 2>(s, T, a, g, turned, dw);
-  factor_gradient<L>(s, T, a, g, turned, dw);
+    if (s.columns <= L / 2) return any_factor_gradient<L / 2>(s, T, a, g, transposed, dw);
+  factor_gradient<L>(s, T, a, g, transposed, dw);
 }
 
-// Gradients of one tile: activations are computed anew and kept, then the stages are gone through from the last.
+// Adds the gradients of one tile: recomputes and keeps all activations, then runs the stages in reverse.
 template <int L, int NV, class S>
 void run_tile_backward(const Program& p, const Factors<float>& factors, const S* x, const S* dy, S* dx,
                        const std::vector<float*>& gradients, int64_t tokens, int T) {
   const int64_t in = int64_t(p.in_rows()) * T, out = int64_t(p.out_rows()) * T, inner = int64_t(p.rows()) * T;
   float* memory = scratch(2 * in + out + kept_rows(p) * T + 2 * inner + (p.widest() + L) * int64_t(T));
   float *input = memory, *d_input = input + in, *d_output = d_input + in, *ping = d_output + out, *pong = ping + inner;
-  float* turned = pong + inner;
+  float* transposed = pong + inner;
   std::vector<float*> outputs(p.stages());
-  float* next = turned + (p.widest() + L) * int64_t(T);
+  float* next = transposed + (p.widest() + L) * int64_t(T);
   read_tile<L>(x, tokens, p.in_features(), p.in_rows(), p.inputs(), T, input);
   read_tile<L>(dy, tokens, p.out_features(), p.out_rows(), p.outputs(), T, d_output);
   for (int k = 0; k < p.stages(); ++k) {
@@ -204,7 +209,7 @@ void run_tile_backward(const Program& p, const Factors<float>& factors, const S*
     const Stage s = p.stage(k);
     if (s.target == 1) gradient = d_output;
     if (gradients[s.factor])
-      any_factor_gradient<L>(s, T, s.source == 0 ? input : outputs[k - 1], gradient, turned, gradients[s.factor]);
+      any_factor_gradient<L>(s, T, s.source == 0 ? input : outputs[k - 1], gradient, transposed, gradients[s.factor]);
     if (s.source == 0) {
       if (dx) run_stage<L, NV>(s.transposed(written), T, factors[s.factor], gradient, d_input);
       written = true;

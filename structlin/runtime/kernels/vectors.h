@@ -1,4 +1,4 @@
-// Vectors of the compiler: those of AVX-512, AVX2 and NEON alike.
+// The compiler's vector extensions: one source for AVX-512, AVX2, SSE and NEON.
 
 #pragma once
 
@@ -12,7 +12,7 @@ namespace {
 
 #if defined(__AVX512F__)
 constexpr int WIDEST = 16;
-constexpr int ROWS = 12;  // of a register tile, two vectors each
+constexpr int ROWS = 12;  // rows of a register tile, two vectors each: 24 of 32 registers hold sums
 #elif defined(__AVX__)
 constexpr int WIDEST = 8;
 constexpr int ROWS = 6;
@@ -58,14 +58,15 @@ template <int L> inline Vector<L> load(const at::BFloat16* from) {
   return reinterpret_cast<Vector<L>>(__builtin_convertvector(halves, Bits<L>) << 16);
 }
 
-// Rounds to nearest, ties to even. No NaN is carried over to a number: those here come from bfloat16 or from the
-// processor, and their lower half is zero.
+// Rounds to nearest, ties to even. Rounding cannot carry a NaN over into a number: the NaNs here come from bfloat16 or
+// from the processor, and their lower half is zero.
 template <int L> inline void store(at::BFloat16* to, Vector<L> value) {
   const Bits<L> bits = reinterpret_cast<Bits<L>>(value);
   const Halves<L> halves = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves<L>);
   std::memcpy(to, &halves, sizeof(halves));
 }
 
+// Lanes to pick for a butterfly of distance D between two vectors a (lanes 0 to L) and b (lanes L to 2 L).
 template <int L, int D, int J> constexpr int own() { return J & D ? L + J : J; }
 template <int L, int D, int J> constexpr int other() { return J & D ? L + (J ^ D) : (J ^ D); }
 template <int L, int D, int J> constexpr int low() { return J & D ? L + (J ^ D) : J; }
@@ -83,13 +84,14 @@ inline void exchange(Vector<L>& a, Vector<L>& b, std::integer_sequence<int, J...
   a = first;
 }
 
-// Lane j of the result is the sum of the lanes of rows[j].
+// Lane j of the result is the sum of the lanes of rows[j], by log2(L) rounds that each fold pairs of vectors into one.
 template <int L, int D = L / 2> inline Vector<L> sums(Vector<L>* rows) {
   for (int p = 0; p < D; ++p) rows[p] = folded<L, D>(rows[p], rows[p + D], std::make_integer_sequence<int, L>());
   if constexpr (D == 1) return rows[0];
   else return sums<L, D / 2>(rows);
 }
 
+// Transposes L vectors of L lanes in place, by exchanging halves, then quarters, and so on.
 template <int L, int D = L / 2> inline void transpose(Vector<L>* rows) {
   for (int p = 0; p < L; ++p)
     if (!(p & D)) exchange<L, D>(rows[p], rows[p + D], std::make_integer_sequence<int, L>());
