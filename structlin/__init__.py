@@ -12,7 +12,7 @@ from structlin.compress import (
     statistics_by_layer,
     to_dense_,
 )
-from structlin.heal import HealReport, distillation_loss, heal
+from structlin.heal import HealOptions, HealReport, distillation_loss, heal
 from structlin.layers.embedding import StructuredEmbedding
 from structlin.layers.linear import StructuredLinear
 from structlin.runtime import kernels
@@ -35,6 +35,7 @@ __all__ = [
     "ButterflyLinear",
     "CheckpointError",
     "CompressionPlan",
+    "HealOptions",
     "HealReport",
     "KMatrix",
     "KroneckerLinear",

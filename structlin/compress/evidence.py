@@ -13,7 +13,7 @@ from structlin.compress.calibrate import collect_statistics
 from structlin.compress.observe import Forward, call, device_of, evaluating, moved
 from structlin.compress.statistics import Statistics
 from structlin.fitting.objective import Root
-from structlin.heal.objective import output_distance
+from structlin.heal.losses import distillation_loss as output_distance
 
 HELD_BACK = 0.1  # share of the calibration batches that checks are made on
 MOST_HELD_BACK = 8  # batches

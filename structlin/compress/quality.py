@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from structlin.compress.evidence import Evidence
-from structlin.heal.objective import divergence, pick, unmasked
+from structlin.heal.data import pick, unmasked
+from structlin.heal.losses import divergence
 
 Evaluate = Callable[[nn.Module], float]
 
@@ -85,5 +86,5 @@ class Judge:
 def _positions(output: tuple[str, Tensor], batch: Any) -> tuple[str, Tensor]:
     """The tensor that stands for an output, without the positions that the attention mask leaves out."""
     kind, tensor = output
-    kept = unmasked(tensor, tensor, batch)[0]
+    kept = unmasked(tensor, batch)
     return kind, kept if kept.ndim > 1 else kept.unsqueeze(-1)
