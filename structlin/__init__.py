@@ -14,7 +14,7 @@ from structlin.compress import (
     statistics_by_layer,
     to_dense_,
 )
-from structlin.heal import HealReport, distillation_loss, heal
+from structlin.heal import HealOptions, HealReport, distillation_loss, heal
 from structlin.layers.embedding import StructuredEmbedding
 from structlin.layers.freeze import freeze_, unfreeze_
 from structlin.layers.linear import StructuredLinear
@@ -41,6 +41,7 @@ __all__ = [
     "Compression",
     "CompressionPlan",
     "Evaluator",
+    "HealOptions",
     "HealReport",
     "KMatrix",
     "KaleidoscopeLinear",

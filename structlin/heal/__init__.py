@@ -2,6 +2,7 @@
 
 from structlin.heal.api import heal
 from structlin.heal.losses import distillation_loss
+from structlin.heal.options import HealOptions
 from structlin.heal.report import HealReport, HealStep
 
-__all__ = ["HealReport", "HealStep", "distillation_loss", "heal"]
+__all__ = ["HealOptions", "HealReport", "HealStep", "distillation_loss", "heal"]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from itertools import chain
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,7 @@ Forward = Callable[[nn.Module, Any], Any]
 def run(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
     """Call a model on a batch: a mapping by keyword, a tuple or list by position, a tensor as the only argument.
 
-    Args:
-        model: the model.
-        batch: a mapping, tuple, list or tensor; anything with `forward`.
-        forward: a function of (model, batch) that makes the call instead.
-    Raises:
-        TypeError: if the batch is of another kind and there is no `forward`.
+    With `forward`, a function of (model, batch), the batch may be of any kind and that function makes the call.
     """
     if forward is not None:
         return forward(model, batch)
@@ -42,12 +37,7 @@ def run(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
 
 
 def to_device(value: Any, device: torch.device | None) -> Any:
-    """Move the tensors inside nested mappings, tuples and lists; mappings become dicts, named tuples stay as they are.
-
-    Args:
-        value: a batch.
-        device: where to, None to leave every tensor where it is.
-    """
+    """Move the tensors of nested mappings (which become dicts), tuples (named ones too) and lists; None moves none."""
     if device is not None and isinstance(value, Tensor | PackedSequence):
         # A copy to the CPU that does not block may be read before it is complete.
         return value.to(device, non_blocking=device.type != "cpu")  # type: ignore[arg-type]  # stub of PackedSequence
@@ -62,10 +52,7 @@ def to_device(value: Any, device: torch.device | None) -> Any:
 
 
 def unmasked(tensor: Tensor, batch: Any) -> Tensor:
-    """Return the positions that the batch's `attention_mask` keeps, shape (positions, ...).
-
-    The tensor is returned whole if the batch has no mask or the mask's shape differs from the tensor's leading axes.
-    """
+    """Return the positions (n, ...) that the batch's `attention_mask` keeps; all if it has another shape than they."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or tensor.ndim <= mask.ndim or tensor.shape[: mask.ndim] != mask.shape:
         return tensor
@@ -84,8 +71,8 @@ def device_of(model: nn.Module) -> torch.device | None:
 def evaluating(*models: nn.Module) -> Iterator[None]:
     """Clear all training flags and disable the fast path of `nn.TransformerEncoder`; restore both at the end.
 
-    The flags are set one by one: `train()` and `eval()` may be overridden with side effects, and would not restore
-    a model of mixed flags. The fast path reads weights without calling the layers, so hooks would see nothing.
+    `train()` and `eval()` are not called: models override them with side effects. The fast path reads weights without
+    calling the layers, past their hooks.
     """
     flags = {module: module.training for model in models for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -103,10 +90,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 def pick(output: Any) -> tuple[str, Tensor]:
     """Find the tensor that represents an output: `logits`, else `last_hidden_state`, else the first float tensor.
 
-    Returns:
-        "logits", "last_hidden_state" or "output", and the tensor.
-    Raises:
-        TypeError: if the output holds no float tensor with at least one axis.
+    It comes with its kind: "logits", "last_hidden_state" or "output".
     """
     if isinstance(output, Tensor):
         return "output", output
@@ -114,12 +98,9 @@ def pick(output: Any) -> tuple[str, Tensor]:
         value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
         if isinstance(value, Tensor):
             return name, value
-    if isinstance(output, Mapping):
-        values = list(output.values())
-    elif is_dataclass(output):
-        values = [getattr(output, entry.name) for entry in fields(output)]
-    else:
-        values = list(output) if isinstance(output, tuple | list) else []
+    if is_dataclass(output) and not isinstance(output, Mapping):
+        output = {entry.name: getattr(output, entry.name) for entry in fields(output)}
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else ()
     for value in values:
         if isinstance(value, Tensor) and value.ndim and (value.is_floating_point() or value.is_complex()):
             return "output", value
@@ -129,20 +110,9 @@ def pick(output: Any) -> tuple[str, Tensor]:
     )
 
 
-# Progress ------------------------------------------------------------------------------------------------------------
-
-
-class Advance(Protocol):
-    """Advances a progress bar by `count` and shows a text behind it."""
-
-    def __call__(self, count: int = 1, text: str = "") -> None: ...
-
-
 @contextmanager
-def progress_bar(label: str, unit: str, total: int | None, progress: bool | None) -> Iterator[Advance]:
-    """Show a progress bar on stderr, and yield the function that advances it.
-
-    Without tqdm nothing is shown.
+def progress_bar(label: str, unit: str, total: int | None, progress: bool | None) -> Iterator[Callable[..., None]]:
+    """Show a progress bar on stderr if tqdm is installed; yield advance(count=1, text=""), which moves it.
 
     Args:
         label: text before the bar.

@@ -44,12 +44,7 @@ def distillation_loss(student_output: Any, teacher_output: Any, batch: Any = Non
 
 
 def divergence(logits: Tensor, target: Tensor) -> Tensor:
-    """Compute KL(target || logits) = sum_c p_c (log p_c - log q_c), averaged over positions; classes are the last axis.
-
-    Args:
-        logits: the student's, shape (..., classes).
-        target: the teacher's, of the same shape.
-    """
+    """Average KL(p || q) = sum_c p_c (log p_c - log q_c) over positions; logits of q and p (target): (..., classes)."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     ours, theirs = logits.to(wide).log_softmax(-1), target.to(wide).log_softmax(-1)
     probability = theirs.exp()
@@ -69,14 +64,8 @@ def squared_error(found: Tensor, expected: Tensor) -> Tensor:
 def block_distance(
     found: Mapping[str, Sequence[Tensor]], expected: Mapping[str, Sequence[Tensor]], batch: Any = None
 ) -> Tensor:
-    """Average the relative squared errors of blocks over all blocks and their calls.
+    """Average the relative squared errors of outputs over all blocks and their calls; `batch` gives the mask.
 
-    Args:
-        found: the student's outputs by block, one tensor per call.
-        expected: the teacher's.
-        batch: as for `distillation_loss`.
-    Raises:
-        ValueError: if a block was called never, or a different number of times, or its outputs differ in shape.
     Source: the hidden-state loss of TinyBERT (Jiao et al. 2020), but relative, and without a learned map.
     """
     errors: list[Tensor] = []

@@ -1,4 +1,4 @@
-"""What a healing did."""
+"""The result of a healing."""
 
 from __future__ import annotations
 
@@ -8,14 +8,7 @@ from typing import NamedTuple
 
 
 class HealStep(NamedTuple):
-    """One measurement.
-
-    Args:
-        step: optimizer steps done.
-        seconds: time since the start, earlier parts of a resumed run included.
-        loss: mean training loss of the steps since the last measurement.
-        validation: mean loss over the validation batches, None without them.
-    """
+    """One measurement: optimizer steps and seconds so far, mean training loss since the last one, validation loss."""
 
     step: int
     seconds: float
@@ -29,12 +22,12 @@ class HealReport:
 
     Args:
         steps: optimizer steps done, those before a resumption included.
-        seconds: time taken, that before a resumption included.
+        seconds: time taken, likewise.
         loss_before: loss at the start, on the validation batches or, without them, on the first training batches.
-        loss_after: loss of the weights that the student has now, on the same batches.
-        best_step: the step whose weights the student has now; 0 are those of the start.
-        stopped: by "steps", "epochs", "seconds", "patience", or "batches" where an iterator ran out.
-        trained: entries of the parameters that were trained.
+        loss_after: loss of the student's final weights, on the same batches.
+        best_step: the step that gave the student's final weights; 0 if they are those of the start.
+        stopped: "steps", "epochs", "seconds", "patience", or "batches" if an iterator was exhausted.
+        trained: number of trained scalars.
         validated: whether the losses are on validation batches.
         history: one measurement every `every` steps, and one at the end.
     """
@@ -50,9 +43,8 @@ class HealReport:
     history: tuple[HealStep, ...] = field(repr=False)
 
     def to_json(self) -> str:
-        """Write everything as JSON; a row of the history is an object."""
-        rows = [row._asdict() for row in self.history]
-        return json.dumps({**asdict(self), "history": rows}, indent=2)
+        """Return everything as JSON; each row of the history is an object."""
+        return json.dumps({**asdict(self), "history": [row._asdict() for row in self.history]}, indent=2)
 
     def __str__(self) -> str:
         what = "validation batches" if self.validated else "the first training batches"

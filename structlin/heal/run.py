@@ -1,10 +1,10 @@
-"""The loop of a healing: steps, measurements, the best weights, and where it was interrupted."""
+"""The training loop: steps, measurements, the best weights, and interruption."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,177 +12,131 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from structlin.heal.data import Advance
-from structlin.heal.objective import Objective
+from structlin.heal.options import HealOptions
 from structlin.heal.report import HealReport, HealStep
-from structlin.heal.state import (
-    differences,
-    optimizer_differences,
-    pack_optimizer,
-    read_state,
-    stored_tensors,
-    unpack_optimizer,
-    write_state,
-)
-from structlin.heal.stream import Stream, generators, set_generators
+from structlin.heal.state import Stream, load_optimizer, read_state, stored_tensors, write_state
 
+PROBE = 4  # number of training batches that are judged if there is no validation
 WARM_UP = 0.05  # share of the schedule
-LEAST = 0.02  # of the warm-up at its first step, where time is what counts
+LEAST = 0.02  # share of the peak learning rate at the start, where time as the schedule would give 0
+COUNTS = ("step", "loss_before", "best_step", "best_score", "without_improvement")  # of a run, in its checkpoint
 
 
 def learning_rate(progress: float) -> float:
-    """Return the share of the peak learning rate: a linear warm-up, then half a cosine; progress is 0 to 1."""
+    """Return the share of the peak learning rate at a progress of 0 to 1: linear warm-up, then half a cosine."""
     if progress < WARM_UP:
         return max(progress / WARM_UP, LEAST)
     return (1 + math.cos(math.pi * (min(progress, 1) - WARM_UP) / (1 - WARM_UP))) / 2
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What ends a healing, and what it does every so often.
-
-    Args:
-        steps: most steps, None for any number.
-        seconds: most time, None for any.
-        length: steps of the schedule, None where time is its measure.
-        every: steps between measurements.
-        patience: measurements without improvement, None for any number.
-        clip: largest norm of the gradient, infinity for any.
-    """
-
-    steps: int | None
-    seconds: float | None
-    length: int | None
-    every: int
-    patience: int | None
-    clip: float
-
-
-@dataclass
+@dataclass(eq=False)
 class Run:
-    """A healing under way."""
+    """A healing under way; the fields with defaults are its state, which a checkpoint holds."""
 
-    objective: Objective
+    student: nn.Module
+    objective: Callable[[Any], Tensor]  # batch -> loss
     optimizer: torch.optim.Optimizer
     trained: Mapping[str, nn.Parameter]
     stream: Stream
     validation: Iterable[Any] | None
-    limits: Limits
-    checkpoint: Path | None
-    about: Mapping[str, Any]  # must be equal when a checkpoint is read
+    options: HealOptions
+    length: int | None  # steps of the schedule, None if time sets it
     step: int = 0
     loss_before: float = math.nan
     best: dict[str, Tensor] = field(default_factory=dict)
     best_step: int = 0
     best_score: float = math.inf
-    without_improvement: int = 0
+    without_improvement: int = 0  # measurements since the best one
     history: list[HealStep] = field(default_factory=list)
-    window: list[float] = field(default_factory=list)  # losses since the last measurement
 
-    def __post_init__(self) -> None:
-        self.names: dict[Tensor, str] = {parameter: name for name, parameter in self.trained.items()}
+    def run(self, advance: Callable[..., None]) -> HealReport:
+        """Resume or start, train until a limit is reached, and keep the best weights."""
+        self.start = time.perf_counter()
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self._start = time.perf_counter()
-
-    # The loop ----------------------------------------------------------------------------------------------------
-
-    def run(self, advance: Advance) -> HealReport:
-        """Resume or start, train until a limit is met, and put the best weights in place."""
-        if self.checkpoint is not None and self.checkpoint.exists():
-            self._resume(self.checkpoint)
+        self.window: list[float] = []  # training losses since the last measurement
+        self.path = None if self.options.checkpoint is None else Path(self.options.checkpoint)
+        if self.path is not None and self.path.exists():
+            self._resume(self.path)
         else:
-            self._begin()
+            self.judged = self.stream.read_ahead(PROBE) if self.validation is None else self.validation
+            self._keep()
+            self.loss_before = self._judge("before the first step")
+            if self.validation is not None:
+                self.best_score = self.loss_before
         advance(self.step)
+        batches = iter(self.stream)
         while (stopped := self._limit()) is None:
-            batch = self.stream.take()
-            if batch is None:
-                stopped = self.stream.ended
+            try:
+                batch = next(batches)
+            except StopIteration:
+                stopped = "epochs" if self.stream.epoch == self.options.epochs else "batches"
                 break
-            self._train(batch[0])
-            if self.step % self.limits.every == 0:
+            loss = self._train(batch)
+            if self.step % self.options.every == 0:
                 self._measure()
-            advance(text=f"loss {self.window[-1] if self.window else self.history[-1].loss:.4g}")
-        assert stopped is not None
+            advance(text=f"loss {loss:.4g}")
         if self.window:
             self._measure()
         return self._finish(stopped)
 
     def _limit(self) -> str | None:
-        limits = self.limits
-        if limits.steps is not None and self.step >= limits.steps:
+        most = self.options
+        if most.steps is not None and self.step >= most.steps:
             return "steps"
-        if limits.patience is not None and self.without_improvement >= limits.patience:
+        if most.patience is not None and self.without_improvement >= most.patience:
             return "patience"
-        return "seconds" if limits.seconds is not None and self.seconds >= limits.seconds else None
+        return "seconds" if most.seconds is not None and self._seconds() >= most.seconds else None
 
-    @property
-    def seconds(self) -> float:
-        """Time since the start, earlier parts included."""
-        return time.perf_counter() - self._start
+    def _seconds(self) -> float:
+        return time.perf_counter() - self.start  # a resumed run starts as early as it has run before
 
-    def _begin(self) -> None:
-        self._keep()
-        self.loss_before = self._judge("before the first step")
-        if self.validation is not None:
-            self.best_score = self.loss_before
-
-    def _train(self, batch: Any) -> None:
-        limits = self.limits
-        if limits.length is not None:
-            progress = (self.step + 0.5) / limits.length
-        else:
-            assert limits.seconds is not None
-            progress = self.seconds / limits.seconds
+    def _train(self, batch: Any) -> float:
+        done = self._seconds() / (self.options.seconds or 1) if self.length is None else (self.step + 0.5) / self.length
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(peak * learning_rate(progress))
-            else:
-                group["lr"] = peak * learning_rate(progress)
+            rate = peak * learning_rate(done)
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
         self.optimizer.zero_grad()
         loss = self.objective(batch)
         if not loss.requires_grad:
             raise ValueError("the loss does not depend on the trained parameters; train others, or correct loss=")
-        value = loss.item()
-        if not math.isfinite(value):
-            self._fail(f"the training loss is {value} at step {self.step}")
+        self.window.append(loss.item())
+        if not math.isfinite(self.window[-1]):
+            self._fail(f"the training loss is {self.window[-1]} at step {self.step}")
         loss.backward()
-        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), limits.clip))
+        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), self.options.clip or math.inf))
         if not math.isfinite(norm):
             self._fail(f"the gradient's norm is {norm} at step {self.step}")
         self.optimizer.step()
         self.step += 1
-        self.window.append(value)
-
-    # Measurements ------------------------------------------------------------------------------------------------
+        return self.window[-1]
 
     @torch.no_grad()
     def _judge(self, when: str) -> float:
-        """Average the loss over the validation batches or the first training batches."""
-        batches = self.stream.peek() if self.validation is None else self.validation
-        losses = [self.objective(batch).item() for batch in batches]
+        """Return the mean loss over the validation batches or the first training batches."""
+        kind = "validation" if self.validation is not None else "first training"
+        losses = [self.objective(batch).item() for batch in self.judged]
         if not losses:
-            what = "batches" if self.validation is None else "validation"
-            raise ValueError(f"{what} is empty; give at least one batch")
+            raise ValueError(
+                f"{'batches' if self.validation is None else 'validation'} is empty; give at least one batch"
+            )
         mean = sum(losses) / len(losses)
         if not math.isfinite(mean):
-            what = "the first training batches" if self.validation is None else "the validation batches"
-            self._fail(f"the loss on {what} is {mean} {when}")
+            self._fail(f"the loss on the {kind} batches is {mean} {when}")
         return mean
 
     def _measure(self) -> None:
-        validation = None if self.validation is None else self._judge(f"at step {self.step}")
         loss = sum(self.window) / len(self.window)
+        validation = None if self.validation is None else self._judge(f"at step {self.step}")
         self.window.clear()
-        self.history.append(HealStep(self.step, self.seconds, loss, validation))
+        self.history.append(HealStep(self.step, self._seconds(), loss, validation))
         score = loss if validation is None else validation
         self.without_improvement += 1
         if score < self.best_score:
             self.best_score, self.without_improvement = score, 0
             self._keep()
-        if self.checkpoint is not None:
-            self._save(self.checkpoint)
+        if self.path is not None:
+            self._save(self.path)
 
-    @torch.no_grad()
     def _keep(self) -> None:
         self.best = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
         self.best_step = self.step
@@ -200,77 +154,56 @@ class Run:
         )
 
     def _finish(self, stopped: str) -> HealReport:
-        if self.validation is not None:
+        validated = self.validation is not None
+        if validated:
             self._restore_best()
-            loss_after, kept = self.best_score, self.best_step
-        else:
-            loss_after, kept = self._judge("after the last step"), self.step
-        return HealReport(
-            self.step, self.seconds, self.loss_before, loss_after, kept, stopped,
-            sum(parameter.numel() for parameter in self.trained.values()), self.validation is not None,
-            tuple(self.history),
-        )  # fmt: skip
+        loss, step = (self.best_score, self.best_step) if validated else (self._judge("at the end"), self.step)
+        trained = sum(parameter.numel() for parameter in self.trained.values())
+        seconds, history = self._seconds(), tuple(self.history)
+        return HealReport(self.step, seconds, self.loss_before, loss, step, stopped, trained, validated, history)
 
-    # Interruption ------------------------------------------------------------------------------------------------
+    # Interruption ----------------------------------------------------------------------------------------------------
+
+    def _about(self) -> dict[str, str]:
+        """Describe what must be the same when the run is resumed."""
+        places = {
+            parameter: f"trained as number {number} of group {index}"
+            for index, group in enumerate(self.optimizer.param_groups)
+            for number, parameter in enumerate(group["params"])
+        }
+        return {
+            "mode": self.options.mode,
+            "blocks": str(self.options.blocks),
+            "validated": str(self.validation is not None),
+            "device": str(self.stream.device),
+            "the optimizer": type(self.optimizer).__name__,
+            **{
+                name: f"{tuple(tensor.shape)} {tensor.dtype} {places.get(tensor, 'not trained')}"
+                for name, tensor in stored_tensors(self.student).items()
+            },
+        }
 
     def _save(self, path: Path) -> None:
-        tensors = {f"student.{name}": value for name, value in stored_tensors(self.objective.student).items()}
-        if self.best_step != self.step:
-            tensors |= {f"best.{name}": value for name, value in self.best.items()}
-        states = {
-            "start": self.stream.start_state,
-            "epoch": self.stream.epoch_state,
-            "now": generators(self.objective.device),
-        }
-        for when, devices in states.items():
-            tensors |= {f"generator.{when}.{kind}": state for kind, state in devices.items()}
-        optimizer_tensors, optimizer = pack_optimizer(self.optimizer, self.names)
-        tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors.items()}
         content = {
-            "about": self.about, "step": self.step, "seconds": self.seconds, "loss_before": self.loss_before,
-            "best_step": self.best_step, "best_score": self.best_score,
-            "without_improvement": self.without_improvement, "history": self.history,
-            "epoch": self.stream.epoch, "position": self.stream.position, "optimizer": optimizer,
-        }  # fmt: skip
-        write_state(path, tensors, content)
+            "about": self._about(),
+            "counts": {name: getattr(self, name) for name in COUNTS},
+            "history": [tuple(row) for row in self.history],
+            "position": self.stream.position(),
+            "student": {name: tensor.detach() for name, tensor in stored_tensors(self.student).items()},
+            "best": self.best if self.best_step != self.step else {},
+            "optimizer": self.optimizer.state_dict(),
+        }
+        write_state(path, content)
 
     @torch.no_grad()
     def _resume(self, path: Path) -> None:
-        tensors, content = read_state(path)
-        student = stored_tensors(self.objective.student)
-        found = part(tensors, "student.")
-        different = [
-            f"{key} is {value!r}, in the file {content['about'].get(key)!r}"
-            for key, value in self.about.items()
-            if value != content["about"].get(key)
-        ]
-        different += differences(student, found)
-        different += optimizer_differences(self.optimizer, self.names, content["optimizer"])
-        if different:
-            more = f" (and {len(different) - 3} more)" if len(different) > 3 else ""
-            raise ValueError(
-                f"{path} is of another healing: {'; '.join(different[:3])}{more}. Give the student, parameters and "
-                "optimizer that it was written with, or delete it to start anew"
-            )
-        start, in_epoch, now = (part(tensors, f"generator.{when}.") for when in ("start", "epoch", "now"))
-        before = generators(self.objective.device)
-        try:
-            self.stream.seek(content["epoch"], content["position"], start, in_epoch, now)
-        except BaseException:
-            set_generators(before, self.objective.device)
-            raise
-        unpack_optimizer(self.optimizer, self.names, part(tensors, "optimizer."), content["optimizer"])
-        for name, value in found.items():
-            student[name].copy_(value)
-        for name in ("step", "loss_before", "best_score", "without_improvement"):
-            setattr(self, name, content[name])
-        self.history = [HealStep(*row) for row in content["history"]]
+        content = read_state(path, self._about())
+        first = self.stream.resume(content["position"], PROBE if self.validation is None else 0)
+        self.judged = first if self.validation is None else self.validation
+        load_optimizer(self.optimizer, content["optimizer"])
+        for name, tensor in stored_tensors(self.student).items():
+            tensor.copy_(content["student"][name])
         self._keep()
-        self.best_step = content["best_step"]
-        self.best |= {name: value.to(self.best[name].device) for name, value in part(tensors, "best.").items()}
-        self._start = time.perf_counter() - content["seconds"]
-
-
-def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Return the tensors under a prefix, without it."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        self.best |= content["best"]
+        vars(self).update(content["counts"], history=[HealStep(*row) for row in content["history"]])
+        self.start -= self.history[-1].seconds

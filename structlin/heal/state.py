@@ -1,194 +1,143 @@
-"""The file of an interrupted healing: safetensors with JSON in its metadata, no pickle."""
+"""Interruption: the position in the batches, and the file from which a run resumes."""
 
 from __future__ import annotations
 
-import ctypes
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
-VERSION = 1
-KEY = "structlin_heal"
-
-DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.bool: "BOOL",
-}  # fmt: skip
-
-Tensors = dict[str, Tensor]
+VERSION = 2
 
 
-def write_state(path: Path, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
-    """Write tensors and JSON content into one file, which takes the place of an older one at once.
+class Stream:
+    """Batches one by one, pass after pass, which a later run can continue.
 
-    `safetensors.torch.save_file` needs numpy, which we do not require, and `serialize_file` differs by version.
+    Args:
+        batches: an iterable; an iterator gives one pass.
+        epochs: number of passes, None for no limit.
+        device: its generator is saved, as are the CPU's and a DataLoader's own.
     """
-    paired = [name for name, tensor in tensors.items() if tensor.is_complex()]
-    text = json.dumps({"version": VERSION, **content, "complex": paired})
-    header: dict[str, Any] = {"__metadata__": {KEY: text}}
-    start = 0
-    order = sorted(tensors, key=lambda name: (-_real(tensors[name].dtype).itemsize, name))  # so all are aligned
-    for name in order:
-        tensor = tensors[name]
-        shape = [*tensor.shape, 2] if tensor.is_complex() else [*tensor.shape]
-        stop = start + tensor.nbytes
-        header[name] = {"dtype": DTYPES[_real(tensor.dtype)], "shape": shape, "data_offsets": [start, stop]}
-        start = stop
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
+
+    def __init__(self, batches: Iterable[Any], epochs: int | None, device: torch.device) -> None:
+        self.batches, self.epochs, self.device = batches, epochs, device
+        own = [getattr(owner, "generator", None) for owner in (batches, getattr(batches, "sampler", None))]
+        cuda = [torch.cuda.default_generators[device.index]] if device.type == "cuda" else []
+        known = dict.fromkeys((torch.default_generator, *cuda, *own))
+        self._generators = [generator for generator in known if isinstance(generator, torch.Generator)]
+        self._start = self._opened = self._states()  # before the first pass, and before the current one
+        self.epoch = self._taken = 0
+        self._pass: Iterator[Any] | None = None
+
+    def read_ahead(self, count: int) -> list[Any]:
+        """Open the first pass and return its first batches, which are yielded again."""
+        self._pass = iter(self.batches)
+        first = list(islice(self._pass, count))
+        self._pass = chain(first, self._pass)
+        return first
+
+    def __iter__(self) -> Iterator[Any]:
+        limit = 1 if isinstance(self.batches, Iterator) else self.epochs
+        while limit is None or self.epoch < limit:
+            if self._pass is None:
+                self._opened = self._states()
+                self._pass = iter(self.batches)
+            for batch in self._pass:
+                self._taken += 1
+                yield batch
+            if not self._taken and not self.epoch:
+                raise ValueError("batches is empty; give at least one batch")
+            if not self._taken:
+                return
+            self._pass, self.epoch, self._taken = None, self.epoch + 1, 0
+
+    def position(self) -> tuple[Any, ...]:
+        """Return what `resume` needs."""
+        return self.epoch, self._taken, self._start, self._opened, self._states()
+
+    def resume(self, position: tuple[Any, ...], ahead: int) -> list[Any]:
+        """Read the current pass again up to a position, and return the first `ahead` batches of the first pass."""
+        before = self._states()
+        try:
+            self.epoch, self._taken, self._start, self._opened, now = position
+            self._restore(self._start)
+            first = self.read_ahead(ahead) if ahead else []
+            if self.epoch or not ahead:
+                self._restore(self._opened)
+                self._pass = iter(self.batches) if self._taken else None
+            if (found := sum(1 for _ in islice(self._pass or (), self._taken))) < self._taken:
+                raise ValueError(
+                    f"batches ends after {found} batches; the checkpoint has read {self._taken} of a pass, give the "
+                    "batches that it was written with"
+                )
+        except BaseException:
+            self._restore(before)
+            raise
+        self._restore(now)
+        return first
+
+    def _states(self) -> list[Tensor]:
+        return [generator.get_state() for generator in self._generators]
+
+    def _restore(self, states: list[Tensor]) -> None:
+        for generator, state in zip(self._generators, states, strict=True):
+            generator.set_state(state)
+
+
+def write_state(path: Path, content: Mapping[str, Any]) -> None:
+    """Write tensors, numbers, strings and containers of them, and replace an older file at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(f"{path.name}.tmp")
-    with fresh.open("wb") as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for name in order:
-            plain = tensors[name].detach().resolve_conj().resolve_neg().cpu().contiguous()
-            if plain.nbytes:
-                file.write(memoryview((ctypes.c_ubyte * plain.nbytes).from_address(plain.data_ptr())))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
-
-
-def _real(dtype: torch.dtype) -> torch.dtype:
-    return dtype.to_real() if dtype.is_complex else dtype
-
-
-def read_state(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """Read what `write_state` wrote, onto the CPU.
-
-    Raises:
-        ValueError: if the file is not a checkpoint of a healing.
-    """
     try:
-        with safe_open(path, framework="pt") as file:
-            content = json.loads((file.metadata() or {})[KEY])
-            # Copies: the mapped file must not live on in the tensors' storage.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        version = content["version"]
-    except Exception as error:  # safetensors and torch raise many kinds
-        raise ValueError(
-            f"{path}: not a checkpoint of heal ({type(error).__name__}: {error}); delete it to start anew"
-        ) from error
+        with fresh.open("wb") as file:
+            torch.save({"version": VERSION, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if found := get_unsafe_globals_in_checkpoint(fresh):  # they could not be read again by weights_only=True
+            raise TypeError(f"the optimizer's state holds {found[0]}, which is not stored; use checkpoint=None")
+        os.replace(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def read_state(path: Path, about: Mapping[str, str]) -> dict[str, Any]:
+    """Read what `write_state` wrote, without running code in it, and refuse a file whose "about" differs."""
+    if not path.is_file():
+        raise ValueError(f"checkpoint={str(path)!r} is not a file; name a file, such as {str(path / 'heal')!r}")
+    try:
+        with path.open("rb") as file:  # given a path, torch would go by its suffix
+            content: dict[str, Any] = torch.load(file, weights_only=True)
+        version, theirs = content["version"], content["about"]
+    except Exception as error:  # torch raises many kinds
+        raise ValueError(f"{path}: not a checkpoint of this version of heal; delete it to start again") from error
     if version != VERSION:
-        raise ValueError(f"{path}: format version {version}, this structlin reads {VERSION}; delete it to start anew")
-    return tensors | {name: torch.view_as_complex(tensors[name]) for name in content["complex"]}, content
-
-
-def stored_tensors(model: nn.Module) -> Tensors:
-    """Return the parameters and buffers of a model's state dict, the very objects, each once."""
-    found: Tensors = {}
-    seen: set[int] = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and id(tensor) not in seen:
-            seen.add(id(tensor))
-            found[name] = tensor
-    return found
-
-
-def differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """Say where names, shapes or dtypes differ."""
-    lines = [f"{name} is missing in the file" for name in expected if name not in found]
-    lines += [f"{name} is missing in the student" for name in found if name not in expected]
-    for name in expected:
-        if name in found and (expected[name].shape, expected[name].dtype) != (found[name].shape, found[name].dtype):
-            here, there = (f"{tuple(each.shape)} {each.dtype}" for each in (expected[name], found[name]))
-            lines.append(f"{name} is {here} in the student, {there} in the file")
-    return lines
-
-
-# The optimizer -------------------------------------------------------------------------------------------------------
-
-
-def pack_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> tuple[Tensors, Any]:
-    """Take an optimizer apart: tensors by name, and JSON for all else; parameters are told by their names.
-
-    Raises:
-        TypeError: if its state holds something else than tensors, numbers, texts, lists, tuples and dicts of them.
-    """
-    tensors: Tensors = {}
-    groups = [
-        {
-            "names": [names[parameter] for parameter in group["params"]],
-            "options": _pack(_options(group), f"group{index}", tensors),
-        }
-        for index, group in enumerate(optimizer.param_groups)
-    ]
-    foreign = [key for key in optimizer.state if key not in names]
-    if foreign:
-        raise TypeError(
-            f"the state of {type(optimizer).__name__} is not by parameter: {foreign[0]!r}; use checkpoint=None"
+        raise ValueError(f"{path}: format version {version}, this structlin reads {VERSION}; delete it to start again")
+    names = [name for name in {**about, **theirs} if about.get(name) != theirs.get(name)]
+    if names:
+        lines = [f"{name} is {about.get(name, 'missing')}, in the file {theirs.get(name, 'missing')}" for name in names]
+        more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
+        raise ValueError(
+            f"{path} is of another healing: {'; '.join(lines[:3])}{more}. Give the student, parameters and optimizer "
+            "that it was written with, or delete it to start again"
         )
-    states = {names[p]: _pack(dict(state), f"state.{names[p]}", tensors) for p, state in optimizer.state.items()}
-    return tensors, {"class": type(optimizer).__name__, "groups": groups, "states": states}
+    return content
 
 
-def unpack_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor], content: Any
-) -> None:
-    """Put stored state into an optimizer of the same kind for the same parameters.
-
-    `load_state_dict` would cast every tensor to its parameter's dtype.
-    """
-    parameters = {name: parameter for parameter, name in names.items()}
-    states = {
-        parameters[name]: _unpack(packed, tensors, parameters[name]) for name, packed in content["states"].items()
-    }
-    for group, packed in zip(optimizer.param_groups, content["groups"], strict=True):
-        group.update(_unpack(packed["options"], tensors, group["params"][0]))
-    optimizer.state.clear()
-    optimizer.state.update(states)
+def load_optimizer(optimizer: torch.optim.Optimizer, stored: Mapping[str, Any]) -> None:
+    """Load a state dict with every bit; `load_state_dict` alone casts moments to the dtypes of their parameters."""
+    optimizer.load_state_dict(dict(stored))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for key, state in stored["state"].items():
+        optimizer.state[parameters[key] if isinstance(key, int) else key] = state
 
 
-def optimizer_differences(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], content: Any) -> list[str]:
-    """Say where the kind of an optimizer or its parameters differ from the stored ones."""
-    kind = type(optimizer).__name__
-    if kind != content["class"]:
-        return [f"the optimizer is {kind}, in the file {content['class']}"]
-    ours = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
-    theirs = [group["names"] for group in content["groups"]]
-    if ours == theirs:
-        return []
-    moved = sorted({name for group in ours for name in group} ^ {name for group in theirs for name in group})
-    return [f"{moved[0]} is trained in one of them only" if moved else "the parameters have another order or grouping"]
-
-
-def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a group; the learning rate is the schedule's."""
-    return {key: value for key, value in group.items() if key not in ("params", "param_names", "lr")}
-
-
-def _pack(value: Any, key: str, tensors: Tensors) -> Any:
-    if isinstance(value, Tensor):
-        tensors[key] = value
-        return {"tensor": key, "cpu": value.device.type == "cpu"}
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, tuple | list):
-        items = [_pack(item, f"{key}.{index}", tensors) for index, item in enumerate(value)]
-        return {"tuple" if isinstance(value, tuple) else "list": items}
-    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
-        return {"dict": {name: _pack(item, f"{key}.{name}", tensors) for name, item in value.items()}}
-    raise TypeError(f"the optimizer's {key} is a {type(value).__name__}, which is not stored; use checkpoint=None")
-
-
-def _unpack(packed: Any, tensors: Mapping[str, Tensor], parameter: Tensor) -> Any:
-    if not isinstance(packed, dict):
-        return packed
-    if "tensor" in packed:
-        value = tensors[packed["tensor"]]
-        device = torch.device("cpu") if packed["cpu"] else parameter.device
-        if value.shape != parameter.shape:
-            return value.to(device, copy=True)
-        return torch.empty_like(parameter, dtype=value.dtype, device=device).copy_(value)  # with its strides
-    if "dict" in packed:
-        return {name: _unpack(item, tensors, parameter) for name, item in packed["dict"].items()}
-    ((kind, items),) = packed.items()
-    values = [_unpack(item, tensors, parameter) for item in items]
-    return tuple(values) if kind == "tuple" else values
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a model's state dict, the very objects, each under one name."""
+    items = model.state_dict(keep_vars=True).items()
+    names = {tensor: name for name, tensor in items if isinstance(tensor, Tensor)}
+    return {name: tensor for tensor, name in names.items()}

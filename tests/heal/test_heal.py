@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from structlin import StructuredLinear, compress_model, distillation_loss
 from structlin.heal import HealReport, HealStep, heal
@@ -405,13 +404,26 @@ OPTIMIZERS = {
 }
 
 
-def shuffled(generator=None):
-    return DataLoader(TensorDataset(torch.cat(data(5))), batch_size=32, shuffle=True, generator=generator)
+def shuffled(generator=None, sampler=None):
+    dataset = TensorDataset(torch.cat(data(5)))
+    order = None if sampler is None else RandomSampler(dataset, generator=sampler)
+    return DataLoader(dataset, 32, shuffle=sampler is None, sampler=order, generator=generator)
 
 
-@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
 @pytest.mark.parametrize("validated", [False, True])
-@pytest.mark.parametrize("source", ["list", "shuffled", "own generator", "iterator"])
+@pytest.mark.parametrize(
+    ("source", "optimizer"),
+    [
+        ("shuffled", "default"),
+        ("shuffled", "sgd"),
+        ("shuffled", "amsgrad"),
+        ("shuffled", "custom"),
+        ("list", "default"),
+        ("own generator", "default"),
+        ("own sampler", "default"),
+        ("iterator", "default"),
+    ],
+)
 def test_resumed_run_equals_an_uninterrupted_one(student, teacher, tmp_path, optimizer, validated, source):
     def run(model, loss, checkpoint, seed=5):
         torch.manual_seed(seed)
@@ -419,6 +431,7 @@ def test_resumed_run_equals_an_uninterrupted_one(student, teacher, tmp_path, opt
             "list": lambda: data(5),
             "shuffled": shuffled,
             "own generator": lambda: shuffled(torch.Generator().manual_seed(6)),
+            "own sampler": lambda: shuffled(sampler=torch.Generator().manual_seed(6)),
             "iterator": lambda: iter(data(30)),
         }
 
@@ -432,7 +445,7 @@ def test_resumed_run_equals_an_uninterrupted_one(student, teacher, tmp_path, opt
 
     whole, resumed = copy.deepcopy(student), copy.deepcopy(student)
     expected = run(whole, distillation_loss, None)
-    path = tmp_path / "new" / "heal.safetensors"
+    path = tmp_path / "new" / "heal.state"
     for count in (7, 6):  # fails in steps 6 and, resumed at 4, in step 9
         with pytest.raises(StopHereError):
             run(resumed, failing_at(count), path, seed=5 if count == 7 else 8)
@@ -444,7 +457,7 @@ def test_resumed_run_equals_an_uninterrupted_one(student, teacher, tmp_path, opt
         assert getattr(report, name) == getattr(expected, name)
     assert [row[::2] for row in report.history] == [row[::2] for row in expected.history]
     assert [row.validation for row in report.history] == [row.validation for row in expected.history]
-    assert [file.name for file in path.parent.iterdir()] == ["heal.safetensors"]
+    assert [file.name for file in path.parent.iterdir()] == ["heal.state"]
 
 
 def test_best_weights_come_through_an_interruption(student, teacher, tmp_path):
@@ -472,22 +485,41 @@ def test_finished_run_is_not_trained_again_but_can_go_on(student, teacher, tmp_p
     assert third.loss_after <= first.loss_after
 
 
-def test_file_holds_no_pickle_and_other_dtypes_keep_their_bits(tmp_path):
+class Wide(torch.optim.SGD):
+    """An optimizer whose moment is wider than its parameter."""
+
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            moment = self.state[parameter].setdefault("moment", torch.zeros_like(parameter, dtype=torch.float64))
+            moment.mul_(0.9).add_(parameter.grad.double(), alpha=self.param_groups[0]["lr"])
+            parameter.data.copy_(parameter.data.double() - moment)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.bfloat16])
+def test_other_dtypes_and_wider_moments_keep_their_bits(dtype, tmp_path):
     torch.manual_seed(0)
-    teacher = nn.Sequential(nn.Linear(8, 8, dtype=torch.complex64), nn.Linear(8, 8, dtype=torch.complex64))
+    teacher = nn.Sequential(nn.Linear(8, 8, dtype=dtype), nn.Linear(8, 8, dtype=dtype))
     student = copy.deepcopy(teacher)
     with torch.no_grad():
         student[0].weight += 0.1
-    batches = [torch.randn(4, 8, dtype=torch.complex64) for _ in range(3)]
+    options = {**STEPS, "optimizer": None if dtype.is_complex else lambda p: Wide(p, lr=0.03)}
+    batches = [torch.randn(4, 8, dtype=dtype) for _ in range(3)]
     whole, resumed = copy.deepcopy(student), copy.deepcopy(student)
-    heal(whole, teacher, batches, **STEPS)
+    heal(whole, teacher, batches, **options)
     with pytest.raises(StopHereError):
-        heal(resumed, teacher, batches, **STEPS, checkpoint=tmp_path / "heal", loss=failing_at(6))
-    stored = load_file(tmp_path / "heal")
-    assert stored["student.0.weight"].shape == (8, 8, 2)
-    assert "optimizer.state.0.weight.exp_avg_sq" in stored
-    heal(resumed, teacher, batches, **STEPS, checkpoint=tmp_path / "heal")
+        heal(resumed, teacher, batches, **options, checkpoint=tmp_path / "heal", loss=failing_at(6))
+    heal(resumed, teacher, batches, **options, checkpoint=tmp_path / "heal")
     assert same_state(resumed, state_of(whole))
+    assert not same_state(student, state_of(whole))
+
+
+def test_no_code_in_the_file_is_run(student, teacher, tmp_path):
+    path = tmp_path / "heal"
+    heal(copy.deepcopy(student), teacher, data(), **STEPS, checkpoint=path)
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "about": Output}, path)  # a class of this module
+    with pytest.raises(ValueError, match=r"not a checkpoint of .*heal; delete it to start again"):
+        heal(student, teacher, data(), **STEPS, checkpoint=path)
 
 
 def test_checkpoint_of_another_healing_is_refused(student, teacher, tmp_path):
@@ -496,17 +528,20 @@ def test_checkpoint_of_another_healing_is_refused(student, teacher, tmp_path):
     other = copy.deepcopy(teacher)
     compress_model(other, "lowrank", ratio=0.25)
     before = state_of(other)
-    with pytest.raises(ValueError, match=r"0\.left is \(48, 4\) torch.float32 in the student, \(48, 8\) torch.float32"):
+    with pytest.raises(ValueError, match=r"0\.left is \(48, 4\) torch.float32 .* in the file \(48, 8\) torch.float32"):
         heal(other, teacher, data(), **STEPS, checkpoint=path)
     dense = copy.deepcopy(teacher)
-    with pytest.raises(ValueError, match=r"0\.weight is missing in the file; .*\(and 5 more\)"):
+    with pytest.raises(ValueError, match=r"0\.weight is .* in the file missing; .*\(and \d+ more\)"):
         heal(dense, teacher, data(), **STEPS, checkpoint=path)
     for options, text in (
         ({"optimizer": constant}, "the optimizer is SGD, in the file AdamW"),
-        ({"parameters": "factors"}, "number of trained tensors is 7, in the file 8; .*4.weight is trained in one"),
+        ({"parameters": "factors"}, r"4\.weight is .* not trained, in the file .* trained as number 6 of group 0"),
         ({"validation": data(1)}, "validated is True, in the file False"),
-        ({"mode": "blocks", "blocks": "0"}, "mode is 'blocks', in the file 'end'"),
-        ({"optimizer": lambda p: torch.optim.AdamW(p[::-1])}, "the parameters have another order or grouping"),
+        ({"mode": "blocks", "blocks": "0"}, "mode is blocks, in the file end; blocks is 0, in the file None"),
+        (
+            {"optimizer": lambda p: torch.optim.AdamW(p[::-1])},
+            r"0\.left is .* number 7 .*, in the file .* number 0 of",
+        ),
     ):
         with pytest.raises(ValueError, match=text):
             heal(copy.deepcopy(student), teacher, data(), **STEPS, checkpoint=path, **options)
@@ -522,13 +557,13 @@ def test_checkpoint_of_another_healing_is_refused(student, teacher, tmp_path):
 def test_damaged_checkpoint_is_refused(student, teacher, tmp_path):
     path = tmp_path / "heal"
     path.write_bytes(b"not a checkpoint")
-    with pytest.raises(ValueError, match=r"not a checkpoint of heal .*delete it to start anew"):
+    with pytest.raises(ValueError, match=r"not a checkpoint of .*heal; delete it to start again"):
         heal(student, teacher, data(), **STEPS, checkpoint=path)
-    save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="not a checkpoint of heal"):
+    torch.save({"a": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="not a checkpoint of"):
         heal(student, teacher, data(), **STEPS, checkpoint=path)
-    save_file({"a": torch.zeros(1)}, path, {"structlin_heal": '{"version": 99}'})
-    with pytest.raises(ValueError, match="format version 99, this structlin reads 1"):
+    torch.save({"version": 99, "about": {}}, path)
+    with pytest.raises(ValueError, match="format version 99, this structlin reads 2; delete it"):
         heal(student, teacher, data(), **STEPS, checkpoint=path)
     with pytest.raises(ValueError, match="is not a file"):
         heal(student, teacher, data(), **STEPS, checkpoint=tmp_path)
@@ -541,15 +576,8 @@ def test_optimizer_state_that_cannot_be_stored(student, teacher, tmp_path):
             for parameter in self.param_groups[0]["params"]:
                 self.state[parameter]["odd"] = object()
 
-    class Global(torch.optim.SGD):
-        def step(self, closure=None):
-            super().step(closure)
-            self.state["all"] = {}
-
-    with pytest.raises(TypeError, match=r"the optimizer's state\.0\.left\.odd is a object, which is not stored"):
+    with pytest.raises(TypeError, match=r"the optimizer's state holds builtins.object, which is not stored"):
         heal(student, teacher, data(), **STEPS, optimizer=lambda p: Odd(p, lr=0.1), checkpoint=tmp_path / "heal")
-    with pytest.raises(TypeError, match="the state of Global is not by parameter: 'all'"):
-        heal(student, teacher, data(), **STEPS, optimizer=lambda p: Global(p, lr=0.1), checkpoint=tmp_path / "heal")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -638,17 +666,17 @@ def test_masked_hidden_state_by_hand():
     ("options", "text"),
     [
         ({}, "nothing ends the training; give steps=, seconds= or epochs="),
-        ({"steps": 0}, "steps=0; whole numbers from 1"),
-        ({"steps": 1.5}, "steps=1.5; whole numbers from 1"),
+        ({"steps": 0}, "steps=0; give a whole number from 1"),
+        ({"steps": 1.5}, "steps=1.5; give a whole number from 1"),
         ({"seconds": 0.0}, "seconds=0.0; give a positive finite number"),
         ({"steps": 1, "lr": math.nan}, "lr=nan; give a positive finite number"),
         ({"steps": 1, "clip": -1.0}, "clip=-1.0; give a positive"),
-        ({"steps": 1, "every": None}, "every=None; give the number of steps"),
+        ({"steps": 1, "every": None}, "every=None; give a whole number"),
         ({"steps": 1, "patience": 2}, "patience=2 counts measurements on validation; give validation="),
         ({"steps": 1, "mode": "local"}, 'mode=\'local\'; use "end" or "blocks"'),
         ({"steps": 1, "mode": "blocks"}, "mode='blocks' with blocks=None; give"),
         ({"steps": 1, "blocks": "0"}, "mode='end' with blocks='0'"),
-        ({"steps": 1, "mode": "blocks", "blocks": []}, "blocks names no module"),
+        ({"steps": 1, "mode": "blocks", "blocks": []}, r"blocks=\[\]; give"),
         ({"steps": 1, "mode": "blocks", "blocks": "layer.*"}, r"'layer\.\*' matches no module of the student; .*'0'"),
         ({"steps": 1, "parameters": "head"}, 'parameters=\'head\'; use "all", "factors" or a predicate'),
         ({"steps": 1, "parameters": lambda *_: False}, "no parameter to train: .* chooses 0, all frozen"),
@@ -671,7 +699,7 @@ def test_bad_values(student, teacher, options, text):
     ("options", "text"),
     [
         ({"batches": torch.ones(2, 24)}, r"batches is a Tensor; give an iterable of batches, for one batch \[batch\]"),
-        ({"batches": None}, "batches is None"),
+        ({"batches": None}, "batches is a NoneType"),
         ({"batches": 7}, "batches is a int"),
         ({"validation": {"x": torch.ones(2, 24)}}, "validation is a dict"),
         ({"batches": ["text"]}, "a batch is a str; .*pass forward="),
@@ -679,6 +707,8 @@ def test_bad_values(student, teacher, options, text):
         ({"loss": lambda *_: 1.0}, "loss returned float; it returns a tensor with one number"),
         ({"loss": lambda a, *_: a[:2, 0]}, r"loss returned \(2,\); it returns a tensor"),
         ({"optimizer": lambda _: "adam"}, "optimizer returned str; it is a function of the parameters"),
+        ({"step": 3}, "heal has no setting 'step'; did you mean steps?"),
+        ({"warmth": 3}, "heal has no setting 'warmth'; did you mean steps, seconds, epochs, mode"),
     ],
 )
 def test_wrong_kinds(student, teacher, options, text):
