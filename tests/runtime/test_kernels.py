@@ -431,7 +431,7 @@ for layer in (KMatrix(48, 64, width=2), BlastLinear(33, 20, blocks=3, rank=7)):
 @pytest.mark.parametrize("level", ["x86-64", "x86-64-v3"])
 def test_narrower_vectors(level, tmp_path):
     """What runs on machines with SSE or AVX2 only; NEON takes the same path as SSE."""
-    options = {"CXXFLAGS": f"-march={level}", "STRUCTLIN_CACHE": str(tmp_path), native.SWITCH: ""}
+    options = {"CXXFLAGS": f"-march={level} -O1", "STRUCTLIN_CACHE": str(tmp_path), native.SWITCH: ""}
     subprocess.run([sys.executable, "-c", NARROW], env={**os.environ, **options}, check=True)
 
 
