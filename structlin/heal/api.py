@@ -18,6 +18,7 @@ from structlin.heal.options import HealOptions, Parameters
 from structlin.heal.report import HealReport
 from structlin.heal.run import Run
 from structlin.heal.state import Stream
+from structlin.layers.freeze import unfreeze_
 from structlin.layers.linear import StructuredLinear
 
 
@@ -40,7 +41,8 @@ def heal(
     the end, also after an error. Unless time ends it, the result depends on the arguments and torch's generators only.
 
     Args:
-        student: the model that learns. It may share parameters with the teacher only if they are not trained.
+        student: the model that learns; `freeze_` is undone. It may share parameters with the teacher only if they are
+            not trained.
         teacher: the model it learns from; it is not changed.
         batches: mappings (called as `model(**batch)`), tuples or lists (`model(*batch)`) or tensors, which are moved to
             the student's device. Iterated once per epoch; an iterator ends the training when it is exhausted.
@@ -82,6 +84,7 @@ def heal(
         validation = list(validation)
     if loss is None and not names:
         loss = distillation_loss
+    unfreeze_(student)  # a validation without gradients must see the factors as they are
     with (
         evaluating(student, teacher),
         _requiring_gradients(student, trained),

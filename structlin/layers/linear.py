@@ -184,7 +184,7 @@ class StructuredLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W as by `to_dense()`, for code that reads `linear.weight`: built anew at each access, not a parameter.
+        """W as by `to_dense()`, for code that reads `linear.weight`: rebuilt at each access, not a parameter.
 
         An in-place write goes to this temporary and is lost; assigning is refused.
         """

@@ -1,4 +1,4 @@
-"""The machine that runs: its record, measured once and kept in the user's cache, or a shipped one."""
+"""Records of machines on disk: rates that `measure_machine` found, in the user's cache, else the shipped ones."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from structlin.runtime.planner import CPU, H200, Machine
 
 
 def cache_folder() -> Path:
-    """Where what is measured or built is kept: $STRUCTLIN_CACHE, else the folder structlin in the user's cache."""
+    """Return the folder of records and built kernels: $STRUCTLIN_CACHE, else `structlin` in the user's cache."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("STRUCTLIN_CACHE") or Path(base) / "structlin")
 
 
 def processor() -> str:
-    """What tells this CPU from others: architecture and features."""
+    """Describe this CPU by its architecture and features, which tell it from others."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
@@ -30,7 +30,7 @@ def processor() -> str:
 
 
 def remember(device: torch.device, machine: Machine) -> None:
-    """Keep the record of a device, for this process and later ones."""
+    """Store the record of a device for this process and later ones."""
     path = _path(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_suffix(f".{os.getpid()}")
@@ -40,12 +40,12 @@ def remember(device: torch.device, machine: Machine) -> None:
 
 
 def shipped(device: torch.device) -> Machine:
-    """The record that stands in for one that was measured."""
+    """Return the shipped record, used until the device is measured."""
     return H200 if device.type == "cuda" else CPU
 
 
 def machine_of(device: torch.device) -> Machine:
-    """The record by which to plan on a device: what `measure_machine` found, or a shipped one."""
+    """Return the record by which to plan on a device: what `measure_machine` found, or a shipped one."""
     return _machine(device.type, torch.get_num_threads())
 
 
@@ -58,7 +58,7 @@ def _machine(device_type: str, threads: int) -> Machine:
 
 
 def name_of(device: torch.device) -> str:
-    """What a record of a device is called."""
+    """Name the device as its record does."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()

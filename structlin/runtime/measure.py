@@ -1,4 +1,4 @@
-"""Measure the machine that runs."""
+"""Benchmarks that make the record of this machine, by which layers plan."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ TOKENS = 256  # of a large input
 
 
 def measure_machine(device: torch.device | str = "cpu") -> Machine:
-    """Measure this machine, with as many threads as torch has now, and plan by what was found from then on; 2 s.
+    """Benchmark this machine at torch's current thread count (2 s) and use the result for all later plans.
 
-    What the native kernel takes is measured too, where it is built. Layers plan anew with the next number of rows that
-    they have not seen. The record is kept in the cache (see `structlin.kernels.build`) and read again by later
-    processes. Without it, layers plan by records that are shipped: `structlin.runtime.planner.CPU`, measured on one
-    AVX-512 core, and `H200`, from its data sheet.
+    The native kernel is measured too, where it is built. A layer uses the record from the next number of rows that it has
+    not run yet; later processes read it from the cache (see `structlin.kernels.build`). Without a record, layers plan by
+    shipped ones: `structlin.runtime.planner.CPU`, measured on one AVX-512 core, and `H200`, from its data sheet.
 
     Args:
         device: what to measure, a CPU or a CUDA device.
@@ -65,7 +64,7 @@ def _measured(device: torch.device, machine: Machine) -> Machine:
 
 
 def _native(tokens: int) -> float:
-    """How many times longer the native kernel takes than is predicted for the machine that its rates come from."""
+    """Return the time of the native kernel / that predicted from the machine on which its rates were measured."""
     size, rank = 768, 96
     eq = equation("o r, r i -> o i", ("left", "right"), {"o": size, "r": rank, "i": size})
     chain = kernels.chain_of(Spec(size, size, (eq,)))

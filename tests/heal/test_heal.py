@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
-from structlin import StructuredLinear, compress_model, distillation_loss
+from structlin import StructuredLinear, compress_model, distillation_loss, freeze_
 from structlin.heal import HealReport, HealStep, heal
 from structlin.heal.run import learning_rate
 
@@ -804,3 +804,18 @@ def test_language_model_by_its_logits():
     report = heal(student, teacher, batches, steps=20, lr=1e-2)
     assert report.loss_after < 0.5 * report.loss_before
     assert student.lm_head.weight is student.transformer.wte.weight
+
+
+def test_a_frozen_student_is_measured_as_it_learns():
+    """What a frozen layer keeps must not stand for the factors of later steps."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    student = copy.deepcopy(teacher).eval()
+    compress_model(student, "phm", ratio=0.5)
+    x = torch.randn(64, 32)
+    freeze_(student)(x)
+    report = heal(student, teacher, [x], validation=[x], progress=False, **STEPS)
+    assert len({row.validation for row in report.history}) == len(report.history)
+    assert not student[0].frozen
+    with torch.no_grad():
+        assert distillation_loss(student(x), teacher(x)).item() == pytest.approx(report.loss_after, rel=1e-4)

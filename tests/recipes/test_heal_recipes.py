@@ -7,6 +7,7 @@ import gzip
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -262,3 +263,12 @@ def test_perplexity_of_the_real_model():
     stories = compress_stories.read_stories(DATA / "tinystories" / "valid.tok512.npy", 512)
     assert len(stories) == 300
     assert 3 < compress_stories.perplexity(model, compress_stories.batches(stories[:16], 16)) < 4.5
+
+
+@pytest.mark.slow
+def test_heal_with_trainer():
+    pytest.importorskip("accelerate")
+    done = run("heal_with_trainer.py")
+    assert done.returncode == 0, done.stderr
+    before, after = map(float, re.findall(r"(\d\.\d+) (?:compressed|healed)", done.stdout))
+    assert after < 0.9 * before  # on sentences that were held back

@@ -68,7 +68,7 @@ def chain(x: Tensor, factors: tuple[Tensor, ...], bias: Tensor | None, program: 
 
 
 class Known(NamedTuple):
-    """What the kernel has to know of a layer to run it in one call, as `recall` in calls.cpp reads it.
+    """Everything that `recall` in calls.cpp checks before it runs a layer without a return to Python.
 
     Args:
         names: of the parameters: the factors, then the bias.
@@ -90,7 +90,10 @@ class Known(NamedTuple):
 
 
 def shortcut(known: Known) -> Callable[[Tensor, dict[str, Any]], Tensor | None] | None:
-    """What runs a layer in one call, given an input and its parameters; none where Python's headers were missing."""
+    """Return a function of (input, parameters) that runs a layer in one call, or gives None if `Execution` must decide.
+
+    None if the library was built without Python's headers.
+    """
     recall = getattr(_State.calls, "recall", None)
     return partial(recall, known) if recall else None
 
@@ -120,7 +123,7 @@ def _load(switch: str) -> bool:
 
 
 def _open(path: Path) -> Any:
-    """Load the library; by what to call it."""
+    """Load the library and return the module that exposes its functions."""
     if not _headers():
         torch.ops.load_library(path)
         return torch.ops.structlin

@@ -12,7 +12,9 @@ from structlin.equation.spec import Spec
 from structlin.runtime import contract, planner
 from structlin.runtime.machines import machine_of
 
-SPECS: WeakIdKeyDictionary = WeakIdKeyDictionary()  # what the programs are for, by their tensors
+# Program tensor -> spec. The operator's schema takes tensors, not a Spec, so that its double backward finds the spec by
+# the identity of the program. In compiled code that tensor may be another one: hence the error below.
+SPECS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def register() -> torch.library.Library:
