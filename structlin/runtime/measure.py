@@ -22,9 +22,9 @@ TOKENS = 256  # of a large input
 def measure_machine(device: torch.device | str = "cpu") -> Machine:
     """Benchmark this machine at torch's current thread count (2 s) and use the result for all later plans.
 
-    The native kernel is measured too, where it is built. A layer uses the record from the next number of rows that it has
-    not run yet; later processes read it from the cache (see `structlin.kernels.build`). Without a record, layers plan by
-    shipped ones: `structlin.runtime.planner.CPU`, measured on one AVX-512 core, and `H200`, from its data sheet.
+    The native kernel is measured too, where it is built. A layer uses the record from the next number of rows that it
+    has not run yet; later processes read it from the cache (see `structlin.kernels.build`). Without a record, layers
+    plan by shipped ones: `planner.CPU`, measured on one AVX-512 core, and `planner.H200`, from its data sheet.
 
     Args:
         device: what to measure, a CPU or a CUDA device.
