@@ -143,13 +143,9 @@ def statistics_by_layer(
     `collect_statistics` needs while running. Time: one run over all batches for each group of layers.
 
     Args:
-        model: see `collect_statistics`, as for all other arguments but two.
+        model: as in `collect_statistics`, like every argument that is not listed here.
         batches: a list or a data loader, which can be iterated several times.
         max_bytes: for the matrices of one pass, in B.
-        forward: calls the model.
-        names: layers to watch.
-        loss: scalar of the output and the batch.
-        **options: see `Collecting`.
     Returns:
         An iterator over the statistics of consecutive layers; the next pass starts when the next item is asked for.
     Raises:
@@ -199,12 +195,9 @@ def collect_shifted(
     one batch. Time: two forward passes, and 4 in^2 FLOPs per token and distinct pair.
 
     Args:
-        model: see `collect_statistics`, as for all other arguments but two.
-        batches: the calibration data.
+        model: as in `collect_statistics`, like every argument that is not listed here.
         swaps: module of the model -> what answers in its place; a layer of `names` may be among them.
         names: dotted names of the layers to watch, any of their aliases.
-        forward: calls the model.
-        **options: `dtype` and `mask`, see `Collecting`.
     Returns:
         The statistics by first dotted name, in module order.
     Raises:
