@@ -8,7 +8,7 @@ At the end the best model at the middle ratio is saved, loaded in a new process,
 the last bit.
 
 By default: the structures with a closed-form fit and low rank + K-matrix, at half of the parameters, in about two
-minutes on two cores. All of them at three ratios take a quarter of an hour.
+minutes on two cores. All of them at three ratios take longer.
 
     pip install "structlin[recipes]"
     python recipes/compress_minilm.py
