@@ -89,16 +89,23 @@ class KeptDense:
 
 
 @dataclass(frozen=True)
-class KeptOperands:
-    """A plan by chunks of rows, its factors merged and laid out once; for frozen layers."""
+class _Planned:
+    """A way that follows a plan."""
 
-    name: ClassVar[str] = "kept operands"
+    name: ClassVar[str]
     spec: Spec
     plan: Plan
     seconds: float
 
     def __str__(self) -> str:
         return f"{self.name}: {self.plan.summary}"
+
+
+@dataclass(frozen=True)
+class KeptOperands(_Planned):
+    """A plan by chunks of rows, its factors merged and laid out once; for frozen layers."""
+
+    name: ClassVar[str] = "kept operands"
 
     @property
     def keeps(self) -> object:
@@ -114,34 +121,22 @@ class KeptOperands:
 
 
 @dataclass(frozen=True)
-class Chunked:
+class Chunked(_Planned):
     """A plan by chunks of rows; without gradients."""
 
     name: ClassVar[str] = "chunks of rows"
     keeps: ClassVar[None] = None
-    spec: Spec
-    plan: Plan
-    seconds: float
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.plan.summary}"
 
     def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         return by_chunks(self.spec, contract.merge_factors(self.spec, factors, self.plan), x, bias, self.plan)
 
 
 @dataclass(frozen=True)
-class Autograd:
+class Autograd(_Planned):
     """A plan on all rows at once; autograd saves the activations. It runs everywhere: traced, transformed, compiled."""
 
     name: ClassVar[str] = "autograd"
     keeps: ClassVar[None] = None
-    spec: Spec
-    plan: Plan
-    seconds: float
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.plan.summary}"
 
     def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         return at_once(self.spec, contract.merge_factors(self.spec, factors, self.plan), x, bias, self.plan)

@@ -14,7 +14,7 @@ import pytest
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 pytest.importorskip("sklearn")
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 
 def run(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -65,27 +65,6 @@ def test_finetune_after_compression(tmp_path):
         assert 0.2 < row["kept"] < 0.26
         assert 0 < row["error"] < 1
         assert row["parameters"] < rows[0]["parameters"]
-
-
-WORDS = """[PAD] [UNK] [CLS] [SEP] [MASK]
-the a an of to and is in for it return if be this that with object value name file list not . , " ##s ##ed
-"""
-
-
-@pytest.fixture
-def tiny_bert(tmp_path) -> Path:
-    """A BERT of two layers with random weights, and a WordPiece tokenizer of a few words and all letters."""
-    folder = tmp_path / "tiny_bert"
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    vocabulary = dict.fromkeys([*WORDS.split(), *letters, *(f"##{letter}" for letter in letters)])
-    tokenizer = transformers.BertTokenizer(vocab={word: k for k, word in enumerate(vocabulary)})
-    tokenizer.save_pretrained(folder)
-    config = transformers.BertConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=48, initializer_range=0.2,
-    )  # fmt: skip
-    transformers.BertModel(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -165,9 +165,10 @@ def test_inputs_of_another_kind(layer, asked):
     assert layer(torch.randn(0, 64)).shape == (0, 48)
 
 
-def test_a_factor_that_has_shrunk_is_refused(layer):
-    known(layer).stage_1.data = torch.empty(3)
-    with pytest.raises(RuntimeError, match="factor 1 is missing, or has fewer than 512 entries"):
+@pytest.mark.parametrize("entries", [3, 513])
+def test_a_factor_of_another_size_is_refused(layer, entries):
+    known(layer).stage_1.data = torch.empty(entries)
+    with pytest.raises(RuntimeError, match="factor 1 is missing, or has not 512 entries"):
         layer(torch.randn(1, 64))
 
 
@@ -177,7 +178,7 @@ def test_the_kernel_checks_what_it_reads():
     for call in (native.chain, torch.ops.structlin.chain):
         with pytest.raises(RuntimeError, match="factor 1 is missing"):
             call(x, (left,), None, chain.program, 20)
-        with pytest.raises(RuntimeError, match="factor 0 is missing, or has fewer than 60 entries"):
+        with pytest.raises(RuntimeError, match="factor 0 is missing, or has not 60 entries"):
             call(x, (left[1:], right), None, chain.program, 20)
         with pytest.raises(RuntimeError, match="bias has 3 entries, not 20"):
             call(x, (left, right), left[0], chain.program, 20)

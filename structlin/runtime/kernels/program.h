@@ -91,13 +91,13 @@ struct Program {
     return (tokens + threads - 1) / threads;
   }
 
-  // Refuses factors that are shorter than the offsets reach: a parameter's `.data` may have been replaced since the
-  // program was written, and no read may leave a factor.
+  // Refuses factors of another size than the offsets cover: a parameter's `.data` may have been replaced since the
+  // program was written. No read may leave a factor, and a larger one would be read in the wrong order.
   void check(at::TensorList factors) const {
     for (int k = 0; k < stages(); ++k) {
       const Record& r = record(k);
-      TORCH_CHECK(r.factor < int64_t(factors.size()) && factors[r.factor].numel() >= r.entries,
-                  "structlin::chain: factor ", r.factor, " is missing, or has fewer than ", r.entries, " entries");
+      TORCH_CHECK(r.factor < int64_t(factors.size()) && factors[r.factor].numel() == r.entries,
+                  "structlin::chain: factor ", r.factor, " is missing, or has not ", r.entries, " entries");
     }
   }
 };
