@@ -23,6 +23,7 @@ WINGS = {
     "layers": 4,
     "structures": 5,
     "testing": 6,
+    "adapters": 6,
     "checkpoint": 7,
     "heal": 7,
     "compress": 8,

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from structlin.adapters import Adapter, Origin, adapter_of
+from structlin.adapters.adapter import shell_of
 from structlin.checkpoint._files import Stored
 from structlin.checkpoint._manifest import Checkpoint, Layer
 from structlin.checkpoint.tensors import CheckpointError
-from structlin.layers.embedding import StructuredEmbedding
 from structlin.layers.linear import StructuredLinear, build
 
 
@@ -46,27 +47,45 @@ def _layer_names(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def tree_of(skeleton: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Module]:
-    """The modules of the model to be, by every dotted name; the skeleton is only read."""
+    """Return the modules of the model to be, by every dotted name; the skeleton is only read."""
     old = dict(skeleton.named_modules(remove_duplicate=False))
-    names = _layer_names(checkpoint)
-    layers = checkpoint.manifest.layers
-    replaced = {name: _replaced(name, old, layers[first]) for name, first in names.items()}
-    new = {name: _fitting(name, replaced[name], layer) for name, layer in layers.items()}
-    inside = {path for path in old if any(path[:k] in names for k in _dots(path))}
-    tree = {path: new[names[path]] if path in names else module for path, module in old.items() if path not in inside}
-    tables: dict[nn.Module, nn.Module] = {}
-    for name, embedding in replaced.items():
-        if isinstance(embedding, nn.Embedding):
-            layer = new[names[name]]
-            assert isinstance(layer, StructuredLinear)
-            table = tables.setdefault(embedding, StructuredEmbedding(layer, embedding.padding_idx))
-            tree |= {name: layer, name.rpartition(".")[0]: table.train(embedding.training)}
+    names, layers = _layer_names(checkpoint), checkpoint.manifest.layers
+    spots = {name: _spot(name, old) for name in names}
+    opened: dict[nn.Module, nn.Module] = {}  # module of the skeleton that holds leaves -> what its adapter opens it to
+    new: dict[str, nn.Module] = {}
+    placed: dict[str, nn.Module] = {}  # by the name in the skeleton
+    for name, first in names.items():
+        holder, path, adapter = spots[name]
+        module = old[holder]
+        if path and module not in opened:
+            assert adapter is not None
+            opened[module] = adapter.open(module).train(module.training)
+            opened[module].origin = Origin(adapter, shell_of(module))  # type: ignore[assignment]
+        leaf = opened[module].get_submodule(path) if path else module if adapter is None else adapter.open(module)
+        _check_sizes(name, leaf, layers[first])
+        if first not in new:
+            new[first] = _fitting(name, leaf, layers[first])
+            if not path and leaf is not module:
+                new[first].origin = Origin(adapter, shell_of(module))  # type: ignore[arg-type, assignment]
+        if path:
+            owner, _, attribute = path.rpartition(".")
+            opened[module].get_submodule(owner)._modules[attribute] = new[first]
+        placed[holder] = opened[module] if path else new[first]
+    tree: dict[str, nn.Module] = {
+        path: module for path, module in old.items() if not any(path[:k] in placed for k in (*_dots(path), 0))
+    }
+    for holder, placed_module in placed.items():
+        for path, module in placed_module.named_modules(remove_duplicate=False):
+            tree[".".join(filter(None, (holder, path)))] = module
     seen: dict[tuple[int, str], str] = {}
     for path, module in tree.items():
         parent, _, child = path.rpartition(".")
-        other = seen.setdefault((id(old[parent]), child), path)
-        if path and tree[other] is not module:
-            raise CheckpointError(f"the skeleton shares {path!r} with {other!r}, the checkpoint does not; untie them")
+        if path and parent in old:
+            other = seen.setdefault((id(old[parent]), child), path)
+            if tree[other] is not module:
+                raise CheckpointError(
+                    f"the skeleton shares {path!r} with {other!r}, the checkpoint does not; untie them"
+                )
     return tree
 
 
@@ -74,32 +93,33 @@ def _dots(path: str) -> Iterator[int]:
     return (k for k, letter in enumerate(path) if letter == ".")
 
 
-def _replaced(name: str, old: Mapping[str, nn.Module], layer: Layer) -> nn.Module:
-    """The module of the skeleton that a layer replaces: that of its name, or the embedding whose table it becomes."""
-    parent, _, child = name.rpartition(".")
-    module = old.get(name, old.get(parent) if child == "linear" else None)
-    where = f"layer {name!r}"
-    if module is None or (name not in old and not isinstance(module, nn.Embedding)):
-        raise CheckpointError(f"{where}: the skeleton has no such module; expected the architecture that was saved")
-    expected = [layer.out_features, layer.in_features]
-    if isinstance(module, (nn.Linear, StructuredLinear)):
-        found = [module.out_features, module.in_features]
-    elif isinstance(module, nn.Embedding) and name not in old:
-        found = [module.num_embeddings, module.embedding_dim]
-    elif type(module).__name__ == "Conv1D" and isinstance(module.weight, Tensor):  # of transformers: transposed
-        found = [*module.weight.shape[::-1]]
-    else:
-        raise CheckpointError(f"{where}: the skeleton has a {type(module).__name__}; expected a linear layer")
+def _spot(name: str, old: Mapping[str, nn.Module]) -> tuple[str, str, Adapter | None]:
+    """Return the module of the skeleton that holds a layer, the layer's path once it is opened, and its adapter."""
+    for holder in (name, *(name[:k] for k in reversed([*_dots(name)])), ""):
+        module = old.get(holder)
+        path = name[len(holder) :].lstrip(".")
+        if isinstance(module, StructuredLinear) and not path:
+            return holder, "", None
+        adapter = None if module is None else adapter_of(module)
+        if module is not None and adapter is not None and path in adapter.leaves(module):
+            if reason := adapter.reason(module):
+                raise CheckpointError(f"layer {name!r}: the skeleton's {type(module).__name__} cannot be one: {reason}")
+            return holder, path, adapter
+    found = f"has a {type(old[name]).__name__} without this map" if name in old else "has no such module"
+    raise CheckpointError(f"layer {name!r}: the skeleton {found}; expected the architecture that was saved")
+
+
+def _check_sizes(name: str, leaf: Any, layer: Layer) -> None:
+    found, expected = [leaf.out_features, leaf.in_features], [layer.out_features, layer.in_features]
     if found != expected:
-        raise CheckpointError(f"{where}: the skeleton's weight is {found}, the checkpoint's {expected}")
-    bias = getattr(module, "bias", None) is not None
+        raise CheckpointError(f"layer {name!r}: the skeleton's weight is {found}, the checkpoint's {expected}")
+    bias = leaf.bias is not None
     if bias != layer.bias:
-        raise CheckpointError(f"{where}: bias is {bias} in the skeleton, {layer.bias} in the checkpoint")
-    return module
+        raise CheckpointError(f"layer {name!r}: bias is {bias} in the skeleton, {layer.bias} in the checkpoint")
 
 
-def _fitting(name: str, module: nn.Module, layer: Layer) -> nn.Module:
-    """The module itself, if it has the structure already, or a new layer on the meta device."""
+def _fitting(name: str, module: Any, layer: Layer) -> nn.Module:
+    """Return the module itself, if it has the structure already, or a new layer on the meta device."""
     if isinstance(module, StructuredLinear) and module.structure == layer.structure:
         return module
     try:
@@ -150,12 +170,14 @@ def places(
     if device is not None:
         return dict.fromkeys(checkpoint.tensors, torch.device(device))
     old = dict(skeleton.named_modules(remove_duplicate=False))
-    names = _layer_names(checkpoint)
     found_places: dict[str, torch.device] = {}
     for slot in slots:
-        owner = slot.name.rpartition(".")[0]
-        module = old.get(owner, old.get(owner.rpartition(".")[0])) if owner in names else None
-        found = next(module.parameters(), slot.tensor).device if module else slot.tensor.device
+        found = slot.tensor.device
+        if found.type == "meta":  # a new layer: it goes where the parameters of the module it comes from are
+            owner = slot.name.rpartition(".")[0]
+            while owner not in old:
+                owner = owner.rpartition(".")[0]
+            found = next(old[owner].parameters(), slot.tensor).device
         key = checkpoint.manifest.aliases.get(slot.name, slot.name)
         found_places.setdefault(key, torch.device("cpu") if found.type == "meta" else found)
     return found_places
@@ -191,7 +213,8 @@ def swaps(skeleton: nn.Module, tree: Mapping[str, nn.Module]) -> Iterator[Assign
     old = dict(skeleton.named_modules(remove_duplicate=False))
     for path, module in tree.items():
         parent, _, child = path.rpartition(".")
-        if path in old and path and module is not old[path]:
+        # Inside an opened module nothing is left to do: it comes as a whole.
+        if path in old and path and module is not old[path] and tree[parent] is old[parent]:
             yield old[parent], child, module
 
 

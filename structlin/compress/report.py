@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from structlin.compress.config import Compression
-from structlin.compress.tables import table
-from structlin.compress.targets import Target, unreached
+from structlin.compress.tables import shape, table
+from structlin.compress.targets import Piece, Target, unreached
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,18 @@ class Coverage:
     @classmethod
     def of(cls, model: nn.Module, targets: Sequence[Target], compressed: set[str]) -> Coverage:
         """Count the parameters of a dense model, given its targets and the names of those that get a structure."""
-        seen: set[int] = set()
+        seen: set[Piece] = set()
         counts = {True: 0, False: 0}
+        reached: Counter[int] = Counter()
         for chosen in (True, False):  # a shared bias counts where its layer is compressed
             for target in targets:
                 if (target.name in compressed) == chosen:
-                    for parameter in target.parameters():
-                        if id(parameter) not in seen:
-                            seen.add(id(parameter))
-                            counts[chosen] += 0 if is_lazy(parameter) else parameter.numel()
-        return cls(counts[True], counts[False], unreached(model, seen))
+                    for piece, size in target.pieces():
+                        if piece not in seen:
+                            seen.add(piece)
+                            counts[chosen] += size
+                            reached[piece[0]] += size
+        return cls(counts[True], counts[False], unreached(model, reached))
 
     @property
     def total(self) -> int:
@@ -95,7 +97,7 @@ class LayerReport:
         in_features: size of the input.
         out_features: size of the output.
         structure: the structure with its sizes, or None.
-        parameters_before: entries of the dense weight.
+        parameters_before: entries of the dense weight, or of all matrices of a stack.
         parameters_after: learned entries of the factors; the dense count where it stayed.
         flops_before: per token, 2 in out.
         flops_after: per token, of the cheaper sequential contraction.
@@ -104,6 +106,8 @@ class LayerReport:
             `Statistics.root`); None without calibration.
         seconds: time of the fit.
         reason: why it stayed dense, None where it did not.
+        count: number of matrices of these sizes: 1, or the experts of a stack.
+        called: whether calibration called the layer; None without calibration.
         hooks: number of forward and backward hooks that were kept.
         speed: with `require_speedup`, the worst measured time of the replacement / that of the dense layer.
     """
@@ -121,6 +125,8 @@ class LayerReport:
     output_error: float | None = None
     seconds: float = 0.0
     reason: str | None = None
+    count: int = 1
+    called: bool | None = None
     hooks: int = 0
     speed: float | None = None
 
@@ -205,12 +211,11 @@ class Report:
 
 def _cells(row: LayerReport) -> tuple[str, ...]:
     name = (row.name or "(root)") + (f" (+{len(row.aliases)} aliases)" if row.aliases else "")
-    shape = f"{row.out_features}x{row.in_features}"
     if row.structure is None:
-        return name, shape, f"dense: {row.reason}", f"{row.parameters_before:,}", "1", "1", "", "", ""
+        return name, shape(row), f"dense: {row.reason}", f"{row.parameters_before:,}", "1", "1", "", "", ""
     return (
         name,
-        shape,
+        shape(row),
         row.structure,
         f"{row.parameters_after:,}",
         f"{row.parameters_after / row.parameters_before:.3f}",
