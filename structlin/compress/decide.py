@@ -70,7 +70,7 @@ def choose(config: Compression, targets: Sequence[Target], last: Target | None) 
     else:
         default, rules = config.choices()
         for pattern, _ in rules:
-            if not any(matches(pattern, target.names, target.linear) for target in targets):
+            if not any(matches(pattern, target.spellings, target.linear) for target in targets):
                 raise ValueError(
                     f"rule {describe(pattern)} matches no linear layer; there are {[t.name for t in targets][:20]}"
                 )
@@ -92,7 +92,7 @@ def _choice(
     if target.reason:
         return target.reason
     for pattern, chosen in rules:
-        if matches(pattern, target.names, target.linear):  # type: ignore[arg-type]
+        if matches(pattern, target.spellings, target.linear):  # type: ignore[arg-type]
             return chosen or f"rule {describe(pattern)} keeps it dense"  # type: ignore[arg-type]
     if target.on_request:
         return "it is an embedding; name it in a rule to compress it"

@@ -182,6 +182,7 @@ def fit_layer(entry: PlanEntry, target: Target, data: Data, aim: Aim | None) -> 
         parameters_after=entry.parameters_after, flops_after=layer.flops_per_token,
         error=_mean(found.error for found in fits), output_error=_mean(found.output_error for found in fits),
         seconds=time.perf_counter() - start, hooks=count_hooks(target), called=None if target.on_request else called,
+        itemsize=target.linear.weight.element_size(),
     )  # fmt: skip
     return Outcome(target, row, modules)
 

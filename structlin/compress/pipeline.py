@@ -15,6 +15,7 @@ by blocks, and checkpoints larger than memory, put steps 2 to 5 into a loop over
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -123,6 +124,8 @@ def compress(
     swaps = {old: new for outcome in outcomes for old, new in outcome.modules.items()}
     root = model if dry_run else swap_modules(model, assemble(swaps, targets))
     report = Report(root, tuple(outcome.row for outcome in outcomes), covered, planned.settings())
+    if report.verdict:
+        warnings.warn(report.verdict, stacklevel=3)
     if evaluator is None:
         return report
     report = replace(report, qualities=(evaluator.dense,))

@@ -20,7 +20,7 @@ from structlin.fitting.fit import Fit
 
 VERSION = 2
 # Settings that the entries of a plan have answered already.
-ANSWERED = ("structure", "ratio", "rules", "budget", "allocation", "tied", "skip_last", "refine")
+ANSWERED = ("structure", "ratio", "rules", "exclude", "budget", "allocation", "tied", "skip_last", "refine")
 
 
 def fingerprint(weight: Tensor) -> tuple[float, float]:

@@ -14,8 +14,11 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from structlin.adapters import Adapter, adapter_of
+from structlin.layers.linear import StructuredLinear
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
+
+STRUCTURED = " (already structured)"  # what the type of such a module is followed by
 
 # A parameter, or the part of a packed one that a leaf is read from.
 Piece = tuple[int, str]
@@ -27,12 +30,13 @@ class User:
 
     Args:
         leaf: the dense map: an `nn.Linear`, or another leaf with `weight`, `bias`, `in_features` and `out_features`.
-        names: all dotted names of the leaf, once its module is opened.
+        names: all dotted names: of the leaf in the opened model, or of a module with no other leaf.
         module: of the model.
         opened: what its adapter opened it to; the module itself for an `nn.Linear`.
         path: of the leaf in `opened`, empty for `opened` itself.
         adapter: None where no adapter knows the module.
         pieces: the parameters that the leaf is read from, with their sizes.
+        parameters: the dotted names of the weight.
     """
 
     leaf: Any
@@ -42,6 +46,7 @@ class User:
     path: str = ""
     adapter: Adapter | None = None
     pieces: tuple[tuple[Piece, int], ...] = ()
+    parameters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,11 @@ class Target:
     def names(self) -> tuple[str, ...]:
         """All dotted names of all leaves, the canonical one first."""
         return tuple(name for user in self.users for name in user.names)
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """What a rule may call it: its names, and those of the parameters that hold the weight."""
+        return (*self.names, *(name for user in self.users for name in user.parameters))
 
     @property
     def name(self) -> str:
@@ -172,8 +182,10 @@ def _users(names: dict[nn.Module, tuple[str, ...]]) -> Iterator[tuple[User, Tens
             leaf = opened.get_submodule(path)
             packed = "" if leaf.weight.numel() == sources[path].numel() else path  # type: ignore[union-attr, operator]
             pieces = _pieces(module, weight_name, bias_name, packed, leaf)
-            paths = tuple(".".join(filter(None, (name, path))) for name in found)
-            user = User(leaf, paths, module, opened, path, adapter, pieces)
+            # The only leaf of a module goes by the module's name; rules may also name the parameter.
+            paths = tuple(".".join(filter(None, (name, path if len(weights) > 1 else ""))) for name in found)
+            parameters = tuple(".".join(filter(None, (name, weight_name))) for name in found)
+            user = User(leaf, paths, module, opened, path, adapter, pieces, parameters)
             yield user, sources[path], _value_reason(sources[path])  # type: ignore[arg-type]
 
 
@@ -316,5 +328,7 @@ def unreached(model: nn.Module, reached: dict[int, int]) -> dict[str, int]:
                 if rest := parameter.numel() - reached.get(id(parameter), 0):
                     adapter = adapter_of(module)
                     reason = adapter.reason(module) if adapter else None
+                    if isinstance(module, StructuredLinear):
+                        reason = STRUCTURED[2:-1]
                     counts[type(module).__name__ + (f" ({reason})" if reason else "")] += rest
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
