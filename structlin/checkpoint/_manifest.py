@@ -38,19 +38,24 @@ MOST_FACTORS = 128
 
 @dataclass(frozen=True)
 class Layer:
-    """The arguments that build a structured layer."""
+    """The arguments that build a structured layer; `experts` is the number of matrices of a stack."""
 
     structure: Structure
     in_features: int
     out_features: int
     bias: bool
     dtype: torch.dtype
+    experts: int | None = None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of its tensors by name."""
         spec = self.structure.spec(self.in_features, self.out_features)
-        shapes = {factor.name: shape for factor, shape in zip(spec.factors, spec.shapes, strict=True)}
-        return shapes | {"bias": (self.out_features,)} if self.bias else shapes
+        stack = () if self.experts is None else (self.experts,)
+        shapes = {
+            factor.name: (*(stack if factor.learned else ()), *shape)
+            for factor, shape in zip(spec.factors, spec.shapes, strict=True)
+        }
+        return shapes | {"bias": (*stack, self.out_features)} if self.bias else shapes
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,7 @@ def write(directory: Path, **fields: Any) -> None:
             "out_features": layer.out_features,
             "bias": layer.bias,
             "dtype": str(layer.dtype).removeprefix("torch."),
+            **({} if layer.experts is None else {"experts": layer.experts}),
         }
         for name, layer in fields["layers"].items()
     }
@@ -163,14 +169,16 @@ def _encoded(name: str, value: Any) -> Any:
 
 
 def _decoded_layer(where: str, entry: Any, limit: int) -> Layer:
-    _check_fields(entry, LAYER_FIELDS, where)
-    for side in ("in_features", "out_features"):
+    stacked = isinstance(entry, dict) and "experts" in entry
+    _check_fields(entry, LAYER_FIELDS | ({"experts": int} if stacked else {}), where)
+    for side in ("in_features", "out_features", *(["experts"] if stacked else [])):
         if not 1 <= entry[side] <= LARGEST_AXIS:
             raise CheckpointError(f"{where}: {side}={entry[side]}; expected 1 to {LARGEST_AXIS}")
     if entry["dtype"] not in LAYER_DTYPES:
         raise CheckpointError(f"{where}: dtype {entry['dtype']!r}; expected one of {sorted(LAYER_DTYPES)}")
     structure = _decoded({key: entry[key] for key in STRUCTURE_FIELDS}, limit, where)
-    return Layer(structure, entry["in_features"], entry["out_features"], entry["bias"], LAYER_DTYPES[entry["dtype"]])
+    sizes = entry["in_features"], entry["out_features"]
+    return Layer(structure, *sizes, entry["bias"], LAYER_DTYPES[entry["dtype"]], entry.get("experts"))
 
 
 def _decoded(value: Any, limit: int, where: str) -> Any:

@@ -15,7 +15,9 @@ from structlin.adapters.adapter import shell_of
 from structlin.checkpoint._directory import CheckpointError, explaining
 from structlin.checkpoint._manifest import Checkpoint, Layer, dotted
 from structlin.checkpoint.tensors import Stored, cast
-from structlin.layers.linear import StructuredLinear, build
+from structlin.layers.expert_linear import StructuredExpertLinear
+from structlin.layers.factored import Factored
+from structlin.layers.linear import build
 
 Modules = Mapping[str, nn.Module]  # by every dotted name, shared ones under each of theirs
 Assignment = tuple[nn.Module, str, Tensor | nn.Module]
@@ -91,7 +93,7 @@ def _spot(name: str, old: Modules) -> tuple[str, str, Adapter | None]:
     for holder in (name, *(name[:k] for k in reversed([*_dots(name)])), ""):
         module = old.get(holder)
         path = name[len(holder) :].lstrip(".")
-        if isinstance(module, StructuredLinear) and not path:
+        if isinstance(module, Factored) and not path:
             return holder, "", None
         adapter = None if module is None else adapter_of(module)
         if module is not None and adapter is not None and path in adapter.leaves(module):
@@ -106,6 +108,9 @@ def _check_sizes(name: str, leaf: Any, layer: Layer) -> None:
     found, expected = [leaf.out_features, leaf.in_features], [layer.out_features, layer.in_features]
     if found != expected:
         raise CheckpointError(f"layer {name!r}: the skeleton's weight is {found}, the checkpoint's {expected}")
+    if getattr(leaf, "num_experts", None) != layer.experts:
+        found = f"{getattr(leaf, 'num_experts', None)} experts"
+        raise CheckpointError(f"layer {name!r}: {found} in the skeleton, {layer.experts} in the checkpoint")
     bias = leaf.bias is not None
     if bias != layer.bias:
         raise CheckpointError(f"layer {name!r}: bias is {bias} in the skeleton, {layer.bias} in the checkpoint")
@@ -113,11 +118,16 @@ def _check_sizes(name: str, leaf: Any, layer: Layer) -> None:
 
 def _fitting(name: str, module: Any, layer: Layer) -> nn.Module:
     """Return the module if it has the structure already, else a new layer, on the meta device until it is filled."""
-    if isinstance(module, StructuredLinear) and module.structure == layer.structure:
+    if isinstance(module, Factored) and module.structure == layer.structure:
         return module
     sizes = layer.in_features, layer.out_features
     with explaining(f"layer {name!r}: {layer.structure} cannot be built"):  # third-party code may raise anything
-        built = build(layer.structure, *sizes, layer.bias, device="meta", dtype=layer.dtype)
+        options: Any = {"device": "meta", "dtype": layer.dtype}
+        built: Factored = (
+            build(layer.structure, *sizes, layer.bias, **options)
+            if layer.experts is None
+            else StructuredExpertLinear(layer.experts, *sizes, layer.bias, structure=layer.structure, **options)
+        )
     built.requires_grad_(next((p.requires_grad for p in module.parameters()), True))
     return built.train(module.training)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from structlin.checkpoint import _directory, _manifest, _skeleton, tensors
 from structlin.checkpoint._directory import CheckpointError
 from structlin.checkpoint._manifest import Layer
-from structlin.layers.linear import StructuredLinear
+from structlin.layers.factored import Factored
 
 T = TypeVar("T")
 
@@ -94,7 +94,7 @@ def save(
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes} is below 1; it is a number of bytes")
     modules = [*model.named_modules(remove_duplicate=False)]
-    layers, shared_layers = _split_by_first_name((n, m) for n, m in modules if isinstance(m, StructuredLinear))
+    layers, shared_layers = _split_by_first_name((n, m) for n, m in modules if isinstance(m, Factored))
     stored, aliases = _split_by_first_name((slot.name, slot.tensor) for slot in _skeleton.slots_of(modules))
     if different := sorted(set(model.state_dict(keep_vars=True)) ^ {*stored, *aliases}):
         raise CheckpointError(f"state_dict and parameters differ in {different[:5]}; only plain tensors are stored")
@@ -208,9 +208,9 @@ def _split_by_first_name(named: Iterable[tuple[str, T]]) -> tuple[dict[str, T], 
     return objects, further
 
 
-def _described(layer: StructuredLinear) -> Layer:
+def _described(layer: Factored) -> Layer:
     dtype = next(tensor.dtype for tensor in (*layer.parameters(), *layer.buffers()))
-    return Layer(layer.structure, layer.in_features, layer.out_features, layer.bias is not None, dtype)
+    return Layer(layer.structure, layer.in_features, layer.out_features, layer.bias is not None, dtype, *layer.stack)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import nn
 from structlin.adapters import Origin
 from structlin.adapters.adapter import shell_of
 from structlin.compress.targets import Target, User, module_names
+from structlin.layers.factored import Factored
 from structlin.layers.linear import StructuredLinear, build
 
 _HOOKS = (
@@ -147,7 +148,7 @@ def to_dense_(model: nn.Module) -> nn.Module:
 
 def _share(dense: nn.Module, name: str, leaf: Any, weights: dict[tuple[int, tuple[int, ...]], nn.Parameter]) -> None:
     """Give a dense module the weight of one that is merged already, if their structured layers share factors."""
-    if isinstance(leaf, StructuredLinear):
+    if isinstance(leaf, Factored):
         owner, _, attribute = name.rpartition(".")
         holder = dense.get_submodule(owner)
         weight = holder.get_parameter(attribute)

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from structlin.equation.structure import Structure, show
 from structlin.fitting.budget import Budget, NoMemberError, within
 from structlin.fitting.fit import Fit, fit, relative_error
 from structlin.fitting.objective import GramRoot
+from structlin.layers.expert_linear import StructuredExpertLinear
 from structlin.layers.linear import StructuredLinear, from_fit
 from structlin.runtime.contract import to_dense
 
@@ -172,7 +174,11 @@ def fit_layer(entry: PlanEntry, target: Target, data: Data, aim: Aim | None) -> 
     start = time.perf_counter()
     try:
         fits = _fit_stack(entry, target, data) if target.stacked else [_fit(entry, target, data, aim)]
-        layer = from_fit(fits[0], target.linear)
+        layer: Any = (
+            StructuredExpertLinear.from_fits(fits, target.linear)
+            if target.stacked
+            else from_fit(fits[0], target.linear)
+        )
         modules = replacements(target, layer)
     except Exception as error:
         raise _named(entry.name, error) from error

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from structlin.adapters import Adapter, adapter_of
-from structlin.layers.linear import StructuredLinear
+from structlin.layers.factored import Factored
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 
@@ -328,7 +328,7 @@ def unreached(model: nn.Module, reached: dict[int, int]) -> dict[str, int]:
                 if rest := parameter.numel() - reached.get(id(parameter), 0):
                     adapter = adapter_of(module)
                     reason = adapter.reason(module) if adapter else None
-                    if isinstance(module, StructuredLinear):
+                    if isinstance(module, Factored):
                         reason = STRUCTURED[2:-1]
                     counts[type(module).__name__ + (f" ({reason})" if reason else "")] += rest
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
