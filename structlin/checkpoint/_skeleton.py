@@ -109,8 +109,8 @@ def _check_sizes(name: str, leaf: Any, layer: Layer) -> None:
     if found != expected:
         raise CheckpointError(f"layer {name!r}: the skeleton's weight is {found}, the checkpoint's {expected}")
     if getattr(leaf, "num_experts", None) != layer.experts:
-        found = f"{getattr(leaf, 'num_experts', None)} experts"
-        raise CheckpointError(f"layer {name!r}: {found} in the skeleton, {layer.experts} in the checkpoint")
+        count = getattr(leaf, "num_experts", None)
+        raise CheckpointError(f"layer {name!r}: {count} experts in the skeleton, {layer.experts} in the checkpoint")
     bias = leaf.bias is not None
     if bias != layer.bias:
         raise CheckpointError(f"layer {name!r}: bias is {bias} in the skeleton, {layer.bias} in the checkpoint")
