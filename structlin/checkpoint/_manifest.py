@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -217,7 +217,7 @@ def _check_strings(values: Iterable[Any], where: str) -> None:
             raise CheckpointError(f"{where}: found {type(value).__name__}, expected a string")
 
 
-def _check_names(manifest: Manifest, tensors: Mapping[str, Stored]) -> None:
+def _check_names(manifest: Manifest, tensors: Collection[str]) -> None:
     layers, shared, aliases = manifest.layers, manifest.shared_layers, manifest.aliases
     for name in (*layers, *shared, *tensors, *aliases):
         # The root is "", if it is a layer itself.
@@ -233,7 +233,7 @@ def _prefixed(layer: str, name: str) -> str:
     return f"{layer}.{name}" if layer else name
 
 
-def _check_tensors(name: str, layer: Layer, manifest: Manifest, tensors: Mapping[str, Stored]) -> None:
+def _shapes(name: str, layer: Layer) -> dict[str, tuple[int, ...]]:
     try:
         shapes = layer.shapes()
     except Exception as error:  # a structure of a third party may raise anything, an overflow included
@@ -242,6 +242,11 @@ def _check_tensors(name: str, layer: Layer, manifest: Manifest, tensors: Mapping
         raise CheckpointError(
             f"layer {name!r}: {layer.structure} has {len(shapes)} tensors, expected up to {MOST_FACTORS}"
         )
+    return shapes
+
+
+def _check_tensors(name: str, layer: Layer, manifest: Manifest, tensors: Mapping[str, Stored]) -> None:
+    shapes = _shapes(name, layer)
     for part, shape in shapes.items():
         key = _prefixed(name, part)
         stored = tensors.get(manifest.aliases.get(key, key))

@@ -93,7 +93,7 @@ def _replaced(name: str, old: Mapping[str, nn.Module], layer: Layer) -> nn.Modul
     if found != expected:
         raise CheckpointError(f"{where}: the skeleton's weight is {found}, the checkpoint's {expected}")
     bias = getattr(module, "bias", None) is not None
-    if bias != layer.bias:
+    if bias != layer.bias and not isinstance(module, nn.Embedding):  # there the bias is that of the tied output layer
         raise CheckpointError(f"{where}: bias is {bias} in the skeleton, {layer.bias} in the checkpoint")
     return module
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
 from structlin.compress.targets import Target, module_names
 from structlin.layers.embedding import StructuredEmbedding
 from structlin.layers.linear import StructuredLinear, build
+
+# Called with the root whenever modules were swapped; integrations keep what they store beside a model up to date.
+after_swap: list[Callable[[nn.Module], object]] = []
 
 _HOOKS = (
     "_forward_hooks",
@@ -66,7 +69,10 @@ def swap_modules(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> nn.M
     ]
     for parent, attribute, new in found:  # dictionary entries only: nothing here can fail halfway
         parent._modules[attribute] = new
-    return swaps.get(model, model)
+    root = swaps.get(model, model)
+    for call in after_swap:
+        call(root)
+    return root
 
 
 def to_dense_(model: nn.Module) -> nn.Module:
