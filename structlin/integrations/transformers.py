@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterable, Iterator
-from typing import Any
+import warnings
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -17,7 +22,7 @@ from structlin.checkpoint._manifest import Manifest
 from structlin.checkpoint.table import read_table, replace_layers, table_of
 from structlin.checkpoint.tensors import CheckpointError
 from structlin.compress.commit import after_swap, to_dense_
-from structlin.layers.embedding import StructuredEmbedding
+from structlin.integrations import _names as names
 from structlin.layers.linear import StructuredLinear
 
 METHOD = "structlin"
@@ -76,17 +81,17 @@ class StructlinQuantizer(HfQuantizer):
         # Before `get_new_dtype` there, transformers left renamed tensors of a quantised checkpoint in the stored dtype.
         self.pre_quantized = hasattr(HfQuantizer, "get_new_dtype")
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.ties: dict[str, Any] = {}
+        self.hook: RemovableHandle | None = None
 
     # Loading -------------------------------------------------------------------------------------------------------
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         before = set(model.state_dict())
         limit = max((size for parameter in model.parameters() for size in parameter.shape), default=1)
-        replace_layers(model, _fitted(self.quantization_config.table(limit), model))
+        replace_layers(model, names.fitted(self.quantization_config.table(limit), model))
         state = model.state_dict()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-        _tie(model, self)
+        names.tie(model, table_of(model)["aliases"])
         # The sentinels of `get_state_dict_and_metadata` have the names of what the layers replaced.
         ignored = {f"^{re.escape(name)}$" for name in before - state.keys()}
         known = model._keys_to_ignore_on_load_unexpected  # None, a list or a set, by the version
@@ -102,8 +107,7 @@ class StructlinQuantizer(HfQuantizer):
                 # transformers only warns of missing tensors; those offloaded to disk stay on meta.
                 if not tensor.is_meta and not getattr(tensor, "_is_hf_initialized", False):
                     raise CheckpointError(f"layer {name!r}: tensor {f'{name}.{part}'!r} is missing in the checkpoint")
-        _mark(model, self)
-        return model
+        return prepare(model)
 
     # Saving --------------------------------------------------------------------------------------------------------
 
@@ -116,10 +120,9 @@ class StructlinQuantizer(HfQuantizer):
         prepare(model)  # layers may have been swapped since
         if not any(True for _ in _structured(model)):
             return None, {}
-        state = _state_dict(model)
         table = self.quantization_config
-        state = {name: tensor for name, tensor in state.items() if name not in table.aliases}
-        return state | {name: torch.full((1,), torch.nan) for name in _replaced_weights(model, table.layers)}, {}
+        state = {name: tensor for name, tensor in _state_dict(model).items() if name not in table.aliases}
+        return state | {name: torch.full((1,), torch.nan) for name in names.replaced(model, table.layers)}, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -139,9 +142,10 @@ class StructlinQuantizer(HfQuantizer):
         return True
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        to_dense_(model)  # the callback below takes the marks away
-        self.quantization_config = model.config.quantization_config = StructlinConfig.of(model)  # for the caller
-        model.hf_quantizer = self
+        stored = model.config.dtype
+        to_dense_(model)  # which prepares the model, too
+        if dtype is not None and dtype != stored:
+            model.to(dtype)
         return model
 
 
@@ -161,16 +165,32 @@ def prepare(model: nn.Module) -> nn.Module:
         if isinstance(module, PreTrainedModel):
             known = getattr(module, "hf_quantizer", None)
             structured = any(True for _ in _structured(module))
-            if structured and (known is None or isinstance(known, StructlinQuantizer)):
+            if isinstance(known, StructlinQuantizer) and not structured:
+                unprepare(module)
+            elif structured and known is not None and not isinstance(known, StructlinQuantizer):
+                method = known.quantization_config.quant_method
+                warnings.warn(
+                    f"the model is quantised by {method}: save_pretrained stores one method only and would lose the "
+                    "structured layers; compress a model that is not quantised",
+                    stacklevel=2,
+                )
+            elif structured:
                 config = StructlinConfig.of(module)
                 quantizer = known or StructlinQuantizer(config)
                 quantizer.quantization_config = config
-                _tie(module, quantizer)
                 _mark(module, quantizer)
-            elif isinstance(known, StructlinQuantizer):
-                _untie(module, known)
-                known.remove_quantization_config(module)
     return model
+
+
+def unprepare(model: Any) -> None:
+    """Make a model of transformers ordinary again: what `prepare` set is taken away."""
+    quantizer = model.hf_quantizer
+    quantizer.hook.remove()
+    quantizer.hook = None
+    quantizer.remove_quantization_config(model)
+    vars(model.config).pop("_is_quantized", None)
+    model.model_tags.remove(METHOD)
+    names.untie(model)
 
 
 def _mark(model: Any, quantizer: StructlinQuantizer) -> None:
@@ -181,35 +201,43 @@ def _mark(model: Any, quantizer: StructlinQuantizer) -> None:
     model.is_quantized = False
     model.quantization_method = METHOD
     model.add_model_tags([METHOD])
+    names.tie(model, quantizer.quantization_config.aliases)
+    if quantizer.hook is None:
+        quantizer.hook = model.register_load_state_dict_pre_hook(_as_in_the_model)
 
 
 def _structured(model: nn.Module) -> Iterator[tuple[str, StructuredLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, StructuredLinear))
 
 
-def _replaced_weights(model: nn.Module, layers: Iterable[str]) -> Iterator[str]:
-    """Names of the dense weights that the layers replaced: their own, or that of the embedding that they stand in."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name in layers:
-        parent = name.rpartition(".")[0]
-        yield f"{parent if isinstance(modules[parent], StructuredEmbedding) else name}.weight"
+def _as_in_the_model(model: Any, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Turn the tensors of a saved file into those of `state_dict`: a hook of `load_state_dict`, as Trainer calls it."""
+    table = model.hf_quantizer.quantization_config
+    for name in names.replaced(model, table.layers):
+        state.pop(prefix + name, None)
+    for name, first in table.aliases.items():
+        if prefix + first in state:
+            state.setdefault(prefix + name, state[prefix + first])
 
 
 def _state_dict(model: Any) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = model.state_dict()
-    return state
+    """Return what the caller of `save_pretrained` passed as state_dict, else the model's own, gathered if sharded.
 
-
-def _fitted(table: Manifest, model: Any) -> Manifest:
-    return table
-
-
-def _tie(model: Any, quantizer: StructlinQuantizer) -> None:
-    """Tie factors in place of the weights that they replace."""
-
-
-def _untie(model: Any, quantizer: StructlinQuantizer) -> None:
-    """Restore the ties of the dense model."""
+    For a quantised model transformers puts the quantizer's tensors in place of the caller's. Under FSDP, Trainer
+    gathers on all ranks and saves on one: there the caller's are the only full tensors, and gathering would hang.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and not (
+        frame.f_code.co_name == "save_pretrained" and frame.f_locals.get("self") is model
+    ):  # fmt: skip
+        frame = frame.f_back
+    given = frame.f_locals.get("state_dict") if frame else None
+    if given is not None:
+        return dict(given)
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+    return dict(model.state_dict())
 
 
 if METHOD not in AUTO_QUANTIZER_MAPPING:  # the module may be imported again
