@@ -1,4 +1,4 @@
-"""Names of layers and tensors in a model of transformers: base model prefixes, ties, and what layers replaced."""
+"""Names of layers and tensors in a model of transformers: base model prefixes and ties."""
 
 from __future__ import annotations
 
@@ -10,23 +10,13 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from structlin.checkpoint._manifest import Manifest
-from structlin.checkpoint.tensors import CheckpointError
-from structlin.layers.embedding import StructuredEmbedding
-
-
-def replaced(model: nn.Module, layers: Iterable[str]) -> Iterator[str]:
-    """Names of the dense weights that layers replaced: their own, or that of the embedding that they stand in."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name in layers:
-        parent = name.rpartition(".")[0]
-        yield f"{parent if isinstance(modules[parent], StructuredEmbedding) else name}.weight"
-
+from structlin.checkpoint import CheckpointError
+from structlin.checkpoint._manifest import Checkpoint
 
 # The base model and its heads ----------------------------------------------------------------------------------------
 
 
-def fitted(table: Manifest, model: Any) -> Manifest:
+def fitted(table: Checkpoint, model: Any) -> Checkpoint:
     """Rename the layers of a table for another class around the same base model, as transformers renames tensors.
 
     The prefix of the base model is added or taken away; layers of another class's head are left out. For the class

@@ -18,14 +18,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from structlin.checkpoint._manifest import Manifest
-from structlin.checkpoint.table import read_table, replace_layers, table_of
-from structlin.checkpoint.tensors import CheckpointError
+from structlin.checkpoint import CheckpointError
+from structlin.checkpoint._manifest import Checkpoint
+from structlin.checkpoint.table import METHOD, read_table, replace_layers, replaced_weights, table_of
 from structlin.compress.commit import after_swap, to_dense_
 from structlin.integrations import _names as names
 from structlin.layers.linear import StructuredLinear
-
-METHOD = "structlin"
 
 
 class StructlinConfig(QuantizationConfigMixin):
@@ -64,7 +62,7 @@ class StructlinConfig(QuantizationConfigMixin):
         """Write the table of a model's structured layers."""
         return cls(**table_of(model))
 
-    def table(self, limit: int) -> Manifest:
+    def table(self, limit: int) -> Checkpoint:
         """Read the table, everything checked; sizes up to a limit, the largest axis of the model."""
         document = {key: value for key, value in self.to_dict().items() if key != "quant_method"}
         return read_table(document, limit, "quantization_config")
@@ -122,7 +120,7 @@ class StructlinQuantizer(HfQuantizer):
             return None, {}
         table = self.quantization_config
         state = {name: tensor for name, tensor in _state_dict(model).items() if name not in table.aliases}
-        return state | {name: torch.full((1,), torch.nan) for name in names.replaced(model, table.layers)}, {}
+        return state | {name: torch.full((1,), torch.nan) for name in replaced_weights(model, table.layers)}, {}
 
     def is_serializable(self) -> bool:
         return True
@@ -213,7 +211,7 @@ def _structured(model: nn.Module) -> Iterator[tuple[str, StructuredLinear]]:
 def _as_in_the_model(model: Any, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Turn the tensors of a saved file into those of `state_dict`: a hook of `load_state_dict`, as Trainer calls it."""
     table = model.hf_quantizer.quantization_config
-    for name in names.replaced(model, table.layers):
+    for name in replaced_weights(model, table.layers):
         state.pop(prefix + name, None)
     for name, first in table.aliases.items():
         if prefix + first in state:
