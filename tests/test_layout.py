@@ -27,6 +27,8 @@ WINGS = {
     "checkpoint": 7,
     "heal": 7,
     "compress": 8,
+    "integrations": 9,
+    "hf": 9,
     "": 10,
 }
 NO_TORCH = ("equation.spec", "equation.modes", "runtime.costs", "runtime.planner")

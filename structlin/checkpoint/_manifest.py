@@ -68,7 +68,7 @@ class Checkpoint:
         layers: the structured layers by dotted name.
         shared_layers: further names of layers, each with the first.
         aliases: further names of tensors, each with the stored one.
-        shards: sha256 by file name.
+        shards: sha256 by file name, None where it is not known.
         metadata: the user's.
         structlin_version: of the writer.
     """
@@ -78,7 +78,7 @@ class Checkpoint:
     layers: Mapping[str, Layer]
     shared_layers: Mapping[str, str]
     aliases: Mapping[str, str]
-    shards: Mapping[str, str]
+    shards: Mapping[str, str | None]
     metadata: Mapping[str, Any]
     structlin_version: str
 
@@ -92,14 +92,13 @@ def dotted(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def write(directory: Path, **fields: Any) -> None:
-    """Write structlin.json from its fields, all but the versions."""
+def document_of(*, layers: Mapping[str, Layer], **fields: Any) -> dict[str, Any]:
+    """Return the fields as JSON data, with the versions."""
     try:
         by = version("structlin")
     except PackageNotFoundError:  # a source tree that is not installed
         by = "unknown"
-    document = {"format_version": FORMAT_VERSION, "structlin_version": by, **fields}
-    document["layers"] = {
+    entries = {
         name: {
             **_encoded(name, layer.structure),
             "in_features": layer.in_features,
@@ -108,10 +107,15 @@ def write(directory: Path, **fields: Any) -> None:
             "dtype": str(layer.dtype).removeprefix("torch."),
             **({} if layer.experts is None else {"experts": layer.experts}),
         }
-        for name, layer in fields["layers"].items()
+        for name, layer in layers.items()
     }
+    return {"format_version": FORMAT_VERSION, "structlin_version": by, "layers": entries, **fields}
+
+
+def write(directory: Path, **fields: Any) -> None:
+    """Write structlin.json from its fields, all but the versions."""
     try:
-        text = json.dumps(document, indent=2, allow_nan=False)
+        text = json.dumps(document_of(**fields), indent=2, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"metadata or a hyperparameter cannot be written as JSON: {error}; use numbers, strings, None, lists, dicts"
@@ -127,32 +131,47 @@ def read(directory: Path) -> Checkpoint:
     """
     document = read_json(directory, MANIFEST)
     where = str(directory / MANIFEST)
+    check_document(document, FIELDS, where)
+    tensors = read_headers(directory, list(document["shards"]), set(document["complex"]))
+    limit = max((size for stored in tensors.values() for size in stored.shape), default=1)
+    same = {key: document[key] for key in ("shared_layers", "aliases", "shards", "metadata", "structlin_version")}
+    checkpoint = Checkpoint(directory, tensors, decoded_layers(document, limit), **same)
+    check_names(checkpoint)
+    check_tensors(checkpoint)
+    return checkpoint
+
+
+def check_document(document: Any, fields: Mapping[str, type], where: str) -> None:
+    """Check the version and the fields of a document, and that names are strings."""
     found = document.get("format_version") if isinstance(document, dict) else None
     if type(found) is not int or found != FORMAT_VERSION:
         raise CheckpointError(f"{where}: format_version {found!r}; this structlin reads {FORMAT_VERSION}, update it")
-    _check_fields(document, FIELDS, where)
-    for key in ("shared_layers", "aliases", "shards", "complex"):
-        values = document[key].values() if FIELDS[key] is dict else document[key]
+    _check_fields(document, fields, where)
+    for key in {"shared_layers", "aliases", "shards", "complex"} & set(fields):
+        values = document[key].values() if fields[key] is dict else document[key]
         if wrong := [value for value in values if not isinstance(value, str)]:
             raise CheckpointError(f"{where}: {key}: found {type(wrong[0]).__name__}, expected a string")
-    tensors = read_headers(directory, list(document["shards"]), set(document["complex"]))
-    limit = max([SMALL, *(size for stored in tensors.values() for size in stored.shape)])
-    layers = {name: _decoded_layer(f"layer {name!r}", entry, limit) for name, entry in document["layers"].items()}
-    same = {key: document[key] for key in ("shared_layers", "aliases", "shards", "metadata", "structlin_version")}
-    checkpoint = Checkpoint(directory, tensors, layers, **same)
-    _check_names(checkpoint)
+
+
+def decoded_layers(document: Mapping[str, Any], limit: int) -> dict[str, Layer]:
+    """Read the layers of a document; their hyperparameters are at most `limit`, or SMALL."""
+    limit = max(limit, SMALL)
+    return {name: _decoded_layer(f"layer {name!r}", entry, limit) for name, entry in document["layers"].items()}
+
+
+def check_tensors(checkpoint: Checkpoint) -> None:
+    """Compare the layers with the stored tensors."""
     parts: defaultdict[str, set[str]] = defaultdict(set)
-    for key in (*tensors, *checkpoint.aliases):
+    for key in (*checkpoint.tensors, *checkpoint.aliases):
         owner, _, part = key.rpartition(".")
         parts[owner].add(part)
-    for name, layer in layers.items():
+    for name, layer in checkpoint.layers.items():
         _check_layer(name, layer, parts[name], checkpoint)
     for name, first in checkpoint.shared_layers.items():
-        for part in layers[first].shapes():
+        for part in checkpoint.layers[first].shapes():
             key, expected = dotted(name, part), dotted(first, part)
             if checkpoint.aliases.get(key) != checkpoint.stored_name(expected):
                 raise CheckpointError(f"layer {name!r} is {first!r}, but tensor {key!r} is not {expected!r}")
-    return checkpoint
 
 
 # Layers --------------------------------------------------------------------------------------------------------------
@@ -215,7 +234,7 @@ def _check_fields(value: Any, kinds: Mapping[str, type], where: str) -> None:
             raise CheckpointError(f"{where}: {key} is {type(value[key]).__name__}, expected {kind.__name__}")
 
 
-def _check_names(checkpoint: Checkpoint) -> None:
+def check_names(checkpoint: Checkpoint) -> None:
     layers, shared, tensors, aliases = (
         checkpoint.layers, checkpoint.shared_layers, checkpoint.tensors, checkpoint.aliases,
     )  # fmt: skip
@@ -229,13 +248,28 @@ def _check_names(checkpoint: Checkpoint) -> None:
                 raise CheckpointError(f"{kind} {name!r} is another name of {first!r}; expected {kind}s stored once")
 
 
-def _check_layer(name: str, layer: Layer, parts: set[str], checkpoint: Checkpoint) -> None:
-    """Compare a layer with its stored tensors; `parts` are their names within the layer."""
+def check_equation(name: str, layer: Layer) -> dict[str, tuple[int, ...]]:
+    """Check that a structure has an equation that is small enough to plan; return the shapes of its tensors."""
     where, structure = f"layer {name!r}", layer.structure
     with explaining(f"{where}: {structure} has no equation"):  # third-party code, or sizes that overflow
         shapes = layer.shapes()
     if len(shapes) > MOST_FACTORS:
         raise CheckpointError(f"{where}: {structure} has {len(shapes)} tensors; expected up to {MOST_FACTORS}")
+    return shapes
+
+
+def check_resolved(name: str, layer: Layer) -> None:
+    """Check that the hyperparameters of a layer are all there, and those that its sizes give."""
+    with explaining(f"layer {name!r}: {layer.structure} does not fit"):
+        resolved = layer.structure.resolve(layer.in_features, layer.out_features)
+    if resolved != layer.structure:
+        raise CheckpointError(f"layer {name!r}: found {layer.structure}, expected the resolved {resolved}")
+
+
+def _check_layer(name: str, layer: Layer, parts: set[str], checkpoint: Checkpoint) -> None:
+    """Compare a layer with its stored tensors; `parts` are their names within the layer."""
+    where, structure = f"layer {name!r}", layer.structure
+    shapes = check_equation(name, layer)
     for part, shape in shapes.items():
         key = dotted(name, part)
         stored = checkpoint.tensors.get(checkpoint.stored_name(key))
@@ -248,7 +282,4 @@ def _check_layer(name: str, layer: Layer, parts: set[str], checkpoint: Checkpoin
             )
     if extras := sorted(parts - set(shapes)):
         raise CheckpointError(f"{where}: tensors {extras[:5]} are unexpected; {structure} has {sorted(shapes)}")
-    with explaining(f"{where}: {structure} does not fit"):
-        resolved = structure.resolve(layer.in_features, layer.out_features)
-    if resolved != structure:
-        raise CheckpointError(f"{where}: found {structure}, expected the resolved {resolved}")
+    check_resolved(name, layer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from structlin.layers.factored import Factored
 from structlin.layers.linear import build
 
 Modules = Mapping[str, nn.Module]  # by every dotted name, shared ones under each of theirs
+T = TypeVar("T")
 Assignment = tuple[nn.Module, str, Tensor | nn.Module]
 
 
@@ -42,6 +43,29 @@ def slots_of(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Slot]:
                 yield Slot(dotted(path, key), module, key, tensor)
 
 
+# What a model holds --------------------------------------------------------------------------------------------------
+
+
+def by_first_name(named: Iterable[tuple[str, T]]) -> tuple[dict[str, T], dict[str, str]]:
+    """Return each object under its first name, and every further name with the first."""
+    firsts: dict[int, str] = {}
+    objects: dict[str, T] = {}
+    further: dict[str, str] = {}
+    for name, item in named:
+        first = firsts.setdefault(id(item), name)
+        if first == name:
+            objects[name] = item
+        else:
+            further[name] = first
+    return objects, further
+
+
+def described(layer: Factored) -> Layer:
+    """Return the arguments that build a layer."""
+    dtype = next(tensor.dtype for tensor in (*layer.parameters(), *layer.buffers()))
+    return Layer(layer.structure, layer.in_features, layer.out_features, layer.bias is not None, dtype, *layer.stack)
+
+
 # Fitting a checkpoint to a skeleton ----------------------------------------------------------------------------------
 
 
@@ -62,7 +86,7 @@ def tree_of(old: Modules, checkpoint: Checkpoint) -> tuple[dict[str, nn.Module],
             opened[module] = adapter.open(module).train(module.training)
             opened[module].origin = Origin(adapter, shell_of(module))  # type: ignore[assignment]
         leaf = opened[module].get_submodule(path) if path else module if adapter is None else adapter.open(module)
-        _check_sizes(name, leaf, layers[first])
+        _check_sizes(name, leaf, layers[first], table=adapter is not None and adapter.on_request)
         if first not in new:
             new[first] = _fitting(name, leaf, layers[first])
             devices[new[first]] = next(leaf.parameters()).device
@@ -104,7 +128,8 @@ def _spot(name: str, old: Modules) -> tuple[str, str, Adapter | None]:
     raise CheckpointError(f"layer {name!r}: the skeleton {found}; expected the architecture that was saved")
 
 
-def _check_sizes(name: str, leaf: Any, layer: Layer) -> None:
+def _check_sizes(name: str, leaf: Any, layer: Layer, table: bool) -> None:
+    """Compare a leaf of the skeleton with its layer; the bias of a table is that of the tied output layer."""
     found, expected = [leaf.out_features, leaf.in_features], [layer.out_features, layer.in_features]
     if found != expected:
         raise CheckpointError(f"layer {name!r}: the skeleton's weight is {found}, the checkpoint's {expected}")
@@ -112,7 +137,7 @@ def _check_sizes(name: str, leaf: Any, layer: Layer) -> None:
         count = getattr(leaf, "num_experts", None)
         raise CheckpointError(f"layer {name!r}: {count} experts in the skeleton, {layer.experts} in the checkpoint")
     bias = leaf.bias is not None
-    if bias != layer.bias:
+    if bias != layer.bias and not table:
         raise CheckpointError(f"layer {name!r}: bias is {bias} in the skeleton, {layer.bias} in the checkpoint")
 
 

@@ -8,20 +8,18 @@ the skeleton before memory is allocated.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from structlin.checkpoint import _directory, _manifest, _skeleton, tensors
+from structlin.checkpoint import _directory, _manifest, _skeleton, table, tensors
 from structlin.checkpoint._directory import CheckpointError
-from structlin.checkpoint._manifest import Layer
+from structlin.checkpoint._manifest import Checkpoint
 from structlin.layers.factored import Factored
-
-T = TypeVar("T")
 
 
 class Recorded(Protocol):
@@ -94,8 +92,8 @@ def save(
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes} is below 1; it is a number of bytes")
     modules = [*model.named_modules(remove_duplicate=False)]
-    layers, shared_layers = _split_by_first_name((n, m) for n, m in modules if isinstance(m, Factored))
-    stored, aliases = _split_by_first_name((slot.name, slot.tensor) for slot in _skeleton.slots_of(modules))
+    layers, shared_layers = _skeleton.by_first_name((n, m) for n, m in modules if isinstance(m, Factored))
+    stored, aliases = _skeleton.by_first_name((slot.name, slot.tensor) for slot in _skeleton.slots_of(modules))
     if different := sorted(set(model.state_dict(keep_vars=True)) ^ {*stored, *aliases}):
         raise CheckpointError(f"state_dict and parameters differ in {different[:5]}; only plain tensors are stored")
     if _gather(stored):
@@ -104,7 +102,7 @@ def save(
         shards = tensors.write_shards(fresh, stored, max_shard_bytes)
         _manifest.write(
             fresh,
-            layers={name: _described(layer) for name, layer in layers.items()},
+            layers={name: _skeleton.described(layer) for name, layer in layers.items()},
             shared_layers=shared_layers,
             aliases=aliases,
             complex=[name for name, tensor in stored.items() if tensor.is_complex()],
@@ -131,7 +129,8 @@ def load(
     Args:
         skeleton: the dense model of the same architecture, with values or built under `torch.device("meta")`; it may
             hold structured layers already. It is changed in place, or not at all if anything fails.
-        directory: as written by `save`; its files may be links, as in the cache of the Hugging Face hub.
+        directory: as written by `save`, or by `save_pretrained` with `structlin.hf` (such a folder has no hashes); its
+            files may be links, as in the cache of the Hugging Face hub.
         device: of all tensors; None keeps the device of each, and the CPU replaces meta.
         dtype: of all floating tensors; None takes stored ones as they are. Complex and integer tensors keep theirs.
         check_hashes: compare the sha256 of every file, which finds flipped bits.
@@ -144,7 +143,7 @@ def load(
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} is not a floating dtype; use one such as torch.bfloat16, or None")
-    checkpoint = _manifest.read(_directory.readable(Path(directory)))
+    checkpoint = _read(directory, skeleton)
     old = dict(skeleton.named_modules(remove_duplicate=False))
     tree, devices = _skeleton.tree_of(old, checkpoint)
     slots = list(_skeleton.slots_of(tree.items()))
@@ -174,14 +173,14 @@ def verify(directory: str | Path, *, check_hashes: bool = False) -> Summary:
     """Check a checkpoint as `load` does, without a skeleton, reading only its JSON and headers.
 
     Args:
-        directory: as written by `save`.
+        directory: as for `load`.
         check_hashes: read all data and compare the sha256 of every file too.
     Returns:
         A summary of its contents.
     Raises:
         CheckpointError: naming the layer or file, what was found and what was expected.
     """
-    checkpoint = _manifest.read(_directory.readable(Path(directory)))
+    checkpoint = _read(directory, None)
     if check_hashes:
         tensors.check_hashes(checkpoint.directory, checkpoint.shards)
     return Summary(
@@ -194,23 +193,9 @@ def verify(directory: str | Path, *, check_hashes: bool = False) -> Summary:
     )
 
 
-def _split_by_first_name(named: Iterable[tuple[str, T]]) -> tuple[dict[str, T], dict[str, str]]:
-    """Return each object under its first name, and every further name with the first."""
-    firsts: dict[int, str] = {}
-    objects: dict[str, T] = {}
-    further: dict[str, str] = {}
-    for name, item in named:
-        first = firsts.setdefault(id(item), name)
-        if first == name:
-            objects[name] = item
-        else:
-            further[name] = first
-    return objects, further
-
-
-def _described(layer: Factored) -> Layer:
-    dtype = next(tensor.dtype for tensor in (*layer.parameters(), *layer.buffers()))
-    return Layer(layer.structure, layer.in_features, layer.out_features, layer.bias is not None, dtype, *layer.stack)
+def _read(directory: str | Path, skeleton: nn.Module | None) -> Checkpoint:
+    folder = _directory.readable(Path(directory))
+    return table.read_folder(folder, skeleton) or _manifest.read(folder)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,9 @@ from structlin.adapters.adapter import shell_of
 from structlin.compress.targets import Target, User, module_names
 from structlin.layers.factored import Factored
 from structlin.layers.linear import StructuredLinear, build
+
+# Called with the root whenever modules were swapped; integrations keep what they store beside a model up to date.
+after_swap: list[Callable[[nn.Module], object]] = []
 
 _HOOKS = (
     "_forward_hooks",
@@ -112,7 +115,10 @@ def swap_modules(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> nn.M
     ]
     for parent, attribute, new in found:  # dictionary entries only: nothing here can fail halfway
         parent._modules[attribute] = new
-    return swaps.get(model, model)
+    root = swaps.get(model, model)
+    for call in after_swap:
+        call(root)
+    return root
 
 
 def to_dense_(model: nn.Module) -> nn.Module:

@@ -22,11 +22,7 @@ class StructuredEmbedding(nn.Module):
         super().__init__()
         self.linear = linear
         self.padding_idx = padding_idx
-
-    @property
-    def num_embeddings(self) -> int:
-        """Rows of the table."""
-        return self.linear.out_features
+        self.num_embeddings = linear.out_features  # an attribute: transformers assigns it
 
     @property
     def embedding_dim(self) -> int:
