@@ -124,7 +124,7 @@ def test_causal_hint(options, padding, need_weights):
     opened = StructuredMultiheadAttention.from_attention(attention)
     x = inputs(attention, keys=QUERIES)
     causal = nn.Transformer.generate_square_subsequent_mask(QUERIES, dtype=torch.float64)
-    for attn_mask in (causal, torch.zeros_like(causal)):  # a hint that lies: torch trusts it where SDPA takes it
+    for attn_mask in (causal, torch.randn_like(causal)):  # where SDPA takes the hint, torch drops the mask
         kwargs = {
             "attn_mask": attn_mask,
             "key_padding_mask": mask(padding, BATCH, QUERIES),
@@ -209,6 +209,7 @@ def test_opened_projections_share_storage_and_close_to_the_same_bits(options):
     opened = StructuredMultiheadAttention.from_attention(attention)
     assert not any(module.training for module in opened.modules())
     assert all(type(getattr(opened, name)) is nn.Linear for name in PROJECTIONS)
+    assert opened._qkv_same_embed_dim == attention._qkv_same_embed_dim  # read by nn.TransformerEncoder
     assert not opened.q_proj.weight.requires_grad
     assert opened.out_proj.weight.requires_grad
     own = {t.untyped_storage().data_ptr() for t in attention.parameters()}
