@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any, NoReturn
 
@@ -94,26 +93,26 @@ class StructuredMultiheadAttention(nn.Module):
         return opened.train(attention.training)
 
     def to_attention(self, shell: nn.MultiheadAttention) -> nn.MultiheadAttention:
-        """Merge into a copy of the module that this one was opened from, with dense weights.
+        """Merge into an `nn.MultiheadAttention` with the same outputs.
 
         Args:
-            shell: that module, or one of its options; its parameters are not read and may be on the meta device.
+            shell: a module of the same options, filled and returned; its parameters are not read and may be on the meta
+                device.
         """
         q, k, v, out = (
             leaf if isinstance(leaf, nn.Linear) else leaf.to_linear()
             for leaf in (self.q_proj, self.k_proj, self.v_proj, self.out_proj)
         )
-        attention = copy.deepcopy(shell)
         if shell._qkv_same_embed_dim:
-            attention.in_proj_weight = _pack(q.weight, k.weight, v.weight)
+            shell.in_proj_weight = _pack(q.weight, k.weight, v.weight)
         else:
             for name, leaf in (("q", q), ("k", k), ("v", v)):
-                setattr(attention, f"{name}_proj_weight", leaf.weight)
+                setattr(shell, f"{name}_proj_weight", leaf.weight)
         if shell.in_proj_bias is not None:
-            attention.in_proj_bias = _pack(q.bias, k.bias, v.bias)
-        attention.out_proj.weight, attention.out_proj.bias = out.weight, out.bias
-        attention.bias_k, attention.bias_v = self.bias_k, self.bias_v
-        return attention.train(self.training)
+            shell.in_proj_bias = _pack(q.bias, k.bias, v.bias)
+        shell.out_proj.weight, shell.out_proj.bias = out.weight, out.bias
+        shell.bias_k, shell.bias_v = self.bias_k, self.bias_v
+        return shell.train(self.training)
 
     # What the transformers of torch read -----------------------------------------------------------------------------
 
