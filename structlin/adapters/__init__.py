@@ -1,6 +1,7 @@
 """Adapters: the forms in which models hold linear maps, and how each is opened, replaced and merged back."""
 
 from structlin.adapters.adapter import Adapter, Origin, adapter_of, register
+from structlin.adapters.attention import MultiheadAttention
 from structlin.adapters.embedding import Embedding
 from structlin.adapters.linear import DenseLinear, ProbedLinear, TransposedLinear
 
@@ -8,6 +9,7 @@ from structlin.adapters.linear import DenseLinear, ProbedLinear, TransposedLinea
 register(DenseLinear())
 register(ProbedLinear())
 register(TransposedLinear())
+register(MultiheadAttention())
 register(Embedding())
 
 __all__ = ["Adapter", "Origin", "adapter_of", "register"]

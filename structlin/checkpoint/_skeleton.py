@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -73,7 +73,8 @@ def tree_of(old: Modules, checkpoint: Checkpoint) -> tuple[dict[str, nn.Module],
     """Return the modules of the loaded model, and the device of each new one; `old`, the skeleton's, only get read."""
     layers = checkpoint.layers
     names = {**{name: name for name in layers}, **checkpoint.shared_layers}
-    spots = {name: _spot(name, old) for name in names}
+    stored = {*checkpoint.tensors, *checkpoint.aliases}
+    spots = {name: _spot(name, old, stored) for name in names}
     opened: dict[nn.Module, nn.Module] = {}  # module of the skeleton that holds leaves -> what its adapter opens it to
     new: dict[str, nn.Module] = {}
     devices: dict[nn.Module, torch.device] = {}
@@ -112,15 +113,19 @@ def _dots(path: str) -> Iterator[int]:
     return (k for k, letter in enumerate(path) if letter == ".")
 
 
-def _spot(name: str, old: Modules) -> tuple[str, str, Adapter | None]:
+def _spot(name: str, old: Modules, stored: Container[str]) -> tuple[str, str, Adapter | None]:
     """Return the module of the skeleton that holds a layer, the layer's path once it is opened, and its adapter."""
-    for holder in (name, *(name[:k] for k in reversed([*_dots(name)])), ""):
+    if isinstance(old.get(name), Factored):
+        return name, "", None
+    # From the root: an opened module holds all leaves below it, also those that the skeleton has a module for. A module
+    # whose own weight is stored was not opened.
+    for holder in ("", *(name[:k] for k in _dots(name)), name):
         module = old.get(holder)
         path = name[len(holder) :].lstrip(".")
-        if isinstance(module, Factored) and not path:
-            return holder, "", None
         adapter = None if module is None else adapter_of(module)
-        if module is not None and adapter is not None and path in adapter.leaves(module):
+        leaves = {} if module is None or adapter is None else adapter.leaves(module)
+        closed = path and any("." not in weight and dotted(holder, weight) in stored for weight, _ in leaves.values())
+        if module is not None and adapter is not None and path in leaves and not closed:
             if reason := adapter.reason(module):
                 raise CheckpointError(f"layer {name!r}: the skeleton's {type(module).__name__} cannot be one: {reason}")
             return holder, path, adapter
