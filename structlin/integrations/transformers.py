@@ -158,26 +158,33 @@ def prepare(model: nn.Module) -> nn.Module:
     Returns:
         The model.
     """
-    module: Any
-    for module in reversed(list(model.modules())):  # inner models share the config of the outer one, which is to win
-        if isinstance(module, PreTrainedModel):
-            known = getattr(module, "hf_quantizer", None)
-            structured = any(True for _ in _structured(module))
-            if isinstance(known, StructlinQuantizer) and not structured:
-                unprepare(module)
-            elif structured and known is not None and not isinstance(known, StructlinQuantizer):
-                method = known.quantization_config.quant_method
-                warnings.warn(
-                    f"the model is quantised by {method}: save_pretrained stores one method only and would lose the "
-                    "structured layers; compress a model that is not quantised",
-                    stacklevel=2,
-                )
-            elif structured:
-                config = StructlinConfig.of(module)
-                quantizer = known or StructlinQuantizer(config)
-                quantizer.quantization_config = config
-                _mark(module, quantizer)
+    inner = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    structured = [module for module in inner if any(True for _ in _structured(module))]
+    if structured and (method := next(filter(None, map(_other_method, structured)), None)):
+        warnings.warn(
+            f"the model is quantised by {method}: save_pretrained stores one method only and would lose the "
+            "structured layers; compress a model that is not quantised",
+            stacklevel=2,
+        )
+        return model
+    for module in reversed(inner):  # inner models share the config of the outer one, which is to win
+        known: Any = getattr(module, "hf_quantizer", None)
+        if module in structured:
+            config = StructlinConfig.of(module)
+            quantizer = known or StructlinQuantizer(config)
+            quantizer.quantization_config = config
+            _mark(module, quantizer)
+        elif isinstance(known, StructlinQuantizer):
+            unprepare(module)
     return model
+
+
+def _other_method(model: Any) -> str | None:
+    """Name the quantisation of a model that is not this one, if it has one."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    config = quantizer.quantization_config if quantizer else getattr(model.config, "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    return None if method in (None, METHOD) else str(getattr(method, "value", method))
 
 
 def unprepare(model: Any) -> None:
