@@ -29,6 +29,7 @@ WINGS = {
     "compress": 8,
     "integrations": 9,
     "hf": 9,
+    "cli": 10,
     "": 10,
 }
 NO_TORCH = ("equation.spec", "equation.modes", "runtime.costs", "runtime.planner")
