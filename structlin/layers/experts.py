@@ -272,7 +272,7 @@ class StructuredExperts(nn.Module):
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         # By expert, then by the place among the k, then by token: the order in which transformers adds up.
         experts, order = top_k_index.T.reshape(-1).sort(stable=True)
-        tokens = order % max(len(rows), 1)
+        tokens = order % len(rows)
         weights = top_k_weights.T.reshape(-1)[order].unsqueeze(-1)
         total = torch.zeros_like(rows, dtype=torch.promote_types(rows.dtype, weights.dtype))
         start = 0
