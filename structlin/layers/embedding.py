@@ -14,11 +14,11 @@ class StructuredEmbedding(nn.Module):
     Cost: every call builds the dense table, so this saves storage, not time.
 
     Args:
-        linear: the output layer that shares the table.
+        linear: the layer whose weight is the table, often the output layer.
         padding_idx: row that gets no gradient, as in `nn.Embedding`.
     """
 
-    def __init__(self, linear: StructuredLinear, padding_idx: int | None = None) -> None:
+    def __init__(self, linear: StructuredLinear | nn.Linear, padding_idx: int | None = None) -> None:
         super().__init__()
         self.linear = linear
         self.padding_idx = padding_idx

@@ -1,0 +1,13 @@
+"""Adapters: the forms in which models hold linear maps, and how each is opened, replaced and merged back."""
+
+from structlin.adapters.adapter import Adapter, Origin, adapter_of, register
+from structlin.adapters.embedding import Embedding
+from structlin.adapters.linear import DenseLinear, ProbedLinear, TransposedLinear
+
+# The first that recognises a module opens it.
+register(DenseLinear())
+register(ProbedLinear())
+register(TransposedLinear())
+register(Embedding())
+
+__all__ = ["Adapter", "Origin", "adapter_of", "register"]
