@@ -2,12 +2,14 @@
 
 from structlin.adapters.adapter import Adapter, Origin, adapter_of, register
 from structlin.adapters.embedding import Embedding
+from structlin.adapters.experts import Experts
 from structlin.adapters.linear import DenseLinear, ProbedLinear, TransposedLinear
 
 # The first that recognises a module opens it.
 register(DenseLinear())
 register(ProbedLinear())
 register(TransposedLinear())
+register(Experts())
 register(Embedding())
 
 __all__ = ["Adapter", "Origin", "adapter_of", "register"]

@@ -343,10 +343,7 @@ def structure_opened(module: nn.Module, structure) -> StructuredExperts:
 
 
 def dense_twin(module: nn.Module, opened: StructuredExperts) -> nn.Module:
-    twin = copy.deepcopy(opened)
-    for name in form_of(module).names:
-        setattr(twin, name, twin.get_submodule(name).to_linear())
-    return twin.to_experts(copy.deepcopy(module).to("meta"))
+    return opened.to_experts(copy.deepcopy(module).to("meta"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
