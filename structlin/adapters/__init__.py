@@ -3,13 +3,11 @@
 from structlin.adapters.adapter import Adapter, Origin, adapter_of, register
 from structlin.adapters.attention import MultiheadAttention
 from structlin.adapters.embedding import Embedding
+from structlin.adapters.experts import Experts
 from structlin.adapters.linear import DenseLinear, ProbedLinear, TransposedLinear
 
 # The first that recognises a module opens it.
-register(DenseLinear())
-register(ProbedLinear())
-register(TransposedLinear())
-register(MultiheadAttention())
-register(Embedding())
+for adapter in (DenseLinear(), ProbedLinear(), TransposedLinear(), Experts(), MultiheadAttention(), Embedding()):
+    register(adapter)
 
 __all__ = ["Adapter", "Origin", "adapter_of", "register"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from structlin.layers.expert_linear import ExpertLinear
+from structlin.layers.expert_linear import ExpertLinear, StructuredExpertLinear
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -231,7 +231,7 @@ class StructuredExperts(nn.Module):
         return opened.train(module.training)
 
     def to_experts(self, shell: nn.Module) -> nn.Module:
-        """Build the original form again from dense leaves.
+        """Build the original form again, structured leaves made dense.
 
         Args:
             shell: the module that was opened, or a copy of it with parameters on the meta device; it is not changed.
@@ -242,8 +242,9 @@ class StructuredExperts(nn.Module):
         # Not those of the shell: the config must stay the model's own, through which transformers switches modes.
         vars(module).update({name: value for name, value in _settings(self).items() if name in vars(shell)})
         for name, names in form.names.items():
-            leaf = self.get_submodule(name)
-            assert isinstance(leaf, ExpertLinear), f"{name} is not dense"
+            held = self.get_submodule(name)
+            leaf = held.to_linear() if isinstance(held, StructuredExpertLinear) else held
+            assert isinstance(leaf, ExpertLinear)
             weight = leaf.weight.mT if name in form.transposed else leaf.weight
             if shell.get_parameter(names[0]).ndim == 2:
                 weight = weight.flatten(0, 1)
@@ -272,7 +273,7 @@ class StructuredExperts(nn.Module):
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         # By expert, then by the place among the k, then by token: the order in which transformers adds up.
         experts, order = top_k_index.T.reshape(-1).sort(stable=True)
-        tokens = order % max(len(rows), 1)
+        tokens = order % len(rows)
         weights = top_k_weights.T.reshape(-1)[order].unsqueeze(-1)
         total = torch.zeros_like(rows, dtype=torch.promote_types(rows.dtype, weights.dtype))
         start = 0

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from structlin.fitting.fit import fit
+from structlin.layers import experts
 from structlin.layers.expert_linear import ExpertLinear, StructuredExpertLinear
 from structlin.layers.experts import StructuredExperts, form_of, refusal
 from structlin.structures import PHM, Kaleidoscope, LowRank
@@ -197,12 +198,12 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return module.to(dtype)
 
 
-def arguments(module: nn.Module, dtype: torch.dtype = torch.float32, experts: int = EXPERTS):
+def arguments(module: nn.Module, dtype: torch.dtype = torch.float32):
     """Inputs under which some experts see no token and others several."""
     if form_of(module).stacked:
         return (torch.randn(EXPERTS * TOKENS, FEATURES).to(dtype),)
     shape = (3, TOKENS // 3, FEATURES) if "gate" in form_of(module).names else (TOKENS, FEATURES)
-    index = torch.rand(TOKENS, experts).topk(K).indices
+    index = torch.rand(TOKENS, EXPERTS).topk(K).indices
     index[index == 1] = 4
     return torch.randn(shape).to(dtype), index, torch.rand(TOKENS, K).to(dtype)
 
@@ -342,10 +343,7 @@ def structure_opened(module: nn.Module, structure) -> StructuredExperts:
 
 
 def dense_twin(module: nn.Module, opened: StructuredExperts) -> nn.Module:
-    twin = copy.deepcopy(opened)
-    for name in form_of(module).names:
-        setattr(twin, name, twin.get_submodule(name).to_linear())
-    return twin.to_experts(copy.deepcopy(module).to("meta"))
+    return opened.to_experts(copy.deepcopy(module).to("meta"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -483,7 +481,8 @@ def test_what_is_not_understood_is_refused_with_a_reason(module, why):
     assert why in refusal(made, form_of(made))
 
 
-def test_a_probe_leaves_the_module_and_the_random_numbers_alone():
+def test_a_probe_leaves_the_module_and_the_random_numbers_alone(monkeypatch):
+    monkeypatch.setattr(experts, "_PROBED", {})
     module = make("mixtral")
     module.config._experts_implementation = "grouped_mm"
     calls = []
