@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from structlin.heal.data import Forward, run
+from structlin.batches import Forward, run
 
 K = TypeVar("K")
 

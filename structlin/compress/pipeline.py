@@ -21,6 +21,7 @@ from functools import partial
 
 from torch import nn
 
+from structlin.batches import progress_bar
 from structlin.compress.calibrate import Collecting, collect
 from structlin.compress.commit import swap_modules
 from structlin.compress.config import Compression
@@ -35,7 +36,6 @@ from structlin.compress.sequential import shifted
 from structlin.compress.speed import only_faster
 from structlin.compress.targets import Target, find_targets
 from structlin.compress.workers import seeded
-from structlin.heal.data import progress_bar
 
 
 @dataclass(frozen=True)

@@ -9,23 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-VERSION = 2
+VERSION = 3
 
 
 class Stream:
-    """Batches one by one, pass after pass, which a later run can continue.
-
-    Args:
-        batches: an iterable; an iterator gives one pass.
-        epochs: number of passes, None for no limit.
-        device: its generator is saved, as are the CPU's and a DataLoader's own.
-    """
+    """Batches one by one, pass after pass, which a later run can continue; an iterator gives one pass."""
 
     def __init__(self, batches: Iterable[Any], epochs: int | None, device: torch.device) -> None:
-        self.batches, self.epochs, self.device = batches, epochs, device
+        self.batches, self.device = batches, device
+        self._limit = 1 if isinstance(batches, Iterator) else epochs
+        # A DataLoader and its sampler may have generators of their own, which decide the order.
         own = [getattr(owner, "generator", None) for owner in (batches, getattr(batches, "sampler", None))]
         cuda = [torch.cuda.default_generators[device.index]] if device.type == "cuda" else []
         known = dict.fromkeys((torch.default_generator, *cuda, *own))
@@ -42,8 +38,7 @@ class Stream:
         return first
 
     def __iter__(self) -> Iterator[Any]:
-        limit = 1 if isinstance(self.batches, Iterator) else self.epochs
-        while limit is None or self.epoch < limit:
+        while self._limit is None or self.epoch < self._limit:
             if self._pass is None:
                 self._opened = self._states()
                 self._pass = iter(self.batches)
@@ -62,12 +57,12 @@ class Stream:
 
     def resume(self, position: tuple[Any, ...], ahead: int) -> list[Any]:
         """Read the current pass again up to a position, and return the first `ahead` batches of the first pass."""
-        before = self._states()
+        after = self._states()  # of an error
         try:
             self.epoch, self._taken, self._start, self._opened, now = position
             self._restore(self._start)
             first = self.read_ahead(ahead) if ahead else []
-            if self.epoch or not ahead:
+            if self.epoch or not ahead:  # otherwise the first pass is the current one, and is open
                 self._restore(self._opened)
                 self._pass = iter(self.batches) if self._taken else None
             if (found := sum(1 for _ in islice(self._pass or (), self._taken))) < self._taken:
@@ -75,11 +70,10 @@ class Stream:
                     f"batches ends after {found} batches; the checkpoint has read {self._taken} of a pass, give the "
                     "batches that it was written with"
                 )
-        except BaseException:
-            self._restore(before)
-            raise
-        self._restore(now)
-        return first
+            after = now
+            return first
+        finally:
+            self._restore(after)
 
     def _states(self) -> list[Tensor]:
         return [generator.get_state() for generator in self._generators]
@@ -97,7 +91,7 @@ def write_state(path: Path, content: Mapping[str, Any]) -> None:
         with fresh.open("wb") as file:
             torch.save({"version": VERSION, **content}, file)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(file.fileno())  # before the rename, or a power cut may leave an empty file
         if found := get_unsafe_globals_in_checkpoint(fresh):  # they could not be read again by weights_only=True
             raise TypeError(f"the optimizer's state holds {found[0]}, which is not stored; use checkpoint=None")
         os.replace(fresh, path)
@@ -117,27 +111,15 @@ def read_state(path: Path, about: Mapping[str, str]) -> dict[str, Any]:
         raise ValueError(f"{path}: not a checkpoint of this version of heal; delete it to start again") from error
     if version != VERSION:
         raise ValueError(f"{path}: format version {version}, this structlin reads {VERSION}; delete it to start again")
-    names = [name for name in {**about, **theirs} if about.get(name) != theirs.get(name)]
-    if names:
-        lines = [f"{name} is {about.get(name, 'missing')}, in the file {theirs.get(name, 'missing')}" for name in names]
+    lines = [
+        f"{name} is {about.get(name, 'missing')}, in the file {theirs.get(name, 'missing')}"
+        for name in {**about, **theirs}
+        if about.get(name) != theirs.get(name)
+    ]
+    if lines:
         more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
         raise ValueError(
             f"{path} is of another healing: {'; '.join(lines[:3])}{more}. Give the student, parameters and optimizer "
             "that it was written with, or delete it to start again"
         )
     return content
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, stored: Mapping[str, Any]) -> None:
-    """Load a state dict with every bit; `load_state_dict` alone casts moments to the dtypes of their parameters."""
-    optimizer.load_state_dict(dict(stored))
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for key, state in stored["state"].items():
-        optimizer.state[parameters[key] if isinstance(key, int) else key] = state
-
-
-def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters and buffers of a model's state dict, the very objects, each under one name."""
-    items = model.state_dict(keep_vars=True).items()
-    names = {tensor: name for name, tensor in items if isinstance(tensor, Tensor)}
-    return {name: tensor for tensor, name in names.items()}
