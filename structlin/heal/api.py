@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from structlin.batches import Forward, evaluating, progress_bar
 from structlin.heal.losses import Loss, distillation_loss, find_blocks, objective
 from structlin.heal.options import HealOptions, HealReport, Parameters
-from structlin.heal.run import Run
-from structlin.heal.state import Stream
+from structlin.heal.run import Run, Stream
 from structlin.layers.freeze import unfreeze_
 from structlin.layers.linear import StructuredLinear
 
@@ -114,20 +113,18 @@ def _schedule(batches: Any, options: HealOptions) -> int | None:
 
 def _select(student: nn.Module, parameters: Parameters) -> dict[str, nn.Parameter]:
     """Return the parameters to train by name: those chosen and not frozen."""
-    if parameters == "factors":
-        chosen = {
-            parameter
-            for module in student.modules()
-            for name, parameter in module.named_parameters(recurse=False)
-            if isinstance(module, StructuredLinear) or "norm" in type(module).__name__.lower() or name.endswith("bias")
-        }
-    else:
-        chosen = {p for name, p in student.named_parameters() if not callable(parameters) or parameters(name, p)}
-    trained = {name: p for name, p in student.named_parameters() if p in chosen and p.requires_grad}
+    layers = [m for m in student.modules() if isinstance(m, StructuredLinear) or "norm" in type(m).__name__.lower()]
+    factors = {p for layer in layers for p in layer.parameters(recurse=False)}
+
+    def choose(name: str, parameter: nn.Parameter) -> bool:
+        if callable(parameters):
+            return parameters(name, parameter)
+        return parameters == "all" or parameter in factors or name.endswith("bias")
+
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad and choose(name, p)}
     if not trained:
         raise ValueError(
-            f"no parameter to train: parameters={parameters!r} chooses {len(chosen)}, all frozen; "
-            "choose others, or call student.requires_grad_(True)"
+            f"no parameter to train: {parameters!r} chooses only frozen ones; choose others, or unfreeze some"
         )
     return trained
 
@@ -157,8 +154,7 @@ def _optimizer(parameters: list[nn.Parameter], options: HealOptions) -> torch.op
     made = options.optimizer(parameters)
     if not isinstance(made, torch.optim.Optimizer):
         raise TypeError(
-            f"optimizer returned {type(made).__name__}; it is a function of the parameters that returns a "
-            "torch.optim.Optimizer, such as lambda p: torch.optim.SGD(p, lr=0.1)"
+            f"optimizer returned {type(made).__name__}; give one such as lambda p: torch.optim.SGD(p, lr=0.1)"
         )
     if not {p for group in made.param_groups for p in group["params"]} <= set(parameters):
         raise ValueError("the optimizer holds parameters that are not trained; give it those it is called with")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from structlin.batches import Forward, device_of, divergence, pick, run, squared_error, to_device, unmasked
 
 Loss = Callable[[Any, Any, Any], Tensor]
+Calls = dict[str, tuple[list[Tensor], list[Tensor]]]  # block -> the output of each call, in the student and the teacher
 
 
 def distillation_loss(student_output: Any, teacher_output: Any, batch: Any = None) -> Tensor:
@@ -65,31 +68,12 @@ def find_blocks(student: nn.Module, teacher: nn.Module, patterns: Sequence[str] 
     return list(found)
 
 
-def _block_distance(found: Mapping[str, list[Tensor]], expected: Mapping[str, list[Tensor]], batch: Any) -> Tensor:
-    """Average the relative squared errors of outputs over all blocks and their calls; the batch gives the mask.
-
-    Source: the hidden-state loss of TinyBERT (Jiao et al. 2020), but relative, and without a learned map.
-    """
-    for name, theirs in expected.items():
-        shapes = [" ".join(str(tuple(output.shape)) for output in outputs) for outputs in (found[name], theirs)]
-        if not theirs or shapes[0] != shapes[1]:
-            raise ValueError(
-                f"block {name!r} gives {shapes[0] or 'nothing'} in the student and {shapes[1] or 'nothing'} in the "
-                "teacher; name modules that run equally often in both, with outputs of equal shapes (a ModuleList "
-                "never runs, its items do)"
-            )
-    pairs = [pair for name in expected for pair in zip(found[name], expected[name], strict=True)]
-    errors = [squared_error(unmasked(a, batch), unmasked(b.detach(), batch)) for a, b in pairs]
-    return torch.stack([error.to(errors[0].device) for error in errors]).mean()
-
-
 @contextmanager
 def objective(
     student: nn.Module, teacher: nn.Module, names: Sequence[str], loss: Loss | None, forward: Forward | None
 ) -> Iterator[Callable[[Any], Tensor]]:
     """Yield the function that computes the loss of a batch: `loss` of the outputs plus the distance of the blocks."""
-    found: dict[str, list[Tensor]] = {name: [] for name in names}  # the output of each call of a block
-    expected: dict[str, list[Tensor]] = {name: [] for name in names}
+    calls: Calls = {name: ([], []) for name in names}
 
     def evaluate(batch: Any) -> Tensor:
         batch = to_device(batch, device_of(student))
@@ -98,23 +82,38 @@ def objective(
                 theirs = run(teacher, batch, forward)
             ours = run(student, batch, forward)
             parts = [loss(ours, theirs, batch)] if loss is not None else []
-            parts += [_block_distance(found, expected, batch)] if names else []
-        finally:  # they hold the graph of the batch
-            for outputs in (*found.values(), *expected.values()):
-                outputs.clear()
+            parts += [_block_distance(calls, batch)] if names else []
+        finally:
+            for outputs in chain(*calls.values()):
+                outputs.clear()  # they hold the graph of the batch
         for part in parts:
             if not isinstance(part, Tensor) or part.numel() != 1:
                 what = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
                 raise TypeError(f"loss returned {what}; it returns a tensor with one number")
         return torch.stack([part.reshape(()) for part in parts]).sum()
 
-    with ExitStack() as hooks:
-        # They stay for the whole run: a compiled model need not notice new ones.
-        for model, record in ((student, found), (teacher, expected)):
-            for name, outputs in record.items():
+    def keep(outputs: list[Tensor], _module: nn.Module, _inputs: Any, output: Any) -> None:
+        outputs.append(pick(output)[1])
 
-                def keep(_module: nn.Module, _inputs: Any, output: Any, kept: list[Tensor] = outputs) -> None:
-                    kept.append(pick(output)[1])
-
-                hooks.enter_context(model.get_submodule(name).register_forward_hook(keep))
+    with ExitStack() as hooks:  # in place for the whole run: a compiled model need not notice new ones
+        for name, both in calls.items():
+            for model, outputs in zip((student, teacher), both, strict=True):
+                hooks.enter_context(model.get_submodule(name).register_forward_hook(partial(keep, outputs)))
         yield evaluate
+
+
+def _block_distance(calls: Calls, batch: Any) -> Tensor:
+    """Average the relative squared errors of outputs over all blocks and their calls; the batch gives the mask.
+
+    Source: the hidden-state loss of TinyBERT (Jiao et al. 2020), but relative, and without a learned map.
+    """
+    errors: list[Tensor] = []
+    for name, both in calls.items():
+        ours, theirs = (" ".join(str(tuple(output.shape)) for output in outputs) or "nothing" for outputs in both)
+        if ours != theirs or not both[0]:
+            raise ValueError(
+                f"block {name!r} gives {ours} in the student and {theirs} in the teacher; name modules that run "
+                "equally often in both, with outputs of equal shapes (a ModuleList never runs, its items do)"
+            )
+        errors += [squared_error(unmasked(a, batch), unmasked(b.detach(), batch)) for a, b in zip(*both, strict=True)]
+    return torch.stack([error.to(errors[0].device) for error in errors]).mean()

@@ -562,8 +562,8 @@ def test_damaged_checkpoint_is_refused(student, teacher, tmp_path):
     torch.save({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="not a checkpoint of"):
         heal(student, teacher, data(), **STEPS, checkpoint=path)
-    torch.save({"version": 99, "about": {}}, path)
-    with pytest.raises(ValueError, match="format version 99, this structlin reads 3; delete it"):
+    torch.save({"about": {"the format": "99"}}, path)
+    with pytest.raises(ValueError, match=r"the format is 3, in the file 99.* or delete it"):
         heal(student, teacher, data(), **STEPS, checkpoint=path)
     with pytest.raises(ValueError, match="is not a file"):
         heal(student, teacher, data(), **STEPS, checkpoint=tmp_path)
@@ -679,7 +679,7 @@ def test_masked_hidden_state_by_hand():
         ({"steps": 1, "mode": "blocks", "blocks": []}, r"blocks=\[\]; give"),
         ({"steps": 1, "mode": "blocks", "blocks": "layer.*"}, r"'layer\.\*' matches no module of the student; .*'0'"),
         ({"steps": 1, "parameters": "head"}, 'parameters=\'head\'; use "all", "factors" or a predicate'),
-        ({"steps": 1, "parameters": lambda *_: False}, "no parameter to train: .* chooses 0, all frozen"),
+        ({"steps": 1, "parameters": lambda *_: False}, "no parameter to train: .* chooses only frozen ones"),
         ({"steps": 1, "validation": []}, "validation is empty"),
         ({"steps": 1, "loss": lambda _a, b, _batch: b.sum()}, "does not depend on the trained parameters"),
         (
@@ -706,7 +706,7 @@ def test_bad_values(student, teacher, options, text):
         ({"forward": lambda *_: "text"}, "an output is a str without a float tensor in it; pass loss="),
         ({"loss": lambda *_: 1.0}, "loss returned float; it returns a tensor with one number"),
         ({"loss": lambda a, *_: a[:2, 0]}, r"loss returned \(2,\); it returns a tensor"),
-        ({"optimizer": lambda _: "adam"}, "optimizer returned str; it is a function of the parameters"),
+        ({"optimizer": lambda _: "adam"}, "optimizer returned str; give one such as lambda p"),
         ({"step": 3}, "heal has no setting 'step'; did you mean steps?"),
         ({"warmth": 3}, "heal has no setting 'warmth'; did you mean steps, seconds, epochs, mode"),
     ],
@@ -736,7 +736,7 @@ def test_pairs_that_cannot_be_compared(student, teacher, pair):
         heal(student, nn.Identity(), **options)
     with pytest.raises(ValueError, match="parameters are on cpu, meta; move student and teacher to one device"):
         heal(student, copy.deepcopy(teacher).to("meta"), **options)
-    with pytest.raises(ValueError, match="all frozen; choose others, or call"):
+    with pytest.raises(ValueError, match="chooses only frozen ones; choose others, or unfreeze"):
         heal(copy.deepcopy(student).requires_grad_(False), teacher, **options)
     with pytest.raises(ValueError, match="the teacher has no module '4'"):
         heal(student, teacher[:4], **options, mode="blocks", blocks="4")
