@@ -119,13 +119,14 @@ class Run:
         self.start = time.perf_counter()
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.path = None if self.options.checkpoint is None else Path(self.options.checkpoint)
-        if self.path is not None and self.path.exists():
-            self._resume(self.path)
-        else:
-            first = self.stream.start()
-            self.judged = first if self.validation is None else self.validation
+        content = _read(self.path, self._about()) if self.path is not None and self.path.exists() else None
+        first = self.stream.start() if content is None else self.stream.resume(content["position"])
+        self.judged = first if self.validation is None else self.validation
+        if content is None:
             self._keep()
             self.loss_before = self._judge("before the first step")
+        else:
+            self._resume(content)
         advance(self.step)
         batches = iter(self.stream)
         while (stopped := self._limit()) is None:
@@ -219,7 +220,7 @@ class Run:
     # Interruption ----------------------------------------------------------------------------------------------------
 
     def _tensors(self) -> dict[str, Tensor]:
-        items = self.student.state_dict(keep_vars=True).items()  # the very objects, and what modules add of other kinds
+        items = self.student.state_dict(keep_vars=True).items()  # the very objects; a module may add other kinds
         return {name: tensor for name, tensor in items if isinstance(tensor, Tensor)}
 
     def _about(self) -> dict[str, str]:
@@ -234,11 +235,10 @@ class Run:
         }
         groups = [group["params"] for group in self.optimizer.param_groups]
         places = {
-            p: f"number {number} of group {k}" for k, group in enumerate(groups) for number, p in enumerate(group)
+            p: f"trained as number {n} of group {k}" for k, group in enumerate(groups) for n, p in enumerate(group)
         }
         for name, tensor in self._tensors().items():
-            place = f"trained as {places[tensor]}" if tensor in places else "not trained"
-            about[name] = f"{tuple(tensor.shape)} {tensor.dtype} {place}"
+            about[name] = f"{tuple(tensor.shape)} {tensor.dtype} {places.get(tensor, 'not trained')}"
         return {name: str(value) for name, value in about.items()}
 
     def _save(self, path: Path) -> None:
@@ -266,18 +266,15 @@ class Run:
             fresh.unlink(missing_ok=True)
 
     @torch.no_grad()
-    def _resume(self, path: Path) -> None:
-        content = _read(path, self._about())
-        first = self.stream.resume(content["position"])
-        self.judged = first if self.validation is None else self.validation
+    def _resume(self, content: Mapping[str, Any]) -> None:
         self.optimizer.load_state_dict(content["optimizer"])
         # It has cast moments to the dtypes of their parameters: put every bit back.
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        parameters = list(chain(*(group["params"] for group in self.optimizer.param_groups)))
         for key, state in content["optimizer"]["state"].items():
             self.optimizer.state[parameters[key] if isinstance(key, int) else key] = state
         for name, tensor in self._tensors().items():
             tensor.copy_(content["student"][name])
-        self._keep()
+        self._keep()  # the file has no second copy if its weights are the best
         self.kept |= content["kept"]
         self.loss_before, self.history = content["loss_before"], [HealStep(*row) for row in content["history"]]
         self.step = self.history[-1].step  # only measurements write the file

@@ -471,6 +471,14 @@ def test_best_weights_come_through_an_interruption(student, teacher, tmp_path):
     assert same_state(resumed, before)
 
 
+def test_patience_is_counted_across_an_interruption(student, teacher, tmp_path):
+    options = {"steps": 100, "every": 2, "lr": 10.0, "validation": data(2, seed=2), "patience": 3}
+    with pytest.raises(StopHereError):
+        heal(copy.deepcopy(student), teacher, data(), **options, checkpoint=tmp_path / "heal", loss=failing_at(5))
+    report = heal(student, teacher, data(), **options, checkpoint=tmp_path / "heal")
+    assert (report.stopped, report.steps, report.best_step) == ("patience", 6, 0)
+
+
 def test_finished_run_is_not_trained_again_but_can_go_on(student, teacher, tmp_path):
     options = {**STEPS, "validation": data(2, seed=2), "checkpoint": tmp_path / "heal"}
     start = copy.deepcopy(student)
