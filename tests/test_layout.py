@@ -22,6 +22,7 @@ WINGS = {
     "fitting": 3,
     "layers": 4,
     "structures": 5,
+    "batches": 6,
     "testing": 6,
     "adapters": 6,
     "checkpoint": 7,

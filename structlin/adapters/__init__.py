@@ -7,7 +7,7 @@ from structlin.adapters.experts import Experts
 from structlin.adapters.linear import DenseLinear, ProbedLinear, TransposedLinear
 
 # The first that recognises a module opens it.
-for adapter in (DenseLinear(), ProbedLinear(), TransposedLinear(), Experts(), MultiheadAttention(), Embedding()):
-    register(adapter)
+for form in (DenseLinear(), ProbedLinear(), TransposedLinear(), Experts(), MultiheadAttention(), Embedding()):
+    register(form)
 
 __all__ = ["Adapter", "Origin", "adapter_of", "register"]

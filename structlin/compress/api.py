@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from structlin.batches import Forward
 from structlin.compress import pipeline
 from structlin.compress.config import Compression, Value, with_settings
 from structlin.compress.data import Data
@@ -14,7 +15,6 @@ from structlin.compress.evaluate import Evaluate, Evaluator
 from structlin.compress.plan import CompressionPlan
 from structlin.compress.report import Report
 from structlin.compress.statistics import Statistics
-from structlin.heal.data import Forward
 
 Calibration = Statistics | Iterable[Any]
 

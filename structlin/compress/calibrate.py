@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from structlin.batches import Forward, device_of, evaluating, run, to_device
 from structlin.compress.config import Mask, check_mask
 from structlin.compress.observe import OutputSearch, hooked, replaced, run_until
 from structlin.compress.statistics import Statistics
 from structlin.compress.sums import Held, Sums, as_rows, not_finite, plainly, scalar, zeros
 from structlin.compress.targets import Target, find_targets, module_names, openings
-from structlin.heal.data import Forward, device_of, evaluating, run, to_device
 
 Loss = Callable[[Any, Any], Tensor]
 

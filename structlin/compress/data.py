@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from structlin.batches import Forward
 from structlin.compress.statistics import SHRINKAGE, Statistics
 from structlin.fitting.objective import GramRoot
-from structlin.heal.data import Forward
 
 MOST_HELD_BACK = 8  # batches
 

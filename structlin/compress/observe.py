@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from structlin.heal.data import Forward, pick, run
+from structlin.batches import Forward, pick, run
 
 K = TypeVar("K")
 

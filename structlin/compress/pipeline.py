@@ -22,6 +22,7 @@ from functools import partial
 
 from torch import nn
 
+from structlin.batches import evaluating, progress_bar
 from structlin.compress.calibrate import Collecting, collect
 from structlin.compress.commit import assemble, swap_modules
 from structlin.compress.config import Compression
@@ -36,7 +37,6 @@ from structlin.compress.sequential import shifted
 from structlin.compress.speed import only_faster
 from structlin.compress.targets import Target, declared_output, find_targets, last_target, openings
 from structlin.compress.workers import seeded
-from structlin.heal.data import evaluating, progress_bar
 
 
 @dataclass(frozen=True)
