@@ -19,8 +19,8 @@ from structlin.checkpoint._manifest import Checkpoint
 def fitted(table: Checkpoint, model: Any) -> Checkpoint:
     """Rename the layers of a table for another class around the same base model, as transformers renames tensors.
 
-    The prefix of the base model is added or taken away; layers of another class's head are left out. For the class
-    that was saved, and for its base model, every layer has to be there.
+    The prefix of the base model is added or taken away; layers of another class's head are left out, and those whose
+    tensors the class declares to be ignored (a decoder, say). All others have to be there.
     """
     prefix = f"{model.base_model_prefix}."
     if type(model).__name__ in (model.config.architectures or ()) or prefix == ".":
@@ -29,29 +29,33 @@ def fitted(table: Checkpoint, model: Any) -> Checkpoint:
     modules = dict(model.named_modules(remove_duplicate=False))
     has_base = model.base_model is not model
 
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ())]
+
     def renamed(name: str) -> str | None:
+        if not _known(name, modules) and any(re.search(pattern, f"{name}.weight") for pattern in ignored):
+            return None
         if not inner:
             return prefix + name if has_base and not _known(name, modules) else name
         if name.startswith(prefix):
             return name if has_base else name.removeprefix(prefix)
         return name if _known(name, modules) else None
 
-    def pairs(names: Mapping[str, str]) -> dict[str, str]:
-        both = ((_tensor(name, renamed), _tensor(first, renamed)) for name, first in names.items())
-        return {name: first for name, first in both if name and first}
+    def further(name: str) -> str | None:  # one that the class lacks is left out: the first name has the tensors
+        new = renamed(name)
+        return new if new and _known(new, modules) else None
 
     layers = {renamed(name): layer for name, layer in table.layers.items()}
-    shared = {renamed(name): renamed(first) for name, first in table.shared_layers.items()}
+    shared = {further(name): renamed(first) for name, first in table.shared_layers.items()}
+    aliases = {_tensor(name, further): _tensor(first, renamed) for name, first in table.aliases.items()}
     for name, first in shared.items():
         if name and not first:
-            raise CheckpointError(
-                f"layer {name!r} shares a layer that {type(model).__name__} has not; load the saved class"
-            )
+            kind = type(model).__name__
+            raise CheckpointError(f"layer {name!r} shares a layer that {kind} has not; load the saved class")
     return replace(
         table,
         layers={name: layer for name, layer in layers.items() if name},
         shared_layers={name: first for name, first in shared.items() if name and first},
-        aliases=pairs(table.aliases),
+        aliases={name: first for name, first in aliases.items() if name and first},
     )
 
 

@@ -216,3 +216,17 @@ def test_a_model_merged_back_is_ordinary_again(tmp_path):
     assert torch.equal(logits(type(model).from_pretrained(tmp_path)), logits(model))
     assert getattr(model, "hf_quantizer", None) is None
     assert model.all_tied_weights_keys == {"lm_head.weight": "model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize("tied", ["skip", "replace"])
+def test_an_encoder_is_loaded_from_an_encoder_decoder(tied, tmp_path):
+    torch.manual_seed(0)
+    config = transformers.T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, vocab_size=100)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    structlin.compress_model(model, "lowrank", ratio=0.5, tied=tied, skip_last=False)
+    model.save_pretrained(tmp_path)
+    whole = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    assert torch.equal(whole(IDS, decoder_input_ids=IDS).logits, model(IDS, decoder_input_ids=IDS).logits)
+    assert whole.num_parameters() == model.num_parameters()
+    encoder = transformers.T5EncoderModel.from_pretrained(tmp_path)
+    assert torch.equal(encoder(IDS).last_hidden_state, model.encoder(IDS).last_hidden_state)
