@@ -74,7 +74,7 @@ def tree_of(old: Modules, checkpoint: Checkpoint) -> tuple[dict[str, nn.Module],
     layers = checkpoint.layers
     names = {**{name: name for name in layers}, **checkpoint.shared_layers}
     stored = {*checkpoint.tensors, *checkpoint.aliases}
-    spots = {name: _spot(name, old, stored) for name in names}
+    spots = {name: spot(name, old, stored) for name in names}
     opened: dict[nn.Module, nn.Module] = {}  # module of the skeleton that holds leaves -> what its adapter opens it to
     new: dict[str, nn.Module] = {}
     devices: dict[nn.Module, torch.device] = {}
@@ -113,8 +113,16 @@ def _dots(path: str) -> Iterator[int]:
     return (k for k, letter in enumerate(path) if letter == ".")
 
 
-def _spot(name: str, old: Modules, stored: Container[str]) -> tuple[str, str, Adapter | None]:
-    """Return the module of the skeleton that holds a layer, the layer's path once it is opened, and its adapter."""
+def spot(name: str, old: Modules, stored: Container[str] = ()) -> tuple[str, str, Adapter | None]:
+    """Return the module of the skeleton that holds a layer, the layer's path once it is opened, and its adapter.
+
+    Args:
+        name: of the layer.
+        old: the modules of the skeleton.
+        stored: names of the tensors of the checkpoint.
+    Raises:
+        CheckpointError: if the skeleton has no place for the layer.
+    """
     if isinstance(old.get(name), Factored):
         return name, "", None
     # From the root: an opened module holds all leaves below it, also those that the skeleton has a module for. A module

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from structlin.adapters import Origin
 from structlin.checkpoint import _manifest, _skeleton
 from structlin.checkpoint._directory import INDEX, MANIFEST, CheckpointError, read_json
-from structlin.checkpoint._manifest import FIELDS, Checkpoint
+from structlin.checkpoint._manifest import FIELDS, Checkpoint, dotted
 from structlin.checkpoint.tensors import Stored, read_headers
 from structlin.layers.embedding import StructuredEmbedding
 from structlin.layers.factored import Factored
@@ -71,12 +72,27 @@ def _table(document: Any, limit: int, where: str) -> Checkpoint:
     return Checkpoint(directory=Path(), tensors={}, layers=layers, shards={}, metadata={}, **same)
 
 
-def replaced_weights(model: nn.Module, layers: Iterable[str]) -> Iterator[str]:
-    """Names of the dense weights that layers replaced: their own, or that of the embedding that they stand in."""
+def replaced_weights(model: nn.Module, layers: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """Return the names of the dense weights that layers replaced, each with a shape that no such weight has.
+
+    The shapes are the smallest that transformers can still split into the tensors of single experts.
+    """
     modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[str, tuple[int, ...]] = {}
     for name in layers:
-        parent = _owner(name)
-        yield f"{parent if isinstance(modules[parent], StructuredEmbedding) else name}.weight"
+        holder, path = name, ""
+        while holder and not isinstance(vars(modules[holder]).get("origin"), Origin):
+            holder = _owner(holder)
+            path = name[len(holder) :].lstrip(".")
+        origin = vars(modules[holder]).get("origin")
+        if isinstance(origin, Origin) and path in (leaves := origin.adapter.leaves(origin.shell)):
+            weight = leaves[path][0]
+            stacked = origin.shell.get_parameter(weight).ndim == 3
+            found[dotted(holder, weight)] = ((1, 2, 1) if path == "gate_up" else (1, 1, 1)) if stacked else (1,)
+        else:
+            parent = modules[_owner(name)]
+            found[f"{_owner(name) if isinstance(parent, StructuredEmbedding) else name}.weight"] = (1,)
+    return found
 
 
 def replace_layers(skeleton: nn.Module, table: Checkpoint) -> None:
@@ -90,7 +106,7 @@ def replace_layers(skeleton: nn.Module, table: Checkpoint) -> None:
     """
     old = dict(skeleton.named_modules(remove_duplicate=False))
     layers = {
-        name: replace(layer, dtype=_dtype(old.get(name, old.get(_owner(name))), layer.dtype))
+        name: replace(layer, dtype=_dtype(old[_skeleton.spot(name, old)[0]], layer.dtype))
         for name, layer in table.layers.items()
     }
     tree, _ = _skeleton.tree_of(old, replace(table, layers=layers))
@@ -130,14 +146,17 @@ def read_folder(directory: Path, skeleton: nn.Module | None) -> Checkpoint | Non
     checkpoint = replace(
         _table(table, limit, str(directory / CONFIG)), directory=directory, shards=dict.fromkeys(shards)
     )
-    # The weights that layers replaced are there as single NaNs; "linear" is the layer of an embedding.
-    names = {*checkpoint.layers, *(_owner(name) for name in checkpoint.layers if _part(name) == "linear")}
-    replaced = {f"{name}.weight" for name in names}
-    stored = {name: tensor for name, tensor in tensors.items() if name not in replaced or tensor.shape != (1,)}
+    # The weights that layers replaced are there as NaNs of other shapes, under names that transformers may convert.
+    dense = {} if skeleton is None else {slot.name: slot.tensor for slot in _skeleton.slots_of(_all_modules(skeleton))}
+    stored = {name: tensor for name, tensor in tensors.items() if not _replaces(name, tensor, checkpoint, dense)}
     aliases = {**_dense_ties(skeleton, stored), **checkpoint.aliases}
     checkpoint = replace(checkpoint, tensors=stored, aliases=aliases)
     _manifest.check_names(checkpoint)
-    _manifest.check_tensors(checkpoint)
+    try:
+        _manifest.check_tensors(checkpoint)
+    except CheckpointError as error:
+        hint = "; if transformers renames tensors of this model (Mixtral, say), use from_pretrained with structlin.hf"
+        raise CheckpointError(f"{error}{hint}") from error
     return checkpoint
 
 
@@ -157,6 +176,21 @@ def _dense_ties(skeleton: nn.Module | None, stored: Mapping[str, Any]) -> dict[s
     }
 
 
+def _replaces(name: str, tensor: Stored, checkpoint: Checkpoint, dense: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a tensor only stands for a weight that a layer replaced."""
+    if tensor.shape not in ((1,), (1, 1), (1, 1, 1), (1, 2, 1)):
+        return False
+    owner = _owner(name)
+    if name == f"{owner}.weight" and (owner in checkpoint.layers or f"{owner}.linear" in checkpoint.layers):
+        return True
+    inside = any(layer == owner or owner.startswith(f"{layer}.") for layer in checkpoint.layers)
+    return bool(dense) and not inside and (name not in dense or tuple(dense[name].shape) != tensor.shape)
+
+
+def _all_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return model.named_modules(remove_duplicate=False)
+
+
 def _owner(name: str) -> str:
     return name.rpartition(".")[0]
 
@@ -165,5 +199,5 @@ def _part(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _dtype(module: nn.Module | None, default: torch.dtype) -> torch.dtype:
-    return default if module is None else next((p.dtype for p in module.parameters()), default)
+def _dtype(module: nn.Module, default: torch.dtype) -> torch.dtype:
+    return next((parameter.dtype for parameter in module.parameters()), default)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from structlin.checkpoint import CheckpointError
 from structlin.checkpoint._manifest import Checkpoint
+from structlin.checkpoint._skeleton import spot
 
 # The base model and its heads ----------------------------------------------------------------------------------------
 
@@ -60,8 +61,11 @@ def fitted(table: Checkpoint, model: Any) -> Checkpoint:
 
 
 def _known(name: str, modules: Mapping[str, nn.Module]) -> bool:
-    parent, _, child = name.rpartition(".")
-    return name in modules or (child == "linear" and isinstance(modules.get(parent), nn.Embedding))
+    try:
+        spot(name, modules)
+    except CheckpointError:
+        return name in modules
+    return True
 
 
 def _tensor(name: str, renamed: Any) -> str | None:

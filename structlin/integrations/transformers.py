@@ -120,7 +120,9 @@ class StructlinQuantizer(HfQuantizer):
             return None, {}
         table = self.quantization_config
         state = {name: tensor for name, tensor in _state_dict(model).items() if name not in table.aliases}
-        return state | {name: torch.full((1,), torch.nan) for name in replaced_weights(model, table.layers)}, {}
+        return state | {
+            name: torch.full(size, torch.nan) for name, size in replaced_weights(model, table.layers).items()
+        }, {}
 
     def is_serializable(self) -> bool:
         return True
