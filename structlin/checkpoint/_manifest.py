@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,8 @@ FIELDS = {
 }  # fmt: skip
 STRUCTURE_FIELDS = {"kind": str, "hyperparameters": dict}
 LAYER_FIELDS = STRUCTURE_FIELDS | {"in_features": int, "out_features": int, "bias": bool, "dtype": str}
-LAYER_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128,
-    )
-}  # fmt: skip
+DTYPE_NAMES = ("float64", "float32", "float16", "bfloat16", "complex64", "complex128")
+LAYER_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 # A small file must not ask for much work. Hyperparameters are at most SMALL or the largest stored axis. Planning takes
 # seconds for a chain of MOST_FACTORS, and grows with a high power of the length.
@@ -46,8 +42,9 @@ class Layer:
     bias: bool
     dtype: torch.dtype
 
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of its tensors by name."""
+        """Shapes of its tensors by name."""
         spec = self.structure.spec(self.in_features, self.out_features)
         shapes = {factor.name: shape for factor, shape in zip(spec.factors, spec.shapes, strict=True)}
         return shapes | {"bias": (self.out_features,)} if self.bias else shapes
@@ -88,28 +85,18 @@ def dotted(path: str, name: str) -> str:
 
 
 def write(directory: Path, **fields: Any) -> None:
-    """Write structlin.json from its fields, all but the versions."""
+    """Write structlin.json from its fields; the versions are added."""
     try:
         by = version("structlin")
     except PackageNotFoundError:  # a source tree that is not installed
         by = "unknown"
-    document = {"format_version": FORMAT_VERSION, "structlin_version": by, **fields}
-    document["layers"] = {
-        name: {
-            **_encoded(name, layer.structure),
-            "in_features": layer.in_features,
-            "out_features": layer.out_features,
-            "bias": layer.bias,
-            "dtype": str(layer.dtype).removeprefix("torch."),
-        }
-        for name, layer in fields["layers"].items()
-    }
-    try:
+    document = {"format_version": FORMAT_VERSION, "structlin_version": by, **fields, "layers": {}}
+    for name, layer in fields["layers"].items():
+        sizes = {key: getattr(layer, key) for key in ("in_features", "out_features", "bias")}
+        dtype = {"dtype": str(layer.dtype).removeprefix("torch.")}
+        document["layers"][name] = _encoded(name, layer.structure) | sizes | dtype
+    with explaining("metadata or a hyperparameter cannot be written as JSON; use numbers, strings, None, lists, dicts"):
         text = json.dumps(document, indent=2, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"metadata or a hyperparameter cannot be written as JSON: {error}; use numbers, strings, None, lists, dicts"
-        ) from error
     (directory / MANIFEST).write_text(text, "utf-8")
 
 
@@ -135,21 +122,19 @@ def read(directory: Path) -> Checkpoint:
     same = {key: document[key] for key in ("shared_layers", "aliases", "shards", "metadata", "structlin_version")}
     checkpoint = Checkpoint(directory, tensors, layers, **same)
     _check_names(checkpoint)
-    parts: defaultdict[str, set[str]] = defaultdict(set)
+    for name, layer in layers.items():
+        _check_layer(name, layer, checkpoint)
     for key in (*tensors, *checkpoint.aliases):
         owner, _, part = key.rpartition(".")
-        parts[owner].add(part)
-    for name, layer in layers.items():
-        _check_layer(name, layer, parts[name], checkpoint)
+        if owner in layers and part not in (has := layers[owner].shapes):
+            problem = f"tensor {key!r} is unexpected; {layers[owner].structure} has {sorted(has)}"
+            raise CheckpointError(f"layer {owner!r}: {problem}")
     for name, first in checkpoint.shared_layers.items():
-        for part in layers[first].shapes():
+        for part in layers[first].shapes:
             key, expected = dotted(name, part), dotted(first, part)
             if checkpoint.aliases.get(key) != checkpoint.stored_name(expected):
                 raise CheckpointError(f"layer {name!r} is {first!r}, but tensor {key!r} is not {expected!r}")
     return checkpoint
-
-
-# Layers --------------------------------------------------------------------------------------------------------------
 
 
 def _encoded(name: str, value: Any) -> Any:
@@ -178,10 +163,8 @@ def _decoded(value: Any, limit: int, where: str) -> Any:
         _check_fields(value, STRUCTURE_FIELDS, where)
         kind = registered().get(value["kind"])
         if kind is None:
-            raise CheckpointError(
-                f"{where}: kind {value['kind']!r} is not registered; import the module that defines it, "
-                f"or use one of {sorted(registered())}"
-            )
+            problem = f"{where}: kind {value['kind']!r} is not registered; import the module that defines it"
+            raise CheckpointError(f"{problem}, or use one of {sorted(registered())}")
         fields = {key: _decoded(field, limit, f"{where}: {key}") for key, field in value["hyperparameters"].items()}
         with explaining(f"{where}: {value['kind']} does not take {fields}"):  # third-party code may raise anything
             return kind(**fields)
@@ -192,9 +175,6 @@ def _decoded(value: Any, limit: int, where: str) -> Any:
     if isinstance(value, int) and abs(value) > limit:
         raise CheckpointError(f"{where}: {value} exceeds {limit}, the largest size that the tensors warrant")
     return value
-
-
-# Checks --------------------------------------------------------------------------------------------------------------
 
 
 def _check_fields(value: Any, kinds: Mapping[str, type], where: str) -> None:
@@ -208,11 +188,10 @@ def _check_fields(value: Any, kinds: Mapping[str, type], where: str) -> None:
 
 
 def _check_names(checkpoint: Checkpoint) -> None:
-    layers, shared, tensors, aliases = (
-        checkpoint.layers, checkpoint.shared_layers, checkpoint.tensors, checkpoint.aliases,
-    )  # fmt: skip
+    layers, shared = checkpoint.layers, checkpoint.shared_layers
+    tensors, aliases = checkpoint.tensors, checkpoint.aliases
     for name in (*layers, *shared, *tensors, *aliases):
-        # Names reach setattr. The root is "", if it is a layer itself.
+        # Names are passed to setattr. A root that is a layer itself is "".
         if any(not part or part.startswith("__") for part in name.split(".")) and not (name == "" and name in layers):
             raise CheckpointError(f"name {name!r}; expected parts that are not empty and do not begin with '__'")
     for kind, names, firsts in (("layer", shared, layers), ("tensor", aliases, tensors)):
@@ -221,11 +200,10 @@ def _check_names(checkpoint: Checkpoint) -> None:
                 raise CheckpointError(f"{kind} {name!r} is another name of {first!r}; expected {kind}s stored once")
 
 
-def _check_layer(name: str, layer: Layer, parts: set[str], checkpoint: Checkpoint) -> None:
-    """Compare a layer with its stored tensors; `parts` are their names within the layer."""
+def _check_layer(name: str, layer: Layer, checkpoint: Checkpoint) -> None:
     where, structure = f"layer {name!r}", layer.structure
     with explaining(f"{where}: {structure} has no equation"):  # third-party code, or sizes that overflow
-        shapes = layer.shapes()
+        shapes = layer.shapes
     if len(shapes) > MOST_FACTORS:
         raise CheckpointError(f"{where}: {structure} has {len(shapes)} tensors; expected up to {MOST_FACTORS}")
     for part, shape in shapes.items():
@@ -234,12 +212,8 @@ def _check_layer(name: str, layer: Layer, parts: set[str], checkpoint: Checkpoin
         if stored is None:
             raise CheckpointError(f"{where}: tensor {key!r} is missing; {structure} needs {sorted(shapes)}")
         if stored.shape != shape or stored.dtype != layer.dtype:
-            raise CheckpointError(
-                f"{where}: tensor {key!r} in {stored.shard} is {stored.dtype} {stored.shape}, "
-                f"expected {layer.dtype} {shape}"
-            )
-    if extras := sorted(parts - set(shapes)):
-        raise CheckpointError(f"{where}: tensors {extras[:5]} are unexpected; {structure} has {sorted(shapes)}")
+            found = f"tensor {key!r} in {stored.shard} is {stored.dtype} {stored.shape}"
+            raise CheckpointError(f"{where}: {found}, expected {layer.dtype} {shape}")
     with explaining(f"{where}: {structure} does not fit"):
         resolved = structure.resolve(layer.in_features, layer.out_features)
     if resolved != structure:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from structlin.checkpoint._directory import CheckpointError, explaining
 from structlin.checkpoint._manifest import Checkpoint, Layer, dotted
-from structlin.checkpoint.tensors import Stored, cast
+from structlin.checkpoint.tensors import Stored
 from structlin.layers.embedding import StructuredEmbedding
 from structlin.layers.linear import StructuredLinear, build
 
@@ -22,7 +21,7 @@ Assignment = tuple[nn.Module, str, Tensor | nn.Module]
 
 @dataclass(frozen=True)
 class Slot:
-    """An attribute of a module that holds a parameter or a persistent buffer."""
+    """An attribute of a module that holds a parameter or a buffer."""
 
     name: str
     module: nn.Module
@@ -30,20 +29,18 @@ class Slot:
     tensor: Tensor
 
 
-def slots_of(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Slot]:
-    for path, module in modules:
-        transient = module._non_persistent_buffers_set
-        buffers = {key: value for key, value in module._buffers.items() if key not in transient}
-        for key, tensor in (*module._parameters.items(), *buffers.items()):
-            if tensor is not None:
-                yield Slot(dotted(path, key), module, key, tensor)
-
-
-# Fitting a checkpoint to a skeleton ----------------------------------------------------------------------------------
+def slots_of(modules: Modules, *, stored: bool = True) -> list[Slot]:
+    """List the slots that a checkpoint stores, or the others: those of non-persistent buffers."""
+    return [
+        Slot(dotted(path, key), module, key, tensor)
+        for path, module in modules.items()
+        for key, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None and stored == (key not in module._non_persistent_buffers_set)
+    ]
 
 
 def tree_of(old: Modules, checkpoint: Checkpoint) -> tuple[dict[str, nn.Module], dict[nn.Module, torch.device]]:
-    """Return the modules of the loaded model, and the device of each new one; `old`, the skeleton's, only get read."""
+    """Return the modules of the loaded model and the device of each structured layer; `old` are the skeleton's."""
     names = {**{name: name for name in checkpoint.layers}, **checkpoint.shared_layers}
     replaced = {name: _replaced(name, old, checkpoint.layers[first]) for name, first in names.items()}
     new = {name: _fitting(name, replaced[name], layer) for name, layer in checkpoint.layers.items()}
@@ -99,10 +96,10 @@ def _fitting(name: str, module: nn.Module, layer: Layer) -> nn.Module:
 
 
 def check_fit(slots: list[Slot], checkpoint: Checkpoint) -> None:
-    held, stored_names = {slot.name for slot in slots}, {*checkpoint.tensors, *checkpoint.aliases}
+    needed, given = {slot.name for slot in slots}, {*checkpoint.tensors, *checkpoint.aliases}
     for names, problem in (
-        (held - stored_names, "of the skeleton are not in the checkpoint"),
-        (stored_names - held, "are not in the skeleton"),
+        (needed - given, "of the skeleton are not in the checkpoint"),
+        (given - needed, "are not in the skeleton"),
     ):
         if names:
             raise CheckpointError(f"tensors {sorted(names)[:5]} ({len(names)} in all) {problem}")
@@ -110,10 +107,9 @@ def check_fit(slots: list[Slot], checkpoint: Checkpoint) -> None:
         stored = checkpoint.tensors[checkpoint.stored_name(slot.name)]
         lazy = is_lazy(slot.tensor)
         if lazy or stored.shape != tuple(slot.tensor.shape) or _kind(stored) != _kind(slot.tensor):
-            found = "uninitialised" if lazy else f"{slot.tensor.dtype} {tuple(slot.tensor.shape)}"
-            raise CheckpointError(
-                f"tensor {slot.name!r} in {stored.shard} is {stored.dtype} {stored.shape}, the skeleton's is {found}"
-            )
+            held = "uninitialised" if lazy else f"{slot.tensor.dtype} {tuple(slot.tensor.shape)}"
+            found = f"tensor {slot.name!r} in {stored.shard} is {stored.dtype} {stored.shape}"
+            raise CheckpointError(f"{found}, the skeleton's is {held}")
     _check_untied((s.name, (id(s.module), s.attribute), checkpoint.stored_name(s.name)) for s in slots)
 
 
@@ -128,26 +124,16 @@ def _check_untied(places: Iterable[tuple[str, Hashable, object]]) -> None:
 
 def _kind(tensor: Tensor | Stored) -> str:
     # A skeleton of another precision is welcome: the dtype of the checkpoint wins.
-    if tensor.dtype.is_complex:
-        return "complex"
-    return "float" if tensor.dtype.is_floating_point else str(tensor.dtype)
+    dtype = tensor.dtype
+    return "complex" if dtype.is_complex else "float" if dtype.is_floating_point else str(dtype)
 
 
-def check_no_meta_left(tree: Modules) -> None:
-    left = [
-        dotted(path, key)
-        for path, module in tree.items()
-        for key in sorted(module._non_persistent_buffers_set)
-        if (buffer := module._buffers[key]) is not None and buffer.is_meta
-    ]
-    if left:
+def check_no_meta_left(transient: list[Slot]) -> None:
+    if left := [slot.name for slot in transient if slot.tensor.is_meta]:
         raise CheckpointError(
             f"buffers {left[:5]} ({len(left)} in all) are on the meta device, and not in the checkpoint since they are "
             "not persistent; compute them, or build the skeleton on a real device"
         )
-
-
-# Changing the skeleton -----------------------------------------------------------------------------------------------
 
 
 def fillings(slots: list[Slot], values: Mapping[str, Tensor], checkpoint: Checkpoint) -> Iterator[Assignment]:
@@ -160,15 +146,6 @@ def fillings(slots: list[Slot], values: Mapping[str, Tensor], checkpoint: Checkp
         yield slot.module, slot.attribute, value
 
 
-def moves(tree: Modules, device: torch.device | str | None, dtype: torch.dtype | None) -> Iterator[Assignment]:
-    """Move and cast the buffers that are not stored, as `Module.to` does."""
-    for module in tree.values():
-        for key in module._non_persistent_buffers_set:
-            buffer = module._buffers[key]
-            if buffer is not None and not buffer.is_meta:
-                yield module, key, cast(buffer.to(device=device), dtype)
-
-
 def swaps(old: Modules, tree: Modules) -> Iterator[Assignment]:
     for path, module in tree.items():
         parent, _, child = path.rpartition(".")
@@ -176,21 +153,16 @@ def swaps(old: Modules, tree: Modules) -> Iterator[Assignment]:
             yield old[parent], child, module
 
 
-def assign(assignments: Iterable[Assignment]) -> None:
+def assign(assignments: list[Assignment]) -> None:
     """Make all assignments, or none."""
-    done: list[tuple[nn.Module, str, Any]] = []
+    before = [(module, key, getattr(module, key)) for module, key, _ in assignments]
     try:
         for module, key, value in assignments:
-            done.append((module, key, _held(module, key)))
             setattr(module, key, value)
     except BaseException as error:
-        for owner, name, old in reversed(done):
-            if _held(owner, name) is not old:
+        for owner, name, old in reversed(before):
+            if getattr(owner, name) is not old:
                 setattr(owner, name, old)
         if isinstance(error, Exception):
             raise CheckpointError(f"{key!r} of {type(module).__name__} cannot be assigned: {error!r}") from error
         raise
-
-
-def _held(module: nn.Module, key: str) -> Any:
-    return next(held[key] for held in (module._parameters, module._buffers, module._modules) if key in held)

@@ -93,8 +93,8 @@ def save(
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes} is below 1; it is a number of bytes")
-    modules = [*model.named_modules(remove_duplicate=False)]
-    layers, shared_layers = _split_by_first_name((n, m) for n, m in modules if isinstance(m, StructuredLinear))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers, shared_layers = _split_by_first_name((n, m) for n, m in modules.items() if isinstance(m, StructuredLinear))
     stored, aliases = _split_by_first_name((slot.name, slot.tensor) for slot in _skeleton.slots_of(modules))
     if different := sorted(set(model.state_dict(keep_vars=True)) ^ {*stored, *aliases}):
         raise CheckpointError(f"state_dict and parameters differ in {different[:5]}; only plain tensors are stored")
@@ -147,10 +147,10 @@ def load(
     checkpoint = _manifest.read(_directory.readable(Path(directory)))
     old = dict(skeleton.named_modules(remove_duplicate=False))
     tree, devices = _skeleton.tree_of(old, checkpoint)
-    slots = list(_skeleton.slots_of(tree.items()))
+    slots, transient = _skeleton.slots_of(tree), _skeleton.slots_of(tree, stored=False)
     _skeleton.check_fit(slots, checkpoint)
     if device is None or torch.device(device).type != "meta":
-        _skeleton.check_no_meta_left(tree)
+        _skeleton.check_no_meta_left(transient)
     if check_hashes:
         tensors.check_hashes(checkpoint.directory, checkpoint.shards)
     places: dict[str, torch.device] = {}
@@ -160,13 +160,12 @@ def load(
         places.setdefault(checkpoint.stored_name(slot.name), torch.device(device) if device is not None else found)
     values = tensors.read_tensors(checkpoint.directory, checkpoint.tensors, places, dtype)
     # Everything that can fail for a reason of its own is behind us: only now the skeleton changes.
-    _skeleton.assign(
-        [
-            *_skeleton.fillings(slots, values, checkpoint),
-            *_skeleton.moves(tree, device, dtype),
-            *_skeleton.swaps(old, tree),
-        ]
-    )
+    moved = [
+        (slot.module, slot.attribute, tensors.cast(slot.tensor.to(device=device), dtype))
+        for slot in transient
+        if not slot.tensor.is_meta
+    ]
+    _skeleton.assign([*_skeleton.fillings(slots, values, checkpoint), *moved, *_skeleton.swaps(old, tree)])
     return tree[""]
 
 
@@ -218,14 +217,12 @@ def _gather(stored: dict[str, Tensor]) -> bool:
     """Replace each DTensor by its full value, in place; return whether this process leaves the writing to another."""
     leaves = False
     for name, tensor in stored.items():
-        full = tensor
-        # Only a DTensor has this method. Its class is not imported: torch.distributed is missing in some builds.
-        gather = None if tensor.is_meta else getattr(tensor, "full_tensor", None)
-        if gather is not None:
-            full = gather()  # collective: every process calls it, in the same order
-            leaves = torch.distributed.get_rank() > 0
+        # Only a DTensor has the method. Its class is not imported: torch.distributed is missing in some builds.
+        # The call is collective: every process makes it, in the same order.
+        full = tensor.full_tensor() if not tensor.is_meta and hasattr(tensor, "full_tensor") else tensor
         if reason := tensors.obstacle(full):
             raise CheckpointError(f"tensor {name!r} {reason}")
         if full is not tensor:
-            stored[name] = torch.empty(0) if leaves else full.cpu()  # free the accelerator: only one fits, perhaps
+            leaves = torch.distributed.get_rank() > 0
+            stored[name] = torch.empty(0) if leaves else full.cpu()  # the accelerator may have room for one only
     return leaves

@@ -38,9 +38,6 @@ def _real(dtype: torch.dtype) -> torch.dtype:
     return dtype.to_real() if dtype.is_complex else dtype
 
 
-# Any safetensors file ------------------------------------------------------------------------------------------------
-
-
 def obstacle(tensor: Tensor) -> str | None:
     """Say why a tensor cannot be written and what to do about it; return None if it can."""
     kind = type(tensor)
@@ -112,9 +109,6 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
         # Copies: the mapped file must not live on in the tensors' storage.
         return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-
-
-# Shards of a checkpoint ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -209,9 +203,9 @@ def check_hashes(directory: Path, hashes: Mapping[str, str]) -> None:
             while block := file.read(1 << 20):
                 digest.update(block)
         if digest.hexdigest() != expected:
+            found = f"{directory / shard}: sha256 {digest.hexdigest()}, expected {expected}"
             raise CheckpointError(
-                f"{directory / shard}: sha256 {digest.hexdigest()}, expected {expected}; the file was changed, copy it "
-                "again (or load with check_hashes=False if you changed it)"
+                f"{found}; copy the file again, or pass check_hashes=False if you changed it yourself"
             )
 
 
