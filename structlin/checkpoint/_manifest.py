@@ -52,27 +52,16 @@ class Layer:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked checkpoint: the contents of structlin.json, and the headers of the shards.
-
-    Args:
-        directory: of its files.
-        tensors: the stored tensors by name.
-        layers: the structured layers by dotted name.
-        shared_layers: further names of layers, each with the first.
-        aliases: further names of tensors, each with the stored one.
-        shards: sha256 by file name.
-        metadata: the user's.
-        structlin_version: of the writer.
-    """
+    """A checked checkpoint: the contents of structlin.json, and the headers of the shards."""
 
     directory: Path
     tensors: Mapping[str, Stored]
-    layers: Mapping[str, Layer]
-    shared_layers: Mapping[str, str]
-    aliases: Mapping[str, str]
-    shards: Mapping[str, str]
+    layers: Mapping[str, Layer]  # by dotted name
+    shared_layers: Mapping[str, str]  # further names of layers, each with the first
+    aliases: Mapping[str, str]  # further names of tensors, each with the stored one
+    shards: Mapping[str, str]  # sha256 by file name
     metadata: Mapping[str, Any]
-    structlin_version: str
+    structlin_version: str  # of the writer
 
     def stored_name(self, name: str) -> str:
         """Return the name under which a tensor is stored."""
@@ -101,11 +90,7 @@ def write(directory: Path, **fields: Any) -> None:
 
 
 def read(directory: Path) -> Checkpoint:
-    """Read structlin.json and the headers of the shards, and check each against the other.
-
-    Raises:
-        CheckpointError: naming the layer or file, what was found and what was expected.
-    """
+    """Read structlin.json and the headers of the shards, and check each against the other."""
     document = read_json(directory, MANIFEST)
     where = str(directory / MANIFEST)
     found = document.get("format_version") if isinstance(document, dict) else None

@@ -8,7 +8,7 @@ the skeleton before memory is allocated.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -61,27 +61,26 @@ def save(
 ) -> Path:
     """Write the parameters and persistent buffers of a model, and the structures of its structured layers.
 
-    A new directory is written beside the old one and takes its name, so that a crash leaves a complete checkpoint: the
-    old or the new. Other files in the directory (`config.json`, a tokenizer) stay. One process may write at a time.
+    A crash leaves the old checkpoint or the new one, complete: the new directory is written beside the old one and
+    renamed. Other files in it (`config.json`, a tokenizer) stay. Only one process may write at a time.
 
     Tied parameters (one object under several names) and shared modules are stored once and stay tied. Distinct
-    parameters that share memory are stored separately. Non-persistent buffers are not stored.
-
-    A `DTensor` is gathered: every process calls `save`, process 0 writes, and the others may return before it is done.
+    parameters that share memory are stored separately. Non-persistent buffers are not stored. DTensors are gathered:
+    every process calls `save`, process 0 writes, and the others may return before it is done.
 
     Args:
         model: any module on any device but meta.
         directory: created with its parents if missing.
-        compression: settings or plan to keep with the model, such as `report.compression`; `verify` returns its record
-            as `metadata["compression"]`, which `CompressionPlan.from_record` reads.
+        compression: settings or plan to keep, such as `report.compression`; `verify` returns its record as
+            `metadata["compression"]`, which `CompressionPlan.from_record` reads.
         max_shard_bytes: size from which the tensors are split into several files.
         metadata: JSON values to keep in the checkpoint, such as the name of the training data.
     Returns:
         The directory.
     Raises:
         ValueError: if max_shard_bytes is below 1.
-        CheckpointError: if the model holds something that `load` could not restore (a quantised tensor, say), or
-            writing fails; the directory is as it was.
+        CheckpointError: if `load` could not restore the model (a quantised tensor, say), or writing fails; the
+            directory is as it was.
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> from structlin import LowRankLinear
@@ -94,8 +93,9 @@ def save(
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes} is below 1; it is a number of bytes")
     modules = dict(model.named_modules(remove_duplicate=False))
-    layers, shared_layers = _split_by_first_name((n, m) for n, m in modules.items() if isinstance(m, StructuredLinear))
-    stored, aliases = _split_by_first_name((slot.name, slot.tensor) for slot in _skeleton.slots_of(modules))
+    structured = {name: module for name, module in modules.items() if isinstance(module, StructuredLinear)}
+    layers, shared_layers = _split_by_first_name(structured)
+    stored, aliases = _split_by_first_name({slot.name: slot.tensor for slot in _skeleton.slots_of(modules)})
     if different := sorted(set(model.state_dict(keep_vars=True)) ^ {*stored, *aliases}):
         raise CheckpointError(f"state_dict and parameters differ in {different[:5]}; only plain tensors are stored")
     if _gather(stored):
@@ -139,8 +139,8 @@ def load(
         The model; it differs from the skeleton only when the root itself is a structured layer.
     Raises:
         ValueError: if dtype is not a floating one.
-        CheckpointError: if a file is missing, damaged or unsafe, or does not fit the skeleton, or if a buffer that is
-            not in the checkpoint would stay on meta.
+        CheckpointError: if a file is missing, damaged or unsafe, if it does not fit the skeleton, or if a buffer that
+            is not in the checkpoint would stay on meta.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} is not a floating dtype; use one such as torch.bfloat16, or None")
@@ -157,9 +157,9 @@ def load(
     for slot in slots:  # a tied tensor goes where its first name is
         place = devices.get(slot.module, slot.tensor.device)
         found = torch.device("cpu") if place.type == "meta" else place
-        places.setdefault(checkpoint.stored_name(slot.name), torch.device(device) if device is not None else found)
+        places.setdefault(checkpoint.stored_name(slot.name), found if device is None else torch.device(device))
     values = tensors.read_tensors(checkpoint.directory, checkpoint.tensors, places, dtype)
-    # Everything that can fail for a reason of its own is behind us: only now the skeleton changes.
+    # All checks have passed and all memory is there: only now does the skeleton change.
     moved = [
         (slot.module, slot.attribute, tensors.cast(slot.tensor.to(device=device), dtype))
         for slot in transient
@@ -193,18 +193,11 @@ def verify(directory: str | Path, *, check_hashes: bool = False) -> Summary:
     )
 
 
-def _split_by_first_name(named: Iterable[tuple[str, T]]) -> tuple[dict[str, T], dict[str, str]]:
+def _split_by_first_name(named: dict[str, T]) -> tuple[dict[str, T], dict[str, str]]:
     """Return each object under its first name, and every further name with the first."""
-    firsts: dict[int, str] = {}
-    objects: dict[str, T] = {}
-    further: dict[str, str] = {}
-    for name, item in named:
-        first = firsts.setdefault(id(item), name)
-        if first == name:
-            objects[name] = item
-        else:
-            further[name] = first
-    return objects, further
+    firsts = {id(item): name for name, item in reversed(named.items())}
+    objects = {name: item for name, item in named.items() if firsts[id(item)] == name}
+    return objects, {name: firsts[id(item)] for name, item in named.items() if name not in objects}
 
 
 def _described(layer: StructuredLinear) -> Layer:
@@ -219,7 +212,7 @@ def _gather(stored: dict[str, Tensor]) -> bool:
     for name, tensor in stored.items():
         # Only a DTensor has the method. Its class is not imported: torch.distributed is missing in some builds.
         # The call is collective: every process makes it, in the same order.
-        full = tensor.full_tensor() if not tensor.is_meta and hasattr(tensor, "full_tensor") else tensor
+        full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         if reason := tensors.obstacle(full):
             raise CheckpointError(f"tensor {name!r} {reason}")
         if full is not tensor:

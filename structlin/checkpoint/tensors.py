@@ -121,11 +121,7 @@ class Stored:
 
 
 def write_shards(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> dict[str, str]:
-    """Write tensors into as few shards as hold them, with an index if there are several.
-
-    Returns:
-        The sha256 of each shard by file name.
-    """
+    """Write tensors into as few shards as hold them, with an index if several; return the sha256 of each by name."""
     groups: list[dict[str, Tensor]] = [{}]
     size = 0
     for key, tensor in tensors.items():
@@ -146,13 +142,7 @@ def write_shards(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes
 
 
 def read_headers(directory: Path, shards: list[str], pairs: set[str]) -> dict[str, Stored]:
-    """Read the headers of the shards, not their data.
-
-    Args:
-        directory: of the checkpoint.
-        shards: file names from structlin.json, not yet checked.
-        pairs: names of the complex tensors, which are stored as pairs.
-    """
+    """Read the headers of the shards, not their data; `pairs` names the complex tensors, stored as pairs of floats."""
     found: dict[str, Stored] = {}
     for shard in shards:
         if not SHARD.fullmatch(shard):
