@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structlin.layers.linear import StructuredLinear
+from structlin.runtime import contract
 
 
 class StructuredEmbedding(nn.Module):
-    """Look up rows in the weight of a structured layer, so that a tied input embedding and output layer stay tied.
+    """Look up rows in the weight of a structured layer: (...) -> (..., embedding_dim).
 
-    Cost: every call builds the dense table, so this saves storage, not time.
+    A tied input embedding and output layer stay tied: both use the factors of `linear`; its bias plays no part here.
+
+    Cost for a token: the entries of the factors that its row depends on, and their contraction. Low rank reads one row
+    of its left factor and multiplies it with the right one. A Kronecker sum reads terms * (i1 + i2) entries. In a chain
+    of stages (butterfly, K-matrix, Monarch) the last stage is read at all digits of the row, earlier ones at fewer:
+    the first reads up to as many entries as a dense row times the size of its digit.
 
     Args:
-        linear: the layer whose weight is the table, often the output layer.
-        padding_idx: row that gets no gradient, as in `nn.Embedding`.
+        linear: the layer that holds the table, often the output layer; a dense `nn.Linear` does too.
+        padding_idx: row that gets no gradient, as in `nn.Embedding`; negative ones count from the end.
+        scale: number that multiplies the rows, rounded to their dtype (Gemma's `embed_scale`).
+    Raises:
+        ValueError: if padding_idx is no row of the table.
+    Example:
+        >>> from structlin import LowRankLinear
+        >>> StructuredEmbedding(LowRankLinear(64, 1000, bias=False, rank=8))(torch.tensor([[3, 999]])).shape
+        torch.Size([1, 2, 64])
     """
 
-    def __init__(self, linear: StructuredLinear | nn.Linear, padding_idx: int | None = None) -> None:
+    def __init__(
+        self, linear: StructuredLinear | nn.Linear, padding_idx: int | None = None, *, scale: float = 1.0
+    ) -> None:
         super().__init__()
+        rows = linear.out_features
+        if padding_idx is not None and not -rows <= padding_idx < rows:
+            raise ValueError(f"padding_idx={padding_idx} is no row of the table; use {-rows} to {rows - 1}, or None")
         self.linear = linear
-        self.padding_idx = padding_idx
-        self.num_embeddings = linear.out_features  # an attribute: transformers assigns it
+        self.padding_idx = padding_idx if padding_idx is None else padding_idx % rows
+        self.scale = scale
+        self.num_embeddings = rows  # an attribute: transformers assigns it
 
     @property
     def embedding_dim(self) -> int:
@@ -31,13 +51,39 @@ class StructuredEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The table, rebuilt at each access."""
+        """The table without the scale, as by `linear.weight`."""
         return self.linear.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Look up rows: (...) -> (..., embedding_dim)."""
-        return F.embedding(ids, self.weight, self.padding_idx)
+        """Look up rows: (...) -> (..., embedding_dim).
+
+        Args:
+            ids: numbers of rows, int32 or int64.
+        Raises:
+            TypeError: if ids are of another dtype.
+            IndexError: if an id is no row of the table.
+        """
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"ids are {ids.dtype}; look rows up by torch.int32 or torch.int64")
+        if isinstance(self.linear, nn.Linear):
+            return self._scaled(F.embedding(ids, self.linear.weight, self.padding_idx))
+        factors = self.linear.factors
+        device = factors[0].device.type
+        # As in nn.Embedding, the rows have the dtype of the table under autocast too.
+        with torch.autocast(device if torch.amp.is_autocast_available(device) else "cpu", enabled=False):
+            try:
+                rows = contract.look_up(self.linear.spec, factors, ids.reshape(-1))
+            except IndexError as error:
+                raise IndexError(f"an id lies outside 0 to {self.num_embeddings - 1}, the rows of the table") from error
+        rows = rows.reshape(*ids.shape, self.embedding_dim)
+        if self.padding_idx is not None and rows.requires_grad:
+            rows = torch.where((ids == self.padding_idx).unsqueeze(-1), rows.detach(), rows)
+        return self._scaled(rows)
+
+    def _scaled(self, rows: Tensor) -> Tensor:
+        return rows if self.scale == 1 else rows * torch.full((), self.scale, dtype=rows.dtype, device=rows.device)
 
     def extra_repr(self) -> str:
-        """Sizes of the table."""
-        return f"{self.num_embeddings}, {self.embedding_dim}, padding_idx={self.padding_idx}"
+        """Sizes of the table, padding row and scale."""
+        scale = "" if self.scale == 1 else f", scale={self.scale:g}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, padding_idx={self.padding_idx}{scale}"

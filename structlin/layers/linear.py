@@ -15,6 +15,7 @@ from structlin.equation.structure import Structure, hyperparameters
 from structlin.fitting.fit import Families, Fit, fit
 from structlin.fitting.objective import GramRoot
 from structlin.layers.factored import Factored
+from structlin.layers.weight import LazyWeight
 from structlin.runtime import contract, planner
 from structlin.runtime.execution import Execution, Option
 from structlin.runtime.machines import machine_of
@@ -129,11 +130,11 @@ class StructuredLinear(Factored):
 
     @property
     def weight(self) -> Tensor:
-        """W as by `to_dense()`, for code that reads `linear.weight`: rebuilt at each access, not a parameter.
+        """W for code that reads `linear.weight`, not a parameter: rebuilt by each operation on it (`LazyWeight`).
 
-        An in-place write goes to this temporary and is lost; assigning is refused.
+        Shape, dtype and device cost nothing. An in-place write goes to a temporary and is lost; assigning is refused.
         """
-        return self.to_dense()
+        return self.to_dense() if is_compiling() else LazyWeight(self.spec, self.factors)
 
     @weight.setter
     def weight(self, value: Tensor) -> None:

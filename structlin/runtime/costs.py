@@ -71,6 +71,10 @@ DENSE_SECONDS = 2e-6  # s: the Python around a product with a dense matrix
 DENSE_GAIN = 0.9  # a dense matrix is kept where its predicted time is below this share of every other way's
 SMALL = 4 << 20  # B of activations that are not worth recomputing in the backward pass
 
+# Looking rows up (contract/lookup.py) ---------------------------------------------------------------------------------
+
+LOOKUP_BYTES = 256 << 10  # B of intermediates that are not worth a chunk of tokens less
+
 # Recomputing and chunks (recompute.py) -------------------------------------------------------------------------------
 
 FEWEST = 16  # tokens of a chunk in the backward pass, at least

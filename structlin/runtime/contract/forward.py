@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from structlin.equation.spec import Spec
+from structlin.equation.spec import Equation, Spec
+from structlin.runtime.eager import constant
 from structlin.runtime.planner import CPU, EquationPlan, Merge, Plan, View, merge_plan
 
 Operands = list[list[Tensor]]  # one list per equation, one tensor per step of its plan: (rows, columns) or a stack
@@ -77,11 +78,16 @@ def to_dense(spec: Spec, factors: Sequence[Tensor]) -> Tensor:
     """
     total = None
     for eq, part in spec.split(factors):
-        merges, view = merge_plan(eq, machine=CPU)  # everywhere: a dense matrix does not depend on records
+        merges, view = _merges(eq)
         dense = read(merged(merges, part)[-1], view)[: spec.out_features, : spec.in_features]
         total = dense if total is None else total + dense
     assert total is not None
     return total
+
+
+@constant
+def _merges(eq: Equation) -> tuple[tuple[Merge, ...], View]:
+    return merge_plan(eq, machine=CPU)  # everywhere: a dense matrix does not depend on records
 
 
 def merged(merges: Sequence[Merge], factors: Sequence[Tensor]) -> list[Tensor]:
