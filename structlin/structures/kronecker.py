@@ -102,14 +102,9 @@ class KroneckerLinear(StructuredLinear):
     Cost: terms (o1 i1 + o2 i2) parameters, 2 terms min(i1 o2 (i2 + o1), o1 i2 (i1 + o2)) FLOPs per token.
 
     Args:
-        in_features: size of each input row.
-        out_features: size of each output row.
-        bias: learn an additive bias.
         terms: number of products, 1 <= terms <= min(o1 i1, o2 i2).
         shape: ((o1, i1), (o2, i2)) with o1 o2 >= out_features and i1 i2 >= in_features (surplus is padded); None
             takes sides near the square roots.
-        device: of the parameters.
-        dtype: of the parameters.
     Raises:
         ValueError: if shape is too small or terms out of range.
     Source: Van Loan & Pitsianis 1993, Approximation with Kronecker products.

@@ -54,12 +54,7 @@ class LowRankLinear(StructuredLinear):
     Cost: rank (in + out) parameters, 2 rank (in + out) FLOPs per token.
 
     Args:
-        in_features: size of each input row.
-        out_features: size of each output row.
-        bias: learn an additive bias.
         rank: 1 <= rank <= min(in_features, out_features).
-        device: of the parameters.
-        dtype: of the parameters.
     Raises:
         ValueError: if rank is out of range.
     Source: Eckart & Young 1936 for `from_linear`.

@@ -48,8 +48,7 @@ class Shapeshifter(Structure):
     def spec(self, in_features: int, out_features: int) -> Spec:
         if self.order == "kron":
             eq = kronecker_equation(self.rank, balanced_shape(in_features, out_features))
-            return Spec(in_features, out_features, (eq,))
-        if out_features >= in_features:
+        elif out_features >= in_features:  # part of the rows moves to the columns
             o1, o2 = _square_split(out_features, in_features)
             sizes = {"o1": o1, "o2": o2, "r": self.rank, "i": in_features}
             eq = equation("o1 r, r o2 i -> o1 o2 i", ("left", "right"), sizes)
@@ -72,11 +71,9 @@ class Shapeshifter(Structure):
     @classmethod
     def candidates(cls, in_features: int, out_features: int, budget: int) -> Iterator[Self]:
         shape = balanced_shape(in_features, out_features)
-        rows, columns = _reshaped(in_features, out_features)
-        sizes = {
-            "kron": (sum(o * i for o, i in shape), max_terms(shape)),
-            "reshape": (rows + columns, min(rows, columns)),
-        }
+        sides = _reshaped(in_features, out_features)
+        # Parameters per rank, and the largest rank.
+        sizes = {"kron": (sum(o * i for o, i in shape), max_terms(shape)), "reshape": (sum(sides), min(sides))}
         for order, (size, largest) in sizes.items():
             rank = min(budget // size, largest)
             if rank >= 1:
@@ -84,7 +81,7 @@ class Shapeshifter(Structure):
 
 
 def _square_split(large: int, small: int) -> tuple[int, int]:
-    """Split the larger side, rest * moved >= large, so that moving a part to the other side makes the weight square."""
+    """Split the larger side into (rest, moved): with `moved` on the other side the weight is nearly square."""
     moved = max(round((large / small) ** 0.5), 1)
     return -(-large // moved), moved
 
@@ -104,14 +101,9 @@ class ShapeshifterLinear(StructuredLinear):
     Cost: about 2 rank sqrt(in out) parameters.
 
     Args:
-        in_features: size of each input row.
-        out_features: size of each output row.
-        bias: learn an additive bias.
         rank: 1 <= rank <= the smaller side of the reordered weight.
         order: "kron" reshapes and rearranges (Kronecker terms, all four sides near square roots); "reshape" only
             reshapes (for a square weight the truncated SVD).
-        device: of the parameters.
-        dtype: of the parameters.
     Raises:
         ValueError: if rank or order is out of range.
     Source: Panahi, Saeedi & Arodz 2021, Shapeshifter. The paper's code was never published: "kron" follows its

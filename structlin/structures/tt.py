@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -142,13 +143,9 @@ def _ranks_within(budget: int, out_modes: Sequence[int], in_modes: Sequence[int]
         bonds = (1, *ranks, 1)
         return sum(bonds[k] * o * i * bonds[k + 1] for k, (o, i) in enumerate(zip(out_modes, in_modes, strict=True)))
 
-    def largest(ranks_for: list[tuple[int, ...]]) -> tuple[int, ...] | None:
-        # Sizes ascend along the list: bisect for the last one that fits.
-        lo, hi = 0, len(ranks_for)
-        while lo < hi:
-            middle = (lo + hi) // 2
-            lo, hi = (middle + 1, hi) if size(ranks_for[middle]) <= budget else (lo, middle)
-        return ranks_for[lo - 1] if lo else None
+    def largest(options: list[tuple[int, ...]]) -> tuple[int, ...] | None:
+        fitting = bisect_right(options, budget, key=size)  # sizes ascend along the list
+        return options[fitting - 1] if fitting else None
 
     ranks = largest([tuple(min(r, m) for m in maxima) for r in range(1, max(maxima) + 1)])
     for k, maximum in enumerate(maxima):
@@ -164,16 +161,11 @@ class TTLinear(StructuredLinear):
     Cost: sum_k r_k-1 o_k i_k r_k parameters; the FLOPs per token are those of the plan (`layer.plan(tokens=1)`).
 
     Args:
-        in_features: size of each input row.
-        out_features: size of each output row.
-        bias: learn an additive bias.
         rank: one number (lowered to the maximum at each bond), or one per bond.
         in_modes: d whole numbers whose product is in_features or more (surplus is padded); None takes balanced ones.
         out_modes: d whole numbers, likewise.
         cores: d, if no modes are given.
         tolerance: relative Frobenius error allowed, in place of rank; for `from_linear` only.
-        device: of the parameters.
-        dtype: of the parameters.
     Raises:
         ValueError: if modes do not cover the layer or a rank is out of range.
     Source: Novikov et al. 2015, Tensorizing Neural Networks; Oseledets 2011 for TT-SVD and rounding.
