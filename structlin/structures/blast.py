@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from structlin.equation import modes
 from structlin.equation.spec import Spec, equation
-from structlin.equation.structure import Structure, register
+from structlin.equation.structure import Structure, check_range, register
 from structlin.fitting import linalg
 from structlin.layers.linear import StructuredLinear, layer_of
 
@@ -34,13 +34,8 @@ class Blast(Structure):
 
     def resolve(self, in_features: int, out_features: int, weight: Tensor | None = None) -> Self:
         smaller = min(in_features, out_features)
-        if not 1 <= self.blocks <= smaller:
-            raise ValueError(
-                f"blocks={self.blocks} is outside 1..{smaller} for a {out_features} x {in_features} matrix; "
-                "use fewer blocks"
-            )
-        if not 1 <= self.rank <= smaller:
-            raise ValueError(f"rank={self.rank} is outside 1..{smaller}, the smaller side; use a smaller rank")
+        check_range("blocks", self.blocks, smaller, f" for a {out_features} x {in_features} matrix; use fewer blocks")
+        check_range("rank", self.rank, smaller, ", the smaller side; use a smaller rank")
         return self
 
     def spec(self, in_features: int, out_features: int) -> Spec:
@@ -54,7 +49,7 @@ class Blast(Structure):
         left, right = linalg.truncated_svd(weight, self.rank)  # (out, rank), (rank, in)
         right = rearrange(linalg.pad_to(right, self.rank, self.blocks * columns), "r (q i) -> q r i", i=columns)
         left = rearrange(linalg.pad_to(left, self.blocks * rows, self.rank), "(p o) r -> p o r", o=rows)
-        return linalg.balance([right, left.new_ones(self.blocks, self.blocks, self.rank), left])
+        return linalg.balance([right, left.new_ones(self.blocks, self.blocks, self.rank), left])  # couplings of 1
 
     @classmethod
     def candidates(cls, in_features: int, out_features: int, budget: int) -> Iterator[Self]:
@@ -86,15 +81,9 @@ class BlastLinear(StructuredLinear):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        blocks: int,
-        rank: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        self, in_features: int, out_features: int, bias: bool = True, *,
+        blocks: int, rank: int,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         structure = Blast(blocks=blocks, rank=rank)
         super().__init__(in_features, out_features, bias, structure=structure, device=device, dtype=dtype)

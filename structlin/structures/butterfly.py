@@ -32,7 +32,7 @@ def chain_equation(digits: Sequence[int], in_modes: Digits, inner_modes: Digits,
     current = [f"i{d + 1}" for d in range(count)]  # the mode that stands for each digit: i1, then m0, .., then o1
     sizes = dict(zip(current, in_modes, strict=True))
     terms = []
-    final = {digit: s for s, digit in enumerate(digits)}
+    final = {digit: s for s, digit in enumerate(digits)}  # the last stage of each digit
     for s, digit in enumerate(digits):
         last = final[digit] == s
         new = f"o{digit + 1}" if last else f"m{s}"
@@ -146,16 +146,9 @@ class ButterflyLinear(StructuredLinear):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        radix: int | None = None,
-        in_modes: Digits | None = None,
-        out_modes: Digits | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        self, in_features: int, out_features: int, bias: bool = True, *,
+        radix: int | None = None, in_modes: Digits | None = None, out_modes: Digits | None = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         structure = Butterfly(radix=radix, in_modes=in_modes, out_modes=out_modes)
         super().__init__(in_features, out_features, bias, structure=structure, device=device, dtype=dtype)

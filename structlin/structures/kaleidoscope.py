@@ -133,19 +133,11 @@ class KaleidoscopeLinear(StructuredLinear):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        width: int = 1,
-        expansion: int = 1,
-        radix: int | None = None,
-        in_modes: Digits | None = None,
+        self, in_features: int, out_features: int, bias: bool = True, *,
+        width: int = 1, expansion: int = 1, radix: int | None = None, in_modes: Digits | None = None,
         out_modes: Digits | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         structure = Kaleidoscope(width, expansion, radix, in_modes, out_modes)
         super().__init__(in_features, out_features, bias, structure=structure, device=device, dtype=dtype)
 

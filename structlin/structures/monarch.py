@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from structlin.equation import modes
 from structlin.equation.spec import Spec, equation
-from structlin.equation.structure import Structure, register
+from structlin.equation.structure import Structure, check_range, register
 from structlin.fitting import linalg
 from structlin.layers.linear import StructuredLinear, layer_of
 
@@ -28,22 +28,16 @@ class Monarch(Structure):
     rank: int = 1
 
     def resolve(self, in_features: int, out_features: int, weight: Tensor | None = None) -> Self:
-        if not 1 <= self.blocks <= min(in_features, out_features):
-            raise ValueError(
-                f"blocks={self.blocks} is outside 1..{min(in_features, out_features)} for a "
-                f"{out_features} x {in_features} matrix; use fewer blocks"
-            )
+        smaller = min(in_features, out_features)
+        check_range("blocks", self.blocks, smaller, f" for a {out_features} x {in_features} matrix; use fewer blocks")
         largest = min(modes.block_sides(self.blocks, in_features, out_features))
-        if not 1 <= self.rank <= largest:
-            raise ValueError(
-                f"rank={self.rank} is outside 1..{largest}, the smaller side of a block; use a smaller rank"
-            )
+        check_range("rank", self.rank, largest, ", the smaller side of a block; use a smaller rank")
         return self
 
     def spec(self, in_features: int, out_features: int) -> Spec:
         rows, columns = modes.block_sides(self.blocks, in_features, out_features)
         sizes = {"o1": self.blocks, "o2": rows, "i1": self.blocks, "i2": columns, "r": self.rank}
-        text = "i1 o1 r i2, o1 o2 i1 r -> o1 o2 i1 i2"
+        text = "i1 o1 r i2, o1 o2 i1 r -> o1 o2 i1 i2"  # right[q, p] maps block q of the input to (p, q, rank)
         return Spec(in_features, out_features, (equation(text, ("right", "left"), sizes),))
 
     def decompose(self, weight: Tensor) -> tuple[Tensor, ...]:
@@ -81,15 +75,9 @@ class MonarchLinear(StructuredLinear):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        blocks: int,
-        rank: int = 1,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        self, in_features: int, out_features: int, bias: bool = True, *,
+        blocks: int, rank: int = 1,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         structure = Monarch(blocks=blocks, rank=rank)
         super().__init__(in_features, out_features, bias, structure=structure, device=device, dtype=dtype)

@@ -102,15 +102,9 @@ class PHMLinear(StructuredLinear):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        n: int = 4,
-        algebra: str = "learned",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        self, in_features: int, out_features: int, bias: bool = True, *,
+        n: int = 4, algebra: str = "learned",
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         structure = PHM(n=n, algebra=algebra)
         super().__init__(in_features, out_features, bias, structure=structure, device=device, dtype=dtype)

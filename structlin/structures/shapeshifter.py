@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from structlin.equation.spec import Spec, equation
-from structlin.equation.structure import Structure, register
+from structlin.equation.structure import Structure, check_range, register
 from structlin.fitting import linalg
 from structlin.layers.linear import StructuredLinear, layer_of
 from structlin.structures.kronecker import balanced_shape, check_terms, kronecker_equation, max_terms, nearest
@@ -38,11 +38,8 @@ class Shapeshifter(Structure):
             check_terms("rank", self.rank, balanced_shape(in_features, out_features))
             return self
         rows, columns = _reshaped(in_features, out_features)
-        if not 1 <= self.rank <= min(rows, columns):
-            raise ValueError(
-                f"rank={self.rank} is outside 1..{min(rows, columns)} for the weight read as {rows} x {columns}; "
-                "use a rank up to the smaller side"
-            )
+        why = f" for the weight read as {rows} x {columns}; use a rank up to the smaller side"
+        check_range("rank", self.rank, min(rows, columns), why)
         return self
 
     def spec(self, in_features: int, out_features: int) -> Spec:
@@ -65,7 +62,7 @@ class Shapeshifter(Structure):
         eq = self.spec(in_features, out_features).equations[0]
         rows, columns = _reshaped(in_features, out_features)
         padded = linalg.pad_to(weight, eq.padded_out, eq.padded_in).reshape(rows, columns)
-        left, right = linalg.truncated_svd(padded, self.rank)
+        left, right = linalg.truncated_svd(padded, self.rank)  # (rows, rank), (rank, columns)
         return left.reshape(eq.shape(eq.factors[0].modes)), right.reshape(eq.shape(eq.factors[1].modes))
 
     @classmethod
@@ -115,15 +112,9 @@ class ShapeshifterLinear(StructuredLinear):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        rank: int,
-        order: str = "kron",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        self, in_features: int, out_features: int, bias: bool = True, *,
+        rank: int, order: str = "kron",
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         structure = Shapeshifter(rank=rank, order=order)
         super().__init__(in_features, out_features, bias, structure=structure, device=device, dtype=dtype)

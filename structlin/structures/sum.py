@@ -55,7 +55,7 @@ class Sum(Structure):
 
     def decompose(self, weight: Tensor) -> list[Tensor]:
         factors: list[Tensor] = []
-        rest = weight
+        rest = weight  # residual of the parts so far
         for part in self.parts:
             found = [factor.to(weight.dtype) for factor in part.decompose(rest)]
             rest = rest - to_dense(part.spec(weight.shape[1], weight.shape[0]), found)
@@ -162,14 +162,9 @@ class SumLinear(StructuredLinear):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
+        self, in_features: int, out_features: int, bias: bool = True, *,
         parts: Sequence[Structure],
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         structure = Sum(parts=tuple(parts))
         super().__init__(in_features, out_features, bias, structure=structure, device=device, dtype=dtype)

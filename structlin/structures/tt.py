@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from structlin.equation import modes
 from structlin.equation.spec import Spec, equation
-from structlin.equation.structure import Structure, register
+from structlin.equation.structure import Structure, check_range, register
 from structlin.fitting import linalg
 from structlin.layers.linear import StructuredLinear, build, layer_of
 
@@ -126,8 +126,7 @@ def bond_maxima(out_modes: Sequence[int], in_modes: Sequence[int]) -> tuple[int,
 
 def _checked_ranks(rank: int | Sequence[int], maxima: tuple[int, ...]) -> tuple[int, ...]:
     if isinstance(rank, int):
-        if not 1 <= rank <= max(maxima):
-            raise ValueError(f"rank={rank} is outside 1..{max(maxima)}, the maximum over the bonds; use a smaller rank")
+        check_range("rank", rank, max(maxima), ", the maximum over the bonds; use a smaller rank")
         return tuple(min(rank, largest) for largest in maxima)
     ranks = tuple(rank)
     if len(ranks) != len(maxima) or any(not 1 <= r <= m for r, m in zip(ranks, maxima, strict=True)):
@@ -175,19 +174,11 @@ class TTLinear(StructuredLinear):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        rank: int | tuple[int, ...] | None = None,
-        in_modes: tuple[int, ...] | None = None,
-        out_modes: tuple[int, ...] | None = None,
-        cores: int = 3,
-        tolerance: float | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        self, in_features: int, out_features: int, bias: bool = True, *,
+        rank: int | tuple[int, ...] | None = None, in_modes: tuple[int, ...] | None = None,
+        out_modes: tuple[int, ...] | None = None, cores: int = 3, tolerance: float | None = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         structure = TensorTrain(rank=rank, in_modes=in_modes, out_modes=out_modes, cores=cores, tolerance=tolerance)
         super().__init__(in_features, out_features, bias, structure=structure, device=device, dtype=dtype)
 
