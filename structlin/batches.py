@@ -51,6 +51,18 @@ def to_device(value: Any, device: torch.device | None) -> Any:
     return value
 
 
+def copied(value: Any) -> Any:
+    """Copy the tensors of nested mappings, tuples and lists, for a model that may write into its batch."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, Mapping):
+        return {key: copied(item) for key, item in value.items()}
+    if isinstance(value, tuple | list) and not isinstance(value, PackedSequence):
+        items = [copied(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
 # Models --------------------------------------------------------------------------------------------------------------
 
 

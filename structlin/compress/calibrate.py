@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from structlin.batches import Forward, device_of, evaluating, run, to_device
+from structlin.batches import Forward, copied, device_of, evaluating, run, to_device
 from structlin.compress.config import Mask, check_mask
 from structlin.compress.observe import OutputSearch, hooked, replaced, run_until
 from structlin.compress.statistics import Statistics
@@ -134,7 +134,7 @@ def collect(
             if search and search.open:
                 give = search.note
             with hooked(leaves, partial(sums.add, keep=keep), give):
-                result = run(model, batch, forward)
+                result = run(model, copied(batch), forward)
             if search and search.open:
                 search.settle(result)
             sums.settle()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from structlin.batches import (
     Forward,
+    copied,
     device_of,
     divergence,
     evaluating,
@@ -75,7 +76,7 @@ class Evaluator:
         with evaluating(model), torch.no_grad():
             for given in self.batches:
                 batch = given if self._forward else to_device(given, device_of(model))
-                kind, tensor = pick(run(model, batch, self._forward))
+                kind, tensor = pick(run(model, copied(batch), self._forward))
                 tensor = unmasked(tensor, batch)
                 found.append((kind, tensor if tensor.ndim > 1 else tensor.unsqueeze(-1)))
         return found

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from structlin.batches import Forward, pick, run
+from structlin.batches import Forward, copied, pick, run
 
 K = TypeVar("K")
 
@@ -115,6 +115,6 @@ def run_until(
 
     try:
         with hooked(modules.items(), take_and_stop):
-            run(model, batch, forward)
+            run(model, copied(batch), forward)
     except _ReachedError:
         pass

@@ -15,8 +15,8 @@ from structlin.batches import Forward, evaluating, progress_bar
 from structlin.heal.losses import Loss, distillation_loss, find_blocks, objective
 from structlin.heal.options import HealOptions, HealReport, Parameters
 from structlin.heal.run import Run, Stream
+from structlin.layers.factored import Factored
 from structlin.layers.freeze import unfreeze_
-from structlin.layers.linear import StructuredLinear
 
 
 def heal(
@@ -45,7 +45,8 @@ def heal(
             the student's device. Iterated once per epoch; an iterator ends the training when it is exhausted.
         options: the settings; keywords override them one by one, see `HealOptions`.
         validation: held-back batches. Their mean loss is measured at the start, every `every` steps and at the end, and
-            the student gets the weights with the lowest: it never ends worse on them than it began.
+            the student gets the weights with the lowest: it never ends worse on them than it began. None holds back
+            a share of `batches` where that is a list or tuple, see `HealOptions`.
         loss: a function of (student's output, teacher's output, batch) in place of `distillation_loss`; with
             mode="blocks" it is added to the distance of the blocks, which is otherwise the whole loss.
         forward: a function of (model, batch) that returns the output, if a batch is not what the model takes.
@@ -71,6 +72,8 @@ def heal(
             raise TypeError(f"{name} is a {type(value).__name__}; give an iterable of batches, for one batch [batch]")
     if options.patience is not None and validation is None:
         raise ValueError(f"patience={options.patience} counts measurements on validation; give validation= too")
+    if validation is None and isinstance(batches, list | tuple):
+        batches, validation = _held_back(batches, int(options.held_back * len(batches)))
     length = _schedule(batches, options)
     trained = _select(student, options.parameters)
     _check_pair(student, teacher, trained)
@@ -90,6 +93,15 @@ def heal(
         progress_bar("heal", "step", length, progress) as advance,
     ):
         return Run(student, loss_of, optimizer, trained, stream, validation, options, length).run(advance)
+
+
+def _held_back(batches: list[Any] | tuple[Any, ...], count: int) -> tuple[Any, list[Any] | None]:
+    """Split evenly spread batches off: batches are often sorted by length."""
+    if not count:
+        return batches, None
+    chosen = {round((k + 0.5) * len(batches) / count - 0.5) for k in range(count)}
+    kept = [batch for k, batch in enumerate(batches) if k not in chosen]
+    return kept, [batch for k, batch in enumerate(batches) if k in chosen]
 
 
 def _options(options: HealOptions | None, settings: Mapping[str, Any]) -> HealOptions:
@@ -113,7 +125,7 @@ def _schedule(batches: Any, options: HealOptions) -> int | None:
 
 def _select(student: nn.Module, parameters: Parameters) -> dict[str, nn.Parameter]:
     """Return the parameters to train by name: those chosen and not frozen."""
-    layers = [m for m in student.modules() if isinstance(m, StructuredLinear) or "norm" in type(m).__name__.lower()]
+    layers = [m for m in student.modules() if isinstance(m, Factored) or "norm" in type(m).__name__.lower()]
     factors = {p for layer in layers for p in layer.parameters(recurse=False)}
 
     def choose(name: str, parameter: nn.Parameter) -> bool:
@@ -130,7 +142,12 @@ def _select(student: nn.Module, parameters: Parameters) -> dict[str, nn.Paramete
 
 
 def _check_pair(student: nn.Module, teacher: nn.Module, trained: Mapping[str, nn.Parameter]) -> None:
-    """Refuse models on two devices, and training parameters whose memory is the teacher's too."""
+    """Refuse swapped models, models on two devices, and training parameters whose memory is the teacher's too."""
+    structured = [any(isinstance(module, Factored) for module in model.modules()) for model in (student, teacher)]
+    if structured == [False, True]:
+        raise ValueError(
+            "the teacher has structured layers and the student has none: they are swapped; call heal(compressed, dense)"
+        )
 
     def memory(parameter: Tensor) -> tuple[torch.device, int]:
         # Tensors on the meta device all lie at address 0.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structlin.batches import Forward, device_of, divergence, pick, run, squared_error, to_device, unmasked
+from structlin.batches import Forward, copied, device_of, divergence, pick, run, squared_error, to_device, unmasked
 
 Loss = Callable[[Any, Any, Any], Tensor]
 Calls = dict[str, tuple[list[Tensor], list[Tensor]]]  # block -> the output of each call, in the student and the teacher
@@ -79,8 +79,8 @@ def objective(
         batch = to_device(batch, device_of(student))
         try:
             with torch.no_grad():
-                theirs = run(teacher, batch, forward)
-            ours = run(student, batch, forward)
+                theirs = run(teacher, copied(batch), forward)
+            ours = run(student, copied(batch), forward)
             parts = [loss(ours, theirs, batch)] if loss is not None else []
             parts += [_block_distance(calls, batch)] if names else []
         finally:

@@ -38,6 +38,8 @@ class HealOptions:
             skipped; the states of torch's generators, and of a DataLoader's own, are restored. Limits, `lr` and `every`
             may change in between; the optimizer's other options are those of the file.
         clip: limit on the gradient's norm, None for none.
+        held_back: share of the batches that only measurements see, where they are a list or tuple and there is no
+            validation; less than one batch is none.
     """
 
     steps: int | None = None
@@ -52,6 +54,7 @@ class HealOptions:
     patience: int | None = None
     checkpoint: str | Path | None = None
     clip: float | None = 1.0
+    held_back: float = 0.1
 
     def __post_init__(self) -> None:
         if self.steps is self.seconds is self.epochs is None:
@@ -64,6 +67,8 @@ class HealOptions:
             amount = getattr(self, name)
             if not (amount is None and name != "lr") and not 0 < amount < math.inf:
                 raise ValueError(f"{name}={amount}; give a positive finite number")
+        if not 0 <= self.held_back < 1:
+            raise ValueError(f"held_back={self.held_back}; give a share of the batches from 0 to below 1")
         if self.mode not in ("end", "blocks"):
             raise ValueError(f'mode={self.mode!r}; use "end" or "blocks"')
         if (self.mode == "blocks") != bool(self.blocks):

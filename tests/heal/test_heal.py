@@ -62,7 +62,6 @@ def pair():
     torch.manual_seed(0)
     teacher = Net()
     student = copy.deepcopy(teacher)
-    compress_model(student, "lowrank", ratio=0.5)
     return student, teacher
 
 
@@ -830,3 +829,48 @@ def test_a_frozen_student_is_measured_as_it_learns():
     assert not student[0].frozen
     with torch.no_grad():
         assert distillation_loss(student(x), teacher(x)).item() == pytest.approx(report.loss_after, rel=1e-4)
+
+
+# What strangers do ---------------------------------------------------------------------------------------------------
+
+
+def test_a_tenth_of_a_list_is_held_back_and_the_student_never_ends_worse_on_it(student, teacher):
+    data = [torch.randn(16, 24) for _ in range(20)]
+    report = heal(student, teacher, data, steps=30, lr=10.0, every=10)  # a learning rate that ruins it
+    assert report.loss_after <= report.loss_before
+    with torch.no_grad():
+        held = [data[k] for k in range(20) if k in (5, 15)]
+        losses = [distillation_loss(student(x), teacher(x)).item() for x in held]
+    assert report.loss_before == pytest.approx(sum(losses) / 2, rel=0.5)
+
+
+def test_held_back_can_be_switched_off(student, teacher):
+    seen = set()
+    data = [torch.randn(16, 24) for _ in range(20)]
+    heal(student, teacher, data, epochs=1, held_back=0.0, forward=lambda m, x: (seen.add(x.sum().item()), m(x))[1])
+    assert len(seen) == 20
+    with pytest.raises(ValueError, match=r"held_back=1\.0; give a share"):
+        heal(student, teacher, data, epochs=1, held_back=1.0)
+
+
+def test_swapped_models_are_refused(student, teacher):
+    with pytest.raises(ValueError, match="they are swapped"):
+        heal(teacher, student, [torch.randn(4, 24)], steps=1)
+
+
+class Writes(nn.Module):
+    """Scales its batch in place, as some models do with masks and embeddings."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x.mul_(0.0).add_(1.0)) if x.sum() < 0 else self.inner(x.mul_(0.5))
+
+
+def test_models_that_write_into_their_batch_learn_from_the_batch_as_it_was(student, teacher):
+    data = [torch.full((4, 24), 2.0) for _ in range(3)]
+    report = heal(Writes(student), Writes(teacher), data, steps=2)
+    assert report.loss_before > 0
+    assert all(torch.equal(x, torch.full((4, 24), 2.0)) for x in data)
