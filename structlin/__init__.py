@@ -1,5 +1,7 @@
 """Structured linear layers for PyTorch."""
 
+from importlib.metadata import version
+
 from structlin import structures
 from structlin.checkpoint import CheckpointError, load, save, verify
 from structlin.compress import (
@@ -33,6 +35,8 @@ from structlin.structures import (
     SumLinear,
     TTLinear,
 )
+
+__version__ = version("structlin")
 
 __all__ = [
     "BlastLinear",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from structlin.equation.structure import Structure
@@ -21,6 +22,15 @@ from structlin.structures import (
 
 SIZES = (1, 7, 64, 97, 384, 1000, 1021, 1536)
 SMALL_SIZES = ((12, 20), (16, 16), (7, 64), (97, 13))  # (in, out), small enough for every law
+
+
+@contextmanager
+def naming(*case: object) -> Iterator[None]:
+    """Name the case in whatever fails inside: for tests that hold several cases in a loop."""
+    try:
+        yield
+    except Exception as error:
+        raise AssertionError(f"{', '.join(map(str, case))}: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True)

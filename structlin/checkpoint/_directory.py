@@ -1,25 +1,93 @@
-"""The directory of a checkpoint, which is replaced at once."""
+"""The directory of a checkpoint: its file names, bounded JSON, and its replacement in one step."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import secrets
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NoReturn
 
-from structlin.checkpoint._files import OWN
-from structlin.checkpoint.tensors import CheckpointError
+MANIFEST = "structlin.json"
+INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+OWN = re.compile(f"{re.escape(MANIFEST)}|{re.escape(INDEX)}|{SHARD.pattern}")
+
+JSON_BYTES = 64 * 2**20
+JSON_DEPTH = 32
 
 
-def _sibling(target: Path, what: str) -> Path:
-    return target.with_name(f".{target.name}.structlin-{what}")
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written, is damaged, or does not fit the model; nothing was changed."""
+
+
+@contextmanager
+def explaining(problem: str, kind: type[Exception] = Exception) -> Iterator[None]:
+    """Raise errors of one kind as a CheckpointError that names the problem first."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except kind as error:
+        raise CheckpointError(f"{problem}: {type(error).__name__}: {error}") from error
+
+
+# Reading -------------------------------------------------------------------------------------------------------------
+
+
+def plain_file(directory: Path, name: str) -> Path:
+    """Return the path of a regular file of the directory, possibly a link: the Hugging Face cache links to its blobs.
+
+    The name must be one of `OWN`, so that no file can name a path outside the directory.
+    """
+    path = directory / name
+    with explaining(f"{path}: missing or unreadable", OSError):
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait forever
+            raise CheckpointError(f"{path}: not a regular file; put a copy of the file there")
+    return path
+
+
+def read_json(directory: Path, name: str) -> Any:
+    """Read a JSON file of bounded size and depth, without duplicate keys, NaN or infinities."""
+    path = plain_file(directory, name)
+    if (size := path.stat().st_size) > JSON_BYTES:
+        raise CheckpointError(f"{path}: {size} B; expected at most {JSON_BYTES} B")
+    try:
+        value = json.loads(path.read_bytes().decode(), object_pairs_hook=_distinct, parse_constant=_no_constant)
+        _check_depth(value, JSON_DEPTH)
+    except RecursionError as error:  # raised by _check_depth, or by the parser if the text is nested far deeper
+        raise CheckpointError(f"{path}: nested deeper than {JSON_DEPTH} levels") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
+    return value
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"duplicate key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r}")
+    return found
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _check_depth(value: Any, depth: int) -> None:
+    if depth < 0:
+        raise RecursionError
+    for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_depth(child, depth - 1)
 
 
 def readable(directory: Path) -> Path:
-    """Return the directory, or the old one that a crash in the middle of a save left beside it."""
+    """Return the directory, or its predecessor if a crash between the two renames of a save left only that."""
     target = directory.resolve()
     previous = _sibling(target, "previous")
     if not target.exists() and previous.is_dir():
@@ -29,32 +97,40 @@ def readable(directory: Path) -> Path:
     return target
 
 
+# Replacing -----------------------------------------------------------------------------------------------------------
+
+
+def _sibling(target: Path, what: str) -> Path:
+    # In the same parent: a rename is atomic only within one file system.
+    return target.with_name(f".{target.name}.structlin-{what}")
+
+
 @contextmanager
 def replacing(directory: Path) -> Iterator[Path]:
-    """Yield a new directory that takes the place of `directory` when the block ends without an error.
+    """Yield a new directory that replaces `directory` if the block succeeds.
 
-    Files of the old directory that are not a checkpoint's are kept (by hard links where the file system has them).
+    Files that do not belong to a checkpoint move along, as hard links where the file system has them.
     """
-    target = directory.resolve()
+    target = directory.resolve()  # a link to the directory stays a link
     fresh = _sibling(target, f"tmp-{secrets.token_hex(4)}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _repair(target)
-        fresh.mkdir()
-        yield fresh
-        if target.exists():
-            _keep_foreign(target, fresh)
-        for path in (*fresh.rglob("*"), fresh):
-            _sync(path)
-        _swap(fresh, target)
-    except (OSError, shutil.Error) as error:
-        raise CheckpointError(f"{directory}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+    with explaining(f"{directory}: cannot be written", OSError):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _repair(target)
+            fresh.mkdir()
+            yield fresh
+            if target.exists():
+                _keep_foreign(target, fresh)
+            # All data reaches the disk before the rename does: a power cut must not leave a new name with empty files.
+            for path in (*fresh.rglob("*"), fresh):
+                _sync(path)
+            _swap(fresh, target)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _repair(target: Path) -> None:
-    """Undo what a killed save left: its temporaries, and an old directory that was moved aside."""
+    """Clean up after a killed save: put back a directory that was moved aside, delete temporary ones."""
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file")
     previous = _sibling(target, "previous")
@@ -63,9 +139,8 @@ def _repair(target: Path) -> None:
             shutil.rmtree(previous)
         else:
             previous.rename(target)
-    prefix = _sibling(target, "tmp-").name
     for path in target.parent.iterdir():
-        if path.name.startswith(prefix):
+        if path.name.startswith(_sibling(target, "tmp-").name):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -84,7 +159,6 @@ def _link_or_copy(source: str, destination: str) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Force a file or directory to the disk."""
     mode = path.lstat().st_mode
     if stat.S_ISREG(mode) or (stat.S_ISDIR(mode) and os.name == "posix"):
         handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
@@ -95,6 +169,7 @@ def _sync(path: Path) -> None:
 
 
 def _swap(fresh: Path, target: Path) -> None:
+    # No portable call exchanges two directories. A crash between the two renames leaves `previous`, see `readable`.
     previous = _sibling(target, "previous")
     try:
         if target.exists():

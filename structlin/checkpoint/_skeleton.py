@@ -1,26 +1,32 @@
-"""The places of a model that tensors go to: found, compared with a checkpoint, and filled all or none."""
+"""The tensors of a model: found, compared with a checkpoint, and filled all or none."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from structlin.checkpoint._files import Stored
-from structlin.checkpoint._manifest import Checkpoint, Layer
-from structlin.checkpoint.tensors import CheckpointError
-from structlin.layers.embedding import StructuredEmbedding
-from structlin.layers.linear import StructuredLinear, build
+from structlin.adapters import Adapter, Origin, adapter_of
+from structlin.adapters.adapter import shell_of
+from structlin.checkpoint._directory import CheckpointError, explaining
+from structlin.checkpoint._manifest import Checkpoint, Layer, dotted
+from structlin.checkpoint.tensors import Stored, cast
+from structlin.layers.expert_linear import StructuredExpertLinear
+from structlin.layers.factored import Factored
+from structlin.layers.linear import build
+
+Modules = Mapping[str, nn.Module]  # by every dotted name, shared ones under each of theirs
+T = TypeVar("T")
+Assignment = tuple[nn.Module, str, Tensor | nn.Module]
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A place of a module that holds a parameter or a persistent buffer."""
+    """An attribute of a module that holds a parameter or a persistent buffer."""
 
     name: str
     module: nn.Module
@@ -34,164 +40,212 @@ def slots_of(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[Slot]:
         buffers = {key: value for key, value in module._buffers.items() if key not in transient}
         for key, tensor in (*module._parameters.items(), *buffers.items()):
             if tensor is not None:
-                yield Slot(f"{path}.{key}" if path else key, module, key, tensor)
+                yield Slot(dotted(path, key), module, key, tensor)
+
+
+# What a model holds --------------------------------------------------------------------------------------------------
+
+
+def by_first_name(named: Iterable[tuple[str, T]]) -> tuple[dict[str, T], dict[str, str]]:
+    """Return each object under its first name, and every further name with the first."""
+    firsts: dict[int, str] = {}
+    objects: dict[str, T] = {}
+    further: dict[str, str] = {}
+    for name, item in named:
+        first = firsts.setdefault(id(item), name)
+        if first == name:
+            objects[name] = item
+        else:
+            further[name] = first
+    return objects, further
+
+
+def described(layer: Factored) -> Layer:
+    """Return the arguments that build a layer."""
+    dtype = next(tensor.dtype for tensor in (*layer.parameters(), *layer.buffers()))
+    return Layer(layer.structure, layer.in_features, layer.out_features, layer.bias is not None, dtype, *layer.stack)
 
 
 # Fitting a checkpoint to a skeleton ----------------------------------------------------------------------------------
 
 
-def _layer_names(checkpoint: Checkpoint) -> dict[str, str]:
-    """Every name of a structured layer, with its first name."""
-    return {name: name for name in checkpoint.manifest.layers} | dict(checkpoint.manifest.shared_layers)
-
-
-def tree_of(skeleton: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Module]:
-    """The modules of the model to be, by every dotted name; the skeleton is only read."""
-    old = dict(skeleton.named_modules(remove_duplicate=False))
-    names = _layer_names(checkpoint)
-    layers = checkpoint.manifest.layers
-    replaced = {name: _replaced(name, old, layers[first]) for name, first in names.items()}
-    new = {name: _fitting(name, replaced[name], layer) for name, layer in layers.items()}
-    inside = {path for path in old if any(path[:k] in names for k in _dots(path))}
-    tree = {path: new[names[path]] if path in names else module for path, module in old.items() if path not in inside}
-    tables: dict[nn.Module, nn.Module] = {}
-    for name, embedding in replaced.items():
-        if isinstance(embedding, nn.Embedding):
-            layer = new[names[name]]
-            assert isinstance(layer, StructuredLinear)
-            table = tables.setdefault(embedding, StructuredEmbedding(layer, embedding.padding_idx))
-            tree |= {name: layer, name.rpartition(".")[0]: table.train(embedding.training)}
-    seen: dict[tuple[int, str], str] = {}
-    for path, module in tree.items():
-        parent, _, child = path.rpartition(".")
-        other = seen.setdefault((id(old[parent]), child), path)
-        if path and tree[other] is not module:
-            raise CheckpointError(f"the skeleton shares {path!r} with {other!r}, the checkpoint does not; untie them")
-    return tree
+def tree_of(old: Modules, checkpoint: Checkpoint) -> tuple[dict[str, nn.Module], dict[nn.Module, torch.device]]:
+    """Return the modules of the loaded model, and the device of each new one; `old`, the skeleton's, only get read."""
+    layers = checkpoint.layers
+    names = {**{name: name for name in layers}, **checkpoint.shared_layers}
+    stored = {*checkpoint.tensors, *checkpoint.aliases}
+    spots = {name: spot(name, old, stored) for name in names}
+    opened: dict[nn.Module, nn.Module] = {}  # module of the skeleton that holds leaves -> what its adapter opens it to
+    new: dict[str, nn.Module] = {}
+    devices: dict[nn.Module, torch.device] = {}
+    placed: dict[str, nn.Module] = {}  # by the name in the skeleton
+    for name, first in names.items():
+        holder, path, adapter = spots[name]
+        module = old[holder]
+        if path and module not in opened:
+            assert adapter is not None
+            opened[module] = adapter.open(module).train(module.training)
+            opened[module].origin = Origin(adapter, shell_of(module))  # type: ignore[assignment]
+        leaf = opened[module].get_submodule(path) if path else module if adapter is None else adapter.open(module)
+        _check_sizes(name, leaf, layers[first], table=adapter is not None and adapter.on_request)
+        if first not in new:
+            new[first] = _fitting(name, leaf, layers[first])
+            devices[new[first]] = next(leaf.parameters()).device
+            if not path and leaf is not module:
+                new[first].origin = Origin(adapter, shell_of(module))  # type: ignore[arg-type, assignment]
+        if path:
+            owner, _, attribute = path.rpartition(".")
+            opened[module].get_submodule(owner)._modules[attribute] = new[first]
+        placed[holder] = opened[module] if path else new[first]
+    tree: dict[str, nn.Module] = {
+        path: module for path, module in old.items() if not any(path[:k] in placed for k in (*_dots(path), 0))
+    }
+    for holder, placed_module in placed.items():
+        for path, module in placed_module.named_modules(remove_duplicate=False):
+            tree[".".join(filter(None, (holder, path)))] = module
+    # One attribute of a shared module is one place, and cannot hold two modules.
+    parents = ((path, *path.rpartition(".")[::2]) for path in tree if path)
+    _check_untied((p, (id(old[parent]), child), id(tree[p])) for p, parent, child in parents if parent in old)
+    return tree, devices
 
 
 def _dots(path: str) -> Iterator[int]:
     return (k for k, letter in enumerate(path) if letter == ".")
 
 
-def _replaced(name: str, old: Mapping[str, nn.Module], layer: Layer) -> nn.Module:
-    """The module of the skeleton that a layer replaces: that of its name, or the embedding whose table it becomes."""
-    parent, _, child = name.rpartition(".")
-    module = old.get(name, old.get(parent) if child == "linear" else None)
-    where = f"layer {name!r}"
-    if module is None or (name not in old and not isinstance(module, nn.Embedding)):
-        raise CheckpointError(f"{where}: the skeleton has no such module; expected the architecture that was saved")
-    expected = [layer.out_features, layer.in_features]
-    if isinstance(module, (nn.Linear, StructuredLinear)):
-        found = [module.out_features, module.in_features]
-    elif isinstance(module, nn.Embedding) and name not in old:
-        found = [module.num_embeddings, module.embedding_dim]
-    elif type(module).__name__ == "Conv1D" and isinstance(module.weight, Tensor):  # of transformers: transposed
-        found = [*module.weight.shape[::-1]]
-    else:
-        raise CheckpointError(f"{where}: the skeleton has a {type(module).__name__}; expected a linear layer")
+def spot(name: str, old: Modules, stored: Container[str] = ()) -> tuple[str, str, Adapter | None]:
+    """Return the module of the skeleton that holds a layer, the layer's path once it is opened, and its adapter.
+
+    Args:
+        name: of the layer.
+        old: the modules of the skeleton.
+        stored: names of the tensors of the checkpoint.
+    Raises:
+        CheckpointError: if the skeleton has no place for the layer.
+    """
+    if isinstance(old.get(name), Factored):
+        return name, "", None
+    # From the root: an opened module holds all leaves below it, also those that the skeleton has a module for. A module
+    # whose own weight is stored was not opened.
+    for holder in ("", *(name[:k] for k in _dots(name)), name):
+        module = old.get(holder)
+        path = name[len(holder) :].lstrip(".")
+        adapter = None if module is None else adapter_of(module)
+        leaves = {} if module is None or adapter is None else adapter.leaves(module)
+        closed = path and any("." not in weight and dotted(holder, weight) in stored for weight, _ in leaves.values())
+        if module is not None and adapter is not None and path in leaves and not closed:
+            if reason := adapter.reason(module):
+                raise CheckpointError(f"layer {name!r}: the skeleton's {type(module).__name__} cannot be one: {reason}")
+            return holder, path, adapter
+    found = f"has a {type(old[name]).__name__} without this map" if name in old else "has no such module"
+    raise CheckpointError(f"layer {name!r}: the skeleton {found}; expected the architecture that was saved")
+
+
+def _check_sizes(name: str, leaf: Any, layer: Layer, table: bool) -> None:
+    """Compare a leaf of the skeleton with its layer; the bias of a table is that of the tied output layer."""
+    found, expected = [leaf.out_features, leaf.in_features], [layer.out_features, layer.in_features]
     if found != expected:
-        raise CheckpointError(f"{where}: the skeleton's weight is {found}, the checkpoint's {expected}")
-    bias = getattr(module, "bias", None) is not None
-    if bias != layer.bias:
-        raise CheckpointError(f"{where}: bias is {bias} in the skeleton, {layer.bias} in the checkpoint")
-    return module
+        raise CheckpointError(f"layer {name!r}: the skeleton's weight is {found}, the checkpoint's {expected}")
+    if getattr(leaf, "num_experts", None) != layer.experts:
+        count = getattr(leaf, "num_experts", None)
+        raise CheckpointError(f"layer {name!r}: {count} experts in the skeleton, {layer.experts} in the checkpoint")
+    bias = leaf.bias is not None
+    if bias != layer.bias and not table:
+        raise CheckpointError(f"layer {name!r}: bias is {bias} in the skeleton, {layer.bias} in the checkpoint")
 
 
-def _fitting(name: str, module: nn.Module, layer: Layer) -> nn.Module:
-    """The module itself, if it has the structure already, or a new layer on the meta device."""
-    if isinstance(module, StructuredLinear) and module.structure == layer.structure:
+def _fitting(name: str, module: Any, layer: Layer) -> nn.Module:
+    """Return the module if it has the structure already, else a new layer, on the meta device until it is filled."""
+    if isinstance(module, Factored) and module.structure == layer.structure:
         return module
-    try:
-        built = build(
-            layer.structure, layer.in_features, layer.out_features, layer.bias, device="meta", dtype=layer.dtype
+    sizes = layer.in_features, layer.out_features
+    with explaining(f"layer {name!r}: {layer.structure} cannot be built"):  # third-party code may raise anything
+        options: Any = {"device": "meta", "dtype": layer.dtype}
+        built: Factored = (
+            build(layer.structure, *sizes, layer.bias, **options)
+            if layer.experts is None
+            else StructuredExpertLinear(layer.experts, *sizes, layer.bias, structure=layer.structure, **options)
         )
-    except Exception as error:  # a layer of a third party may raise anything
-        raise CheckpointError(f"layer {name!r}: {layer.structure} cannot be built: {error!r}") from error
     built.requires_grad_(next((p.requires_grad for p in module.parameters()), True))
     return built.train(module.training)
 
 
 def check_fit(slots: list[Slot], checkpoint: Checkpoint) -> None:
-    aliases, tensors = checkpoint.manifest.aliases, checkpoint.tensors
-    names = {slot.name for slot in slots}
-    if missing := sorted(names - {*tensors, *aliases}):
-        raise CheckpointError(
-            f"tensors {missing[:5]} ({len(missing)} in all) of the skeleton are not in the checkpoint"
-        )
-    if unexpected := sorted({*tensors, *aliases} - names):
-        raise CheckpointError(f"tensors {unexpected[:5]} ({len(unexpected)} in all) are not in the skeleton")
-    filled: dict[tuple[int, str], str] = {}
+    held, stored_names = {slot.name for slot in slots}, {*checkpoint.tensors, *checkpoint.aliases}
+    for names, problem in (
+        (held - stored_names, "of the skeleton are not in the checkpoint"),
+        (stored_names - held, "are not in the skeleton"),
+    ):
+        if names:
+            raise CheckpointError(f"tensors {sorted(names)[:5]} ({len(names)} in all) {problem}")
     for slot in slots:
-        key = aliases.get(slot.name, slot.name)
-        stored = tensors[key]
-        if is_lazy(slot.tensor) or stored.shape != tuple(slot.tensor.shape) or _kind(stored) != _kind(slot.tensor):
-            found = "uninitialised" if is_lazy(slot.tensor) else f"{slot.tensor.dtype} {tuple(slot.tensor.shape)}"
+        stored = checkpoint.tensors[checkpoint.stored_name(slot.name)]
+        lazy = is_lazy(slot.tensor)
+        if lazy or stored.shape != tuple(slot.tensor.shape) or _kind(stored) != _kind(slot.tensor):
+            found = "uninitialised" if lazy else f"{slot.tensor.dtype} {tuple(slot.tensor.shape)}"
             raise CheckpointError(
                 f"tensor {slot.name!r} in {stored.shard} is {stored.dtype} {stored.shape}, the skeleton's is {found}"
             )
-        if (other := filled.setdefault((id(slot.module), slot.attribute), key)) != key:
-            raise CheckpointError(
-                f"the skeleton shares {slot.name!r} with {other!r}, the checkpoint does not; untie them"
-            )
+    _check_untied((s.name, (id(s.module), s.attribute), checkpoint.stored_name(s.name)) for s in slots)
+
+
+def _check_untied(places: Iterable[tuple[str, Hashable, object]]) -> None:
+    """Raise if one place would have to hold two things; takes the name, place and content of each."""
+    seen: dict[Hashable, tuple[str, object]] = {}
+    for name, place, content in places:
+        other, held = seen.setdefault(place, (name, content))
+        if held != content:
+            raise CheckpointError(f"the skeleton shares {name!r} with {other!r}, the checkpoint does not; untie them")
 
 
 def _kind(tensor: Tensor | Stored) -> str:
-    """Dtypes of the same kind replace one another: floats of any size, complex numbers, else only the same."""
+    # A skeleton of another precision is welcome: the dtype of the checkpoint wins.
     if tensor.dtype.is_complex:
         return "complex"
     return "float" if tensor.dtype.is_floating_point else str(tensor.dtype)
 
 
-def places(
-    skeleton: nn.Module, slots: list[Slot], checkpoint: Checkpoint, device: torch.device | str | None
-) -> dict[str, torch.device]:
-    """The device of every stored tensor: of the first name's tensor in the skeleton."""
-    if device is not None:
-        return dict.fromkeys(checkpoint.tensors, torch.device(device))
-    old = dict(skeleton.named_modules(remove_duplicate=False))
-    names = _layer_names(checkpoint)
-    found_places: dict[str, torch.device] = {}
-    for slot in slots:
-        owner = slot.name.rpartition(".")[0]
-        module = old.get(owner, old.get(owner.rpartition(".")[0])) if owner in names else None
-        found = next(module.parameters(), slot.tensor).device if module else slot.tensor.device
-        key = checkpoint.manifest.aliases.get(slot.name, slot.name)
-        found_places.setdefault(key, torch.device("cpu") if found.type == "meta" else found)
-    return found_places
+def check_no_meta_left(tree: Modules) -> None:
+    left = [
+        dotted(path, key)
+        for path, module in tree.items()
+        for key in sorted(module._non_persistent_buffers_set)
+        if (buffer := module._buffers[key]) is not None and buffer.is_meta
+    ]
+    if left:
+        raise CheckpointError(
+            f"buffers {left[:5]} ({len(left)} in all) are on the meta device, and not in the checkpoint since they are "
+            "not persistent; compute them, or build the skeleton on a real device"
+        )
 
 
 # Changing the skeleton -----------------------------------------------------------------------------------------------
 
-Assignment = tuple[nn.Module, str, Tensor | nn.Module]
-
 
 def fillings(slots: list[Slot], values: Mapping[str, Tensor], checkpoint: Checkpoint) -> Iterator[Assignment]:
-    parameters: dict[str, nn.Parameter] = {}
+    parameters: dict[str, nn.Parameter] = {}  # one object for all names of a tied parameter
     for slot in slots:
-        key = checkpoint.manifest.aliases.get(slot.name, slot.name)
+        key = checkpoint.stored_name(slot.name)
+        value = values[key]
         if isinstance(slot.tensor, nn.Parameter):
-            if key not in parameters:
-                parameters[key] = nn.Parameter(values[key], requires_grad=slot.tensor.requires_grad)
-            yield slot.module, slot.attribute, parameters[key]
-        else:
-            yield slot.module, slot.attribute, values[key]
+            value = parameters.setdefault(key, nn.Parameter(value, requires_grad=slot.tensor.requires_grad))
+        yield slot.module, slot.attribute, value
 
 
-def moves(tree: Mapping[str, nn.Module], device: torch.device | str | None) -> Iterator[Assignment]:
-    """Buffers that are not stored go to the asked device, too."""
+def moves(tree: Modules, device: torch.device | str | None, dtype: torch.dtype | None) -> Iterator[Assignment]:
+    """Move and cast the buffers that are not stored, as `Module.to` does."""
     for module in tree.values():
-        for key in module._non_persistent_buffers_set if device is not None else ():
+        for key in module._non_persistent_buffers_set:
             buffer = module._buffers[key]
             if buffer is not None and not buffer.is_meta:
-                yield module, key, buffer.to(device)
+                yield module, key, cast(buffer.to(device=device), dtype)
 
 
-def swaps(skeleton: nn.Module, tree: Mapping[str, nn.Module]) -> Iterator[Assignment]:
-    old = dict(skeleton.named_modules(remove_duplicate=False))
+def swaps(old: Modules, tree: Modules) -> Iterator[Assignment]:
     for path, module in tree.items():
         parent, _, child = path.rpartition(".")
-        if path in old and path and module is not old[path]:
+        # Inside an opened module nothing is left to do: it comes as a whole.
+        if path in old and path and module is not old[path] and tree[parent] is old[parent]:
             yield old[parent], child, module
 
 
@@ -213,18 +267,3 @@ def assign(assignments: Iterable[Assignment]) -> None:
 
 def _held(module: nn.Module, key: str) -> Any:
     return next(held[key] for held in (module._parameters, module._buffers, module._modules) if key in held)
-
-
-def report_left_on_meta(tree: Mapping[str, nn.Module]) -> None:
-    left = [
-        f"{path}.{key}" if path else key
-        for path, module in tree.items()
-        for key, buffer in module._buffers.items()
-        if key in module._non_persistent_buffers_set and buffer is not None and buffer.is_meta
-    ]
-    if left:
-        warnings.warn(
-            f"buffers {left[:5]} ({len(left)} in all) are not persistent, hence not in the checkpoint, and still on "
-            "the meta device; compute them again",
-            stacklevel=3,
-        )

@@ -1,8 +1,8 @@
 """Save and load models with structured layers: safetensors for the tensors, versioned JSON for the structures.
 
-A checkpoint is a directory: `model.safetensors`, or shards with `model.safetensors.index.json` as Hugging Face writes
-them, and `structlin.json`. No code is stored and none that a file names is run; everything in a file is checked
-against the headers, the registry and the skeleton before memory is allocated.
+A checkpoint is a directory: `structlin.json`, and `model.safetensors` or shards with an index as Hugging Face writes
+them. It contains no code and cannot make a reader run any. All of it is checked against the headers, the registry and
+the skeleton before memory is allocated.
 """
 
 from __future__ import annotations
@@ -16,23 +16,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from structlin.checkpoint import _directory, _files, _manifest, _skeleton
-from structlin.checkpoint._manifest import Layer
-from structlin.checkpoint.tensors import CheckpointError, obstacle
-from structlin.layers.linear import StructuredLinear
-
-__all__ = ["CheckpointError", "Summary", "load", "save", "verify"]
+from structlin.checkpoint import _directory, _manifest, _skeleton, table, tensors
+from structlin.checkpoint._directory import CheckpointError
+from structlin.checkpoint._manifest import Checkpoint
+from structlin.layers.factored import Factored
 
 
 class Recorded(Protocol):
-    """Something that writes itself as plain JSON data, such as a `Compression`."""
+    """An object that converts itself to plain JSON data, such as a `Compression`."""
 
     def to_record(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a checkpoint holds.
+    """Contents of a checkpoint.
 
     Args:
         layers: the kind of each structured layer by dotted name.
@@ -59,29 +57,29 @@ def save(
     max_shard_bytes: int = 5 * 2**30,
     metadata: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the parameters and persistent buffers of a model and the structure of its structured layers.
+    """Write the parameters and persistent buffers of a model, and the structures of its structured layers.
 
-    The directory is written beside its place and renamed: a crash leaves the old one or the new one, complete. Should
-    it fall between the two renames, the old one is `.<name>.structlin-previous` beside it, which `load` reads and the
-    next `save` puts back. Other files in the directory (`config.json`, a tokenizer) are kept; an
-    older checkpoint's are replaced. One writer at a time.
+    A new directory is written beside the old one and takes its name, so that a crash leaves a complete checkpoint: the
+    old or the new. Other files in the directory (`config.json`, a tokenizer) stay. One process may write at a time.
 
-    Tied parameters (one object under several names) and shared modules are stored once and stay tied. Parameters that
-    are distinct but share memory are stored separately. Non-persistent buffers are not stored.
+    Tied parameters (one object under several names) and shared modules are stored once and stay tied. Distinct
+    parameters that share memory are stored separately. Non-persistent buffers are not stored.
+
+    A `DTensor` is gathered: every process calls `save`, process 0 writes, and the others may return before it is done.
 
     Args:
         model: any module on any device but meta.
-        directory: where to; its parents are made.
+        directory: created with its parents if missing.
         compression: settings or plan to keep with the model, such as `report.compression`; `verify` returns its record
             as `metadata["compression"]`, which `CompressionPlan.from_record` reads.
         max_shard_bytes: size from which the tensors are split into several files.
-        metadata: JSON values to keep in the checkpoint, such as what the model was trained on.
+        metadata: JSON values to keep in the checkpoint, such as the name of the training data.
     Returns:
         The directory.
     Raises:
         ValueError: if max_shard_bytes is below 1.
-        CheckpointError: if the model holds something that could not be loaded again, or writing fails; the directory
-            is as it was.
+        CheckpointError: if the model holds something that `load` could not restore (a quantised tensor, say), or
+            writing fails; the directory is as it was.
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> from structlin import LowRankLinear
@@ -93,20 +91,25 @@ def save(
     """
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes} is below 1; it is a number of bytes")
-    layers, shared_layers = _structured(model)
-    tensors, aliases = _tensors(model)
+    modules = [*model.named_modules(remove_duplicate=False)]
+    layers, shared_layers = _skeleton.by_first_name((n, m) for n, m in modules if isinstance(m, Factored))
+    stored, aliases = _skeleton.by_first_name((slot.name, slot.tensor) for slot in _skeleton.slots_of(modules))
+    if different := sorted(set(model.state_dict(keep_vars=True)) ^ {*stored, *aliases}):
+        raise CheckpointError(f"state_dict and parameters differ in {different[:5]}; only plain tensors are stored")
+    if _gather(stored):
+        return Path(directory)
     with _directory.replacing(Path(directory)) as fresh:
-        shards = _files.write_tensors(fresh, tensors, max_shard_bytes)
+        shards = tensors.write_shards(fresh, stored, max_shard_bytes)
         _manifest.write(
             fresh,
-            layers=layers,
+            layers={name: _skeleton.described(layer) for name, layer in layers.items()},
             shared_layers=shared_layers,
             aliases=aliases,
-            complex=[name for name, tensor in tensors.items() if tensor.is_complex()],
+            complex=[name for name, tensor in stored.items() if tensor.is_complex()],
             shards=shards,
             metadata={**(metadata or {}), **({"compression": compression.to_record()} if compression else {})},
         )
-        _manifest.read(fresh)  # what could not be loaded again is not saved
+        _manifest.read(fresh)  # refuse now what `load` would refuse
     return Path(directory)
 
 
@@ -115,108 +118,99 @@ def load(
     directory: str | Path,
     *,
     device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
     check_hashes: bool = True,
 ) -> nn.Module:
-    """Fill a model from a checkpoint, its linear layers replaced by the structured layers that the checkpoint holds.
+    """Fill a model from a checkpoint, replacing its linear layers by the structured layers of the checkpoint.
 
-    Parameters and buffers become new tensors in the dtype of the checkpoint (make the optimizer afterwards);
-    `requires_grad` and the training flag stay those of the skeleton; hooks of replaced layers are not carried over.
+    Parameters and buffers become new tensors, so make the optimizer afterwards. `requires_grad` and the training flag
+    stay those of the skeleton; hooks of replaced layers are not carried over.
 
     Args:
-        skeleton: the dense model of the same architecture, with values or on the meta device; it may hold structured
-            layers already. It is changed in place, and unchanged if anything fails.
-        directory: as written by `save`.
-        device: where all tensors go; None keeps each on its device, and puts those on meta on the CPU.
+        skeleton: the dense model of the same architecture, with values or built under `torch.device("meta")`; it may
+            hold structured layers already. It is changed in place, or not at all if anything fails.
+        directory: as written by `save`, or by `save_pretrained` with `structlin.hf` (such a folder has no hashes); its
+            files may be links, as in the cache of the Hugging Face hub.
+        device: of all tensors; None keeps the device of each, and the CPU replaces meta.
+        dtype: of all floating tensors; None takes stored ones as they are. Complex and integer tensors keep theirs.
         check_hashes: compare the sha256 of every file, which finds flipped bits.
     Returns:
         The model; it differs from the skeleton only when the root itself is a structured layer.
     Raises:
-        CheckpointError: if a file is missing, damaged or unsafe, or does not fit the skeleton.
+        ValueError: if dtype is not a floating one.
+        CheckpointError: if a file is missing, damaged or unsafe, or does not fit the skeleton, or if a buffer that is
+            not in the checkpoint would stay on meta.
     """
-    checkpoint = _manifest.read(_directory.readable(Path(directory)))
-    tree = _skeleton.tree_of(skeleton, checkpoint)
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} is not a floating dtype; use one such as torch.bfloat16, or None")
+    checkpoint = _read(directory, skeleton)
+    old = dict(skeleton.named_modules(remove_duplicate=False))
+    tree, devices = _skeleton.tree_of(old, checkpoint)
     slots = list(_skeleton.slots_of(tree.items()))
     _skeleton.check_fit(slots, checkpoint)
-    place = _skeleton.places(skeleton, slots, checkpoint, device)
-    if check_hashes:
-        _files.check_hashes(checkpoint.directory, checkpoint.manifest.shards)
-    values = _files.read_tensors(checkpoint.directory, checkpoint.tensors, place.__getitem__)
     if device is None or torch.device(device).type != "meta":
-        _skeleton.report_left_on_meta(tree)
+        _skeleton.check_no_meta_left(tree)
+    if check_hashes:
+        tensors.check_hashes(checkpoint.directory, checkpoint.shards)
+    places: dict[str, torch.device] = {}
+    for slot in slots:  # a tied tensor goes where its first name is
+        place = devices.get(slot.module, slot.tensor.device)
+        found = torch.device("cpu") if place.type == "meta" else place
+        places.setdefault(checkpoint.stored_name(slot.name), torch.device(device) if device is not None else found)
+    values = tensors.read_tensors(checkpoint.directory, checkpoint.tensors, places, dtype)
+    # Everything that can fail for a reason of its own is behind us: only now the skeleton changes.
     _skeleton.assign(
         [
             *_skeleton.fillings(slots, values, checkpoint),
-            *_skeleton.moves(tree, device),
-            *_skeleton.swaps(skeleton, tree),
+            *_skeleton.moves(tree, device, dtype),
+            *_skeleton.swaps(old, tree),
         ]
     )
     return tree[""]
 
 
 def verify(directory: str | Path, *, check_hashes: bool = False) -> Summary:
-    """Check a checkpoint as `load` does, short of a skeleton, reading only its JSON and headers.
+    """Check a checkpoint as `load` does, without a skeleton, reading only its JSON and headers.
 
     Args:
-        directory: as written by `save`.
+        directory: as for `load`.
         check_hashes: read all data and compare the sha256 of every file too.
     Returns:
-        What the checkpoint holds.
+        A summary of its contents.
     Raises:
         CheckpointError: naming the layer or file, what was found and what was expected.
     """
-    checkpoint = _manifest.read(_directory.readable(Path(directory)))
-    manifest = checkpoint.manifest
+    checkpoint = _read(directory, None)
     if check_hashes:
-        _files.check_hashes(checkpoint.directory, manifest.shards)
+        tensors.check_hashes(checkpoint.directory, checkpoint.shards)
     return Summary(
-        layers={name: layer.structure.name for name, layer in manifest.layers.items()},
+        layers={name: layer.structure.name for name, layer in checkpoint.layers.items()},
         parameters=sum(math.prod(stored.shape) for stored in checkpoint.tensors.values()),
-        bytes=sum((checkpoint.directory / shard).stat().st_size for shard in manifest.shards),
-        shards=tuple(manifest.shards),
-        structlin_version=manifest.structlin_version,
-        metadata=manifest.metadata,
+        bytes=sum((checkpoint.directory / shard).stat().st_size for shard in checkpoint.shards),
+        shards=tuple(checkpoint.shards),
+        structlin_version=checkpoint.structlin_version,
+        metadata=checkpoint.metadata,
     )
 
 
-# What a model holds --------------------------------------------------------------------------------------------------
+def _read(directory: str | Path, skeleton: nn.Module | None) -> Checkpoint:
+    folder = _directory.readable(Path(directory))
+    return table.read_folder(folder, skeleton) or _manifest.read(folder)
 
 
-def _structured(model: nn.Module) -> tuple[dict[str, Layer], dict[str, str]]:
-    """The structured layers by their first name, and the first name of every other name."""
-    first: dict[int, str] = {}
-    layers: dict[str, Layer] = {}
-    shared: dict[str, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if not isinstance(module, StructuredLinear):
-            continue
-        if id(module) in first:
-            shared[name] = first[id(module)]
-        else:
-            first[id(module)] = name
-            dtype = next(tensor.dtype for tensor in (*module.parameters(), *module.buffers()))
-            bias = module.bias is not None
-            layers[name] = Layer(module.structure, module.in_features, module.out_features, bias, dtype)
-    return layers, shared
-
-
-def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors by their first name, and the first name of every other name."""
-    first: dict[int, str] = {}
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    for slot in _skeleton.slots_of(model.named_modules(remove_duplicate=False)):
-        _check_storable(slot)
-        if id(slot.tensor) in first:
-            aliases[slot.name] = first[id(slot.tensor)]
-        else:
-            first[id(slot.tensor)] = slot.name
-            tensors[slot.name] = slot.tensor
-    state = set(model.state_dict(keep_vars=True))
-    if different := sorted(state ^ {*tensors, *aliases}):
-        raise CheckpointError(f"state_dict and parameters differ in {different[:5]}; only plain tensors can be stored")
-    return tensors, aliases
-
-
-def _check_storable(slot: _skeleton.Slot) -> None:
-    if reason := obstacle(slot.tensor):
-        raise CheckpointError(f"tensor {slot.name!r} {reason}")
+@torch.no_grad()
+def _gather(stored: dict[str, Tensor]) -> bool:
+    """Replace each DTensor by its full value, in place; return whether this process leaves the writing to another."""
+    leaves = False
+    for name, tensor in stored.items():
+        full = tensor
+        # Only a DTensor has this method. Its class is not imported: torch.distributed is missing in some builds.
+        gather = None if tensor.is_meta else getattr(tensor, "full_tensor", None)
+        if gather is not None:
+            full = gather()  # collective: every process calls it, in the same order
+            leaves = torch.distributed.get_rank() > 0
+        if reason := tensors.obstacle(full):
+            raise CheckpointError(f"tensor {name!r} {reason}")
+        if full is not tensor:
+            stored[name] = torch.empty(0) if leaves else full.cpu()  # free the accelerator: only one fits, perhaps
+    return leaves

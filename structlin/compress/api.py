@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from structlin.batches import Forward
 from structlin.compress import pipeline
 from structlin.compress.config import Compression, Value, with_settings
 from structlin.compress.data import Data
@@ -14,7 +15,6 @@ from structlin.compress.evaluate import Evaluate, Evaluator
 from structlin.compress.plan import CompressionPlan
 from structlin.compress.report import Report
 from structlin.compress.statistics import Statistics
-from structlin.heal.data import Forward
 
 Calibration = Statistics | Iterable[Any]
 
@@ -62,6 +62,7 @@ def compress_model(
         >>> mlp[0].structure, report.ratio
         (LowRank(rank=16), 0.5)
     """
+    check_model(model)
     config = with_settings(structure, settings, "compress_model")
     if isinstance(evaluate, Evaluator):
         validation = ()
@@ -107,8 +108,24 @@ def plan_compression(
         2      10x64  dense: it is the output layer; pass skip_last=False or name it in a rule  1.000
         linear weights: 4,736 -> 2,688 parameters
     """
+    check_model(model)
     config = with_settings(structure, settings, "plan_compression")
     data = Data.gather(calibration, validation, forward, config.held_back)
     found = pipeline.observe(pipeline.find(model, config, data, bool(data.held_back)))
     evaluator = pipeline.evaluator_of(found, None) if config.allocation == "global" else None
     return pipeline.plan(found, evaluator, progress)
+
+
+def check_model(model: object) -> None:
+    """Refuse what is not a module.
+
+    Raises:
+        TypeError: saying what to pass.
+    """
+    if isinstance(model, str):
+        raise TypeError(
+            f"the model is the string {model!r}; load it first, by transformers' AutoModel.from_pretrained({model!r}), "
+            "or run the command: structlin compress"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model is a {type(model).__name__}; pass a torch.nn.Module")

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from structlin.batches import Forward, device_of, evaluating, run, to_device
 from structlin.compress.config import Mask, check_mask
-from structlin.compress.observe import hooked, replaced, run_until
+from structlin.compress.observe import OutputSearch, hooked, replaced, run_until
 from structlin.compress.statistics import Statistics
 from structlin.compress.sums import Held, Sums, as_rows, not_finite, plainly, scalar, zeros
-from structlin.compress.targets import Target, find_targets, module_names
-from structlin.heal.data import Forward, device_of, evaluating, run, to_device
+from structlin.compress.targets import Target, find_targets, module_names, openings
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -106,20 +106,37 @@ def collect(
     forward: Forward | None,
     loss: Loss | None,
     how: Collecting,
+    search: OutputSearch | None = None,
 ) -> Statistics:
-    """Collect the statistics of targets that are found already; see `collect_statistics`."""
-    linears = [(linear, target.name) for target in targets for linear, _ in target.linears]
+    """Collect the statistics of targets that are found already, and search for the output layer on the way.
+
+    See `collect_statistics`.
+    """
+    leaves = [(leaf, keys_of(target)) for target in targets for leaf in target.leaves]
+    opened = openings(targets)
     sums, output_grams = Sums(how.dtype), {}
-    with evaluating(model), torch.inference_mode(False), torch.set_grad_enabled(loss is not None):
+    with (
+        evaluating(model, *opened.values()),
+        replaced(opened),
+        torch.inference_mode(False),
+        torch.set_grad_enabled(loss is not None),
+    ):
         if loss is not None:
             diagonal = how.output == "diagonal"
-            output_grams = {t.name: zeros(t, t.linear.out_features, how.dtype, diagonal) for t in targets}
+            output_grams = {
+                name: zeros(t, t.linear.out_features, how.dtype, diagonal) for t in targets for name in t.parts
+            }
         for given in batches:
             batch = given if forward else to_device(given, device_of(model))
             keep = _mask_of(how.mask, batch)
             outputs: list[tuple[str, GradientEdge]] = []
-            with hooked(linears, partial(sums.add, keep=keep), None if loss is None else partial(_watch, outputs)):
+            give: Callable[[Any, Tensor], Tensor] | None = None if loss is None else partial(_watch, outputs)
+            if search and search.open:
+                give = search.note
+            with hooked(leaves, partial(sums.add, keep=keep), give):
                 result = run(model, batch, forward)
+            if search and search.open:
+                search.settle(result)
             sums.settle()
             if loss is not None:
                 _add_gradients(output_grams, outputs, loss(result, batch), keep)
@@ -161,7 +178,7 @@ def statistics_by_layer(
     for target in _chosen(model, names, how.tied):
         square, outs = target.linear.in_features**2, target.linear.out_features
         entries = square + (0 if loss is None else outs if how.output == "diagonal" else outs**2)
-        nbytes = entries * scalar(target, how.dtype).itemsize
+        nbytes = entries * scalar(target, how.dtype).itemsize * len(target.parts)
         if not groups or size + nbytes > max_bytes:
             groups.append([])
             size = 0
@@ -205,7 +222,7 @@ def collect_shifted(
             models; or see `collect_statistics`.
     """
     targets = _chosen(model, names, "replace")
-    return collect_behind(model, targets, batches, swaps, forward, Collecting(**options))
+    return collect_behind(model, targets, batches, swaps, forward, Collecting(**options), openings(targets))
 
 
 def collect_behind(
@@ -215,18 +232,27 @@ def collect_behind(
     swaps: Mapping[nn.Module, nn.Module],
     forward: Forward | None,
     how: Collecting,
+    opened: Mapping[nn.Module, nn.Module],
 ) -> Statistics:
-    """Collect the shifted statistics of targets that are found already; see `collect_shifted`."""
-    label: dict[nn.Module, str] = {linear: target.name for target in targets for linear, _ in target.linears}
+    """Collect the shifted statistics of targets that are found already, with `opened` modules answering.
+
+    See `collect_shifted`.
+    """
+    label: dict[nn.Module, str] = {leaf: target.name for target in targets for leaf in target.leaves}
     watched = {linear: linear for linear in label}
-    owned = module_names(model)
+    owned, known = module_names(model), {leaf for part in opened.values() for leaf in part.modules()}
     for module in swaps:
-        if module not in owned:
+        if module not in owned and module not in known:
             raise ValueError(
                 f"swaps has a {type(module).__name__} that is not a module of the model; take it from there"
             )
     sums, stop = Sums(how.dtype), False
-    with evaluating(model, *swaps.values()), torch.inference_mode(False), torch.no_grad():
+    with (
+        evaluating(model, *opened.values(), *swaps.values()),
+        replaced(opened),
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):
         for number, given in enumerate(batches):
             batch = given if forward else to_device(given, device_of(model))
             held = Held(_mask_of(how.mask, batch), how.dtype)
@@ -285,6 +311,11 @@ def _add_gradient(name: str, total: Tensor, rows: Tensor) -> None:
         raise ValueError(not_finite(name, "output gradients", total.dtype))
 
 
+def keys_of(target: Target) -> str | tuple[str, ...]:
+    """Return the key under which a leaf is watched: its name, or the names of the matrices of a stack."""
+    return target.parts if target.stacked else target.name
+
+
 # Arguments -----------------------------------------------------------------------------------------------------------
 
 
@@ -305,7 +336,7 @@ def _mask_of(mask: Mask, batch: Any) -> Tensor | None:
 def _chosen(model: nn.Module, names: Iterable[str] | None, tied: str) -> list[Target]:
     targets = find_targets(model, tied=tied)
     if names is None:
-        return [target for target in targets if not target.reason]
+        return [target for target in targets if not target.reason and not target.on_request]
     wanted = set(names)
     unknown = sorted(wanted - {name for target in targets for name in target.names})
     if unknown:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
-from structlin.compress.targets import Target, module_names
-from structlin.layers.embedding import StructuredEmbedding
+from structlin.adapters import Origin
+from structlin.adapters.adapter import shell_of
+from structlin.compress.targets import Target, User, module_names
+from structlin.layers.factored import Factored
 from structlin.layers.linear import StructuredLinear, build
+
+# Called with the root whenever modules were swapped; integrations keep what they store beside a model up to date.
+after_swap: list[Callable[[nn.Module], object]] = []
 
 _HOOKS = (
     "_forward_hooks",
@@ -20,33 +26,76 @@ _HOOKS = (
 _FLAGS = ("_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs")
 
 
-def replacements(target: Target, layer: StructuredLinear) -> dict[nn.Module, nn.Module]:
-    """Build the new module of each user of a weight: all share the factors, each keeps its own bias parameter.
+def replacements(target: Target, layer: Any) -> dict[nn.Module, nn.Module]:
+    """Build the new leaf of each user of a weight: all share the factors, each keeps its own bias parameter.
 
     Args:
         target: the weight and its users.
         layer: the structured layer of the first of them.
     Returns:
-        Old module -> new module.
+        Old leaf -> new leaf.
     """
     result: dict[nn.Module, nn.Module] = {}
-    for linear, _ in target.linears:
+    for user in target.users:
         twin = layer
+        if user.adapter is not None and user.adapter.on_request:
+            result[user.leaf] = layer  # a table has no bias: it uses the very layer
+            continue
         if result:
-            twin = build(layer.structure, layer.in_features, layer.out_features, linear.bias is not None, device="meta")
+            twin = build(
+                layer.structure, layer.in_features, layer.out_features, user.leaf.bias is not None, device="meta"
+            )
             for factor in layer.spec.factors:
                 setattr(twin, factor.name, getattr(layer, factor.name))
-        twin.bias = linear.bias
-        result[linear] = _with_hooks(twin.train(linear.training), linear)
-    for embedding, _ in target.embeddings:
-        tied = StructuredEmbedding(layer, embedding.padding_idx)
-        result[embedding] = _with_hooks(tied.train(embedding.training), embedding)
+        twin.bias = user.leaf.bias
+        result[user.leaf] = twin.train(user.leaf.training)
+        if user.opened is user.module:
+            _with_hooks(twin, user.module)
     return result
 
 
+def assemble(swaps: Mapping[nn.Module, nn.Module], targets: Sequence[Target]) -> dict[nn.Module, nn.Module]:
+    """Put new leaves into the opened modules that hold them.
+
+    Args:
+        swaps: old leaf -> new leaf.
+        targets: of the model.
+    Returns:
+        Old module of the model -> new module.
+    """
+    result: dict[nn.Module, nn.Module] = {}
+    users = [user for target in targets for user in target.users]
+    for user in users:
+        if user.leaf not in swaps:
+            continue
+        new = swaps[user.leaf]
+        if user.opened is user.module:
+            result[user.module] = new
+            continue
+        if user.path:
+            owner, _, attribute = user.path.rpartition(".")
+            user.opened.get_submodule(owner)._modules[attribute] = new
+            new = user.opened
+        if user.module not in result:
+            assert user.adapter is not None
+            new.origin = Origin(user.adapter, shell_of(user.module))  # type: ignore[assignment]
+            result[user.module] = _with_hooks(new.train(user.module.training), user.module)
+    for user in users:
+        if user.module in result and user.path and user.leaf not in swaps:
+            _own(user)
+    return result
+
+
+def _own(user: User) -> None:
+    """Give a leaf that stays dense in an opened module storage of its own, so that the packed parameter is freed."""
+    for name, value in user.leaf._parameters.items():
+        if value is not None:
+            setattr(user.leaf, name, nn.Parameter(value.detach().clone(), value.requires_grad))
+
+
 def count_hooks(target: Target) -> int:
-    """Count the forward and backward hooks on the linear modules of a target."""
-    return sum(len(getattr(linear, hooks)) for linear, _ in target.linears for hooks in _HOOKS)
+    """Count the forward and backward hooks on the modules that use a target."""
+    return sum(len(getattr(user.module, hooks)) for user in target.users for hooks in _HOOKS)
 
 
 def swap_modules(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> nn.Module:
@@ -66,35 +115,51 @@ def swap_modules(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> nn.M
     ]
     for parent, attribute, new in found:  # dictionary entries only: nothing here can fail halfway
         parent._modules[attribute] = new
-    return swaps.get(model, model)
+    root = swaps.get(model, model)
+    for call in after_swap:
+        call(root)
+    return root
 
 
 def to_dense_(model: nn.Module) -> nn.Module:
-    """Merge every structured layer back into an `nn.Linear`, in place; tied embeddings get the dense table.
+    """Merge every structured layer back into a module of its original form, in place.
 
-    Hooks are kept; layers that shared factors share the dense weight.
+    Hooks are kept; layers that shared factors share the dense weight, and tied embeddings get the dense table.
 
     Args:
         model: any module.
     Returns:
         The model, another object only where the root itself was a structured layer.
     """
-    weights: dict[int, nn.Parameter] = {}  # by the identity of a layer's first factor, which layers may share
+    # By a layer's first factor, which layers may share, and by shape.
+    weights: dict[tuple[int, tuple[int, ...]], nn.Parameter] = {}
     swaps: dict[nn.Module, nn.Module] = {}
+    origins = {module: found for module in module_names(model) if (found := vars(module).get("origin"))}
+    # Leaves that only opened modules hold are merged with these.
+    held = {child for parent in module_names(model) if parent not in origins for child in parent.children()} | {model}
     for module in module_names(model):
-        if isinstance(module, StructuredLinear):
-            linear = module.to_linear()
-            linear.bias = module.bias
-            assert isinstance(linear.weight, nn.Parameter)
-            linear.weight = weights.setdefault(id(module.factors[0]), linear.weight)
-            swaps[module] = _with_hooks(linear, module)
-    for module in module_names(model):
-        if isinstance(module, StructuredEmbedding):
-            rows, columns = module.num_embeddings, module.embedding_dim
-            embedding = nn.Embedding(rows, columns, padding_idx=module.padding_idx, device="meta")
-            embedding.weight = weights[id(module.linear.factors[0])]
-            swaps[module] = _with_hooks(embedding.train(module.training), module)
+        if module in origins:
+            dense = origins[module].close(module)
+            for path, (name, _) in origins[module].adapter.leaves(dense).items():
+                _share(dense, name, module.get_submodule(path), weights)
+        elif isinstance(module, StructuredLinear) and module in held:
+            dense = module.to_linear()
+            dense.bias = module.bias
+            _share(dense, "weight", module, weights)
+        else:
+            continue
+        swaps[module] = _with_hooks(dense, module)
     return swap_modules(model, swaps)
+
+
+def _share(dense: nn.Module, name: str, leaf: Any, weights: dict[tuple[int, tuple[int, ...]], nn.Parameter]) -> None:
+    """Give a dense module the weight of one that is merged already, if their structured layers share factors."""
+    if isinstance(leaf, Factored):
+        owner, _, attribute = name.rpartition(".")
+        holder = dense.get_submodule(owner)
+        weight = holder.get_parameter(attribute)
+        if weight.numel() == leaf.in_features * leaf.out_features:  # not packed with others
+            setattr(holder, attribute, weights.setdefault((id(leaf.factors[0]), tuple(weight.shape)), weight))
 
 
 def _with_hooks(new: nn.Module, old: nn.Module) -> nn.Module:

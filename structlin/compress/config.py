@@ -18,6 +18,7 @@ from typing_extensions import Self
 from structlin.equation.structure import Structure, from_record, to_record
 from structlin.fitting.budget import Budget, check_ratio
 from structlin.fitting.fit import Families
+from structlin.layers.linear import StructuredLinear
 from structlin.structures import Blast, Kaleidoscope, LowRank, family, sum_of
 
 # What "auto" chooses from. Low rank is always solved exactly, so that the choice is never worse than it; the two sums
@@ -27,6 +28,18 @@ AUTO: Families = (LowRank, sum_of(LowRank, Kaleidoscope), sum_of(LowRank, Blast)
 ALLOCATIONS = ("uniform", "global")
 TIES = ("skip", "replace")
 VERSION = 1
+# Keywords that users of other libraries try -> what to write here.
+INSTEAD = {
+    "rank": "write structlin.structures.LowRank(rank=...) as the structure, or give a ratio",
+    "terms": "write structlin.structures.Kronecker(terms=...) as the structure, or give a ratio",
+    "target_modules": 'name layers in rules, with None as the structure: rules={"query": LowRank(rank=8)}',
+    "modules_to_not_convert": "write exclude=[...]",
+    "ignore": "write exclude=[...]",
+    "skip": "write exclude=[...]",
+    "dataset": "write calibration=batches",
+    "device": "move the model first: model.to(device)",
+    "dtype": "convert the model first: model.to(dtype)",
+}
 
 Pattern = str | Callable[[str, nn.Module], bool]
 Value = Structure | str | None | Mapping[str, Any]
@@ -51,12 +64,13 @@ class Compression:
 
     Args:
         structure: for layers that no rule names. A registered name (with `ratio`); `"a+b"` for the sum of two; "auto"
-            (with `ratio`) for the best of low rank, low rank + K-matrix and low rank + BLAST; an instance with its
-            sizes; or None to stay dense.
+            (with `ratio`) for the best of low rank, low rank + K-matrix and low rank + BLAST; a layer class, for its
+            structure; an instance with its sizes; or None to stay dense.
         ratio: parameters kept / dense parameters, of each layer or, with allocation="global", of all of them together.
         rules: pattern -> structure, name, None, or a mapping with `structure`, `ratio`, `refine` and hyperparameters.
-            A pattern is a glob on the dotted name, a regular expression after `re:`, or a predicate(name, module). The
-            first match wins.
+            A pattern is a glob on the dotted name or on its last parts ("query" matches "layer.0.query"), a regular
+            expression after `re:`, or a predicate(name, module). The first match wins.
+        exclude: patterns of layers that stay dense, whatever the rules say.
         budget: what the ratio counts: "parameters", "bytes", or "flops" per token.
         allocation: "uniform" gives each layer the ratio. "global" gives more to layers where a parameter lowers the
             error of the model's outputs more, if held-back batches confirm it (see `decide.allocate`).
@@ -84,6 +98,7 @@ class Compression:
     _: KW_ONLY
     ratio: float | None = None
     rules: Rules = field(default_factory=dict)
+    exclude: Sequence[str] = ()
     budget: Budget = "parameters"
     allocation: str = "uniform"
     tied: str = "skip"
@@ -113,6 +128,9 @@ class Compression:
             raise ValueError(f"shrinkage={self.shrinkage} is negative or not finite; use a share such as 0.03")
         if not isinstance(self.rules, Mapping):
             raise TypeError(f"rules is a {type(self.rules).__name__}; give a mapping of patterns to structures")
+        if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
+            raise TypeError(f"exclude={self.exclude!r}; give a list of patterns, such as ['*.classifier']")
+        object.__setattr__(self, "exclude", tuple(self.exclude))
         object.__setattr__(self, "rules", dict(self.rules))  # the caller's may change
         self.choices()  # reading the rules checks them
 
@@ -122,7 +140,8 @@ class Compression:
         for pattern in self.rules:
             if not isinstance(pattern, str) and not callable(pattern):
                 raise TypeError(f"a pattern is a {type(pattern).__name__}; use a glob, 're:...' or a predicate")
-        return default, [(pattern, self._choice(value, default)) for pattern, value in self.rules.items()]
+        kept: list[tuple[Pattern, Choice | None]] = [(pattern, None) for pattern in self.exclude]
+        return default, kept + [(pattern, self._choice(value, default)) for pattern, value in self.rules.items()]
 
     def _choice(self, value: Value, default: Choice | None) -> Choice | None:
         if self.ratio is not None:
@@ -137,10 +156,13 @@ class Compression:
                     f"structure {value!r} needs a ratio (or an instance such as LowRank(rank=8) with its sizes)"
                 )
             return Choice(_family(value), self.ratio, self.refine)
+        if isinstance(value, type) and issubclass(value, StructuredLinear) and value.structure_class is not None:
+            return self._choice(value.structure_class.name, default)
         if isinstance(value, Structure):
             return Choice(value, None, self.refine)
         raise TypeError(
-            f"a rule holds {type(value).__name__}; use a structure, its name, a mapping, or None to stay dense"
+            f"a rule holds {type(value).__name__}; use a structure, its name, its layer class, a mapping, or None to "
+            "stay dense"
         )
 
     def changed(self, **settings: Any) -> Self:
@@ -201,7 +223,7 @@ def check_names(settings: Mapping[str, Any], caller: str) -> None:
     for name in settings:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"the settings are {known}"
+            hint = INSTEAD.get(name) or (f"did you mean {near[0]!r}?" if near else f"the settings are {known}")
             raise TypeError(f"{caller} has no setting {name!r}; {hint}")
 
 
@@ -212,12 +234,12 @@ def check_mask(mask: Mask) -> None:
 
 
 def matches(pattern: Pattern, names: Sequence[str], module: nn.Module) -> bool:
-    """Whether a glob, a regular expression after `re:`, or a predicate(name, module) matches any of the names."""
+    """Whether a glob on a name or its last parts, `re:` and a regular expression, or a predicate matches any name."""
     if callable(pattern):
         return any(pattern(name, module) for name in names)
     if pattern.startswith("re:"):
         return any(re.fullmatch(pattern[3:], name) for name in names)
-    return any(fnmatchcase(name, pattern) for name in names)
+    return any(fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}") for name in names)
 
 
 def describe(pattern: Pattern) -> str:
@@ -276,7 +298,7 @@ def _either(allowed: Sequence[str]) -> str:
 
 
 def _written(name: str, value: Any) -> Any:
-    if callable(value) and not isinstance(value, Structure):
+    if callable(value) and not isinstance(value, (Structure, type)):
         raise ValueError(
             f"{name} holds a function, which JSON cannot; name layers by globs, and masks by 'auto' or None"
         )
@@ -284,7 +306,9 @@ def _written(name: str, value: Any) -> Any:
         return to_record(value)
     if isinstance(value, Mapping):
         return {_written(name, key): _written(name, item) for key, item in value.items()}
-    return value
+    if isinstance(value, type):
+        return value.structure_class.name  # type: ignore[attr-defined]
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _read(value: Any) -> Any:

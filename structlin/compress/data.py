@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from structlin.batches import Forward
 from structlin.compress.statistics import SHRINKAGE, Statistics
 from structlin.fitting.objective import GramRoot
-from structlin.heal.data import Forward
 
 MOST_HELD_BACK = 8  # batches
 
@@ -63,6 +64,21 @@ class Data:
             held_back = tuple(batch for k, batch in enumerate(batches) if k in chosen)
             batches = tuple(batch for k, batch in enumerate(batches) if k not in chosen)
         return cls(None, batches, held_back, forward)
+
+    def expert_grams(self, names: Sequence[str]) -> list[tuple[GramRoot | None, Tensor | None]]:
+        """Return the same for the matrices of a stack, each shrunk towards the pooled Gram where it saw few inputs.
+
+        The pooled Gram counts as `in_features` further inputs of each matrix: an expert that saw none of its own is
+        fitted to the inputs of all.
+        """
+        known = self.statistics
+        tokens = 0 if known is None else sum(known.tokens.get(name, 0) for name in names)
+        if known is None or not tokens:
+            return [(None, None) for _ in names]
+        pooled = torch.stack([known.grams[name] for name in names]).sum(0) / tokens
+        mixed = {name: known.grams[name] + len(pooled) * pooled for name in names}
+        roots = Statistics(mixed, known.tokens)
+        return [(roots.root(name, self.shrinkage), known.output_grams.get(name)) for name in names]
 
     def grams(self, name: str) -> tuple[GramRoot | None, Tensor | None]:
         """Return the square root of a layer's input Gram and its output Gram, None where unknown."""

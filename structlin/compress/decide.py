@@ -13,7 +13,7 @@ from structlin.compress.config import Choice, Compression, describe, matches
 from structlin.compress.data import Data
 from structlin.compress.fit_layers import size_layer
 from structlin.compress.plan import CompressionPlan, PlanEntry, fingerprint
-from structlin.compress.targets import Target, last_target
+from structlin.compress.targets import Target
 from structlin.compress.workers import each
 from structlin.equation.structure import Structure
 from structlin.fitting.fit import check_weight, extend, fit
@@ -44,13 +44,24 @@ class Share:
 
 
 def shares_of(targets: Sequence[Target], choices: Choices) -> list[Share]:
-    """Return the layers that a ratio sizes: those that a global budget is divided among."""
-    return [Share(t, c.ratio) for t in targets if isinstance(c := choices[t.name], Choice) and c.ratio is not None]
+    """Return the layers that a ratio sizes: those that a global budget is divided among.
+
+    Stacks of experts and tables keep the ratio that they are given.
+    """
+    return [
+        Share(t, c.ratio)
+        for t in targets
+        if isinstance(c := choices[t.name], Choice) and c.ratio is not None and not t.stacked and not t.on_request
+    ]
 
 
-def choose(model: nn.Module, config: Compression, targets: Sequence[Target]) -> Choices:
+def choose(config: Compression, targets: Sequence[Target], last: Target | None) -> Choices:
     """Apply the rules to the layers of a model, or pair a plan with them; check all weights that will be fitted.
 
+    Args:
+        config: the settings.
+        targets: the layers.
+        last: the output layer.
     Raises:
         ValueError: if a rule matches no layer, a plan does not fit the model, or a weight cannot be decomposed.
     """
@@ -59,16 +70,17 @@ def choose(model: nn.Module, config: Compression, targets: Sequence[Target]) -> 
     else:
         default, rules = config.choices()
         for pattern, _ in rules:
-            if not any(matches(pattern, target.names, target.linear) for target in targets):
+            if not any(matches(pattern, target.spellings, target.linear) for target in targets):
                 raise ValueError(
                     f"rule {describe(pattern)} matches no linear layer; there are {[t.name for t in targets][:20]}"
                 )
-        last = last_target(model, targets) if config.skip_last else None
+        last = last if config.skip_last else None
         choices = {target.name: _choice(target, rules, default, target is last) for target in targets}
     for target in targets:
         if isinstance(choices[target.name], Choice):
             try:
-                check_weight(target.linear.weight.detach())
+                for matrix in target.matrices:
+                    check_weight(matrix.detach())
             except ValueError as error:
                 raise ValueError(f"layer {target.name!r}: {error}") from error
     return choices
@@ -80,8 +92,10 @@ def _choice(
     if target.reason:
         return target.reason
     for pattern, chosen in rules:
-        if matches(pattern, target.names, target.linear):  # type: ignore[arg-type]
+        if matches(pattern, target.spellings, target.linear):  # type: ignore[arg-type]
             return chosen or f"rule {describe(pattern)} keeps it dense"  # type: ignore[arg-type]
+    if target.on_request:
+        return "it is an embedding; name it in a rule to compress it"
     if is_last:
         return "it is the output layer; pass skip_last=False or name it in a rule"
     return default or "the default keeps it dense"
@@ -207,7 +221,7 @@ def _answers(target: Target, ratio: float, data: Data) -> dict[nn.Module, nn.Mod
     weight = target.linear.weight
     found = fit(weight, LowRank(_rank(target, ratio)), gram=gram, output_gram=output_gram, refine=0)
     proxy = from_fit(found, target.linear)
-    return {linear: proxy for linear, _ in target.linears}
+    return dict.fromkeys(target.leaves, proxy)
 
 
 def _rank(target: Target, ratio: float) -> int:

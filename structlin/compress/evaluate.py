@@ -8,9 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from structlin.batches import (
+    Forward,
+    device_of,
+    divergence,
+    evaluating,
+    pick,
+    run,
+    squared_error,
+    to_device,
+    unmasked,
+)
 from structlin.compress.report import Quality
-from structlin.heal.data import Forward, device_of, evaluating, pick, run, to_device, unmasked
-from structlin.heal.losses import divergence, squared_error
 
 Evaluate = Callable[[nn.Module], float]
 

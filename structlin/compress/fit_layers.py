@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
 from structlin.compress.commit import count_hooks, replacements
 from structlin.compress.config import Choice
 from structlin.compress.data import Data
-from structlin.compress.plan import PlanEntry, fingerprint
+from structlin.compress.plan import PlanEntry, dense_entry, fingerprint
 from structlin.compress.report import LayerReport
 from structlin.compress.targets import Target
 from structlin.compress.workers import each
@@ -19,6 +21,7 @@ from structlin.equation.structure import Structure, show
 from structlin.fitting.budget import Budget, NoMemberError, within
 from structlin.fitting.fit import Fit, fit, relative_error
 from structlin.fitting.objective import GramRoot
+from structlin.layers.expert_linear import StructuredExpertLinear
 from structlin.layers.linear import StructuredLinear, from_fit
 from structlin.runtime.contract import to_dense
 
@@ -57,12 +60,11 @@ def size_layer(target: Target, choice: Choice | str, data: Data, budget: Budget)
     Raises:
         ValueError: naming the layer, if a fit fails.
     """
-    linear = target.linear
-    dense = PlanEntry(target.name, target.names[1:], linear.in_features, linear.out_features, None)
+    dense = dense_entry(target, choice if isinstance(choice, str) else None)
     if isinstance(choice, str):
-        return replace(dense, reason=choice)
+        return dense
     try:
-        entry = _sized(dense, linear.weight, choice, data, budget)
+        entry = _sized(dense, target.linear.weight, choice, data, budget)
     except Exception as error:
         raise _named(target.name, error) from error
     if entry.structure is not None and entry.parameters_after >= entry.parameters_before:
@@ -75,9 +77,11 @@ def size_layer(target: Target, choice: Choice | str, data: Data, budget: Budget)
 
 def _sized(dense: PlanEntry, weight: Tensor, choice: Choice, data: Data, budget: Budget) -> PlanEntry:
     sizes = dense.in_features, dense.out_features
+    stacked = weight.ndim == 3
+    sample = weight[0] if stacked else weight  # sizes are found on one matrix of a stack
     if isinstance(choice.structure, Structure):
         try:
-            return replace(dense, structure=choice.structure.resolve(*sizes, weight.detach()))
+            return replace(dense, structure=choice.structure.resolve(*sizes, sample.detach()))
         except ValueError as error:  # the layer is too small for these sizes
             return replace(dense, reason=str(error))
     assert choice.ratio is not None
@@ -86,14 +90,15 @@ def _sized(dense: PlanEntry, weight: Tensor, choice: Choice, data: Data, budget:
             options = within(choice.structure, *sizes, choice.ratio, budget)
             if len(options) == 1:
                 return replace(dense, structure=options[0])
-        gram, output_gram = data.grams(dense.name)
+        names = [f"{dense.name}[{k}]" for k in range(dense.count)]
+        gram, output_gram = data.expert_grams(names)[0] if stacked else data.grams(dense.name)
         found = fit(
-            weight, choice.structure, ratio=choice.ratio, gram=gram, output_gram=output_gram, refine=choice.refine,
+            sample, choice.structure, ratio=choice.ratio, gram=gram, output_gram=output_gram, refine=choice.refine,
             budget=budget,
         )  # fmt: skip
     except NoMemberError as error:
         return replace(dense, reason=str(error))
-    return replace(dense, structure=found.structure, fitted=(fingerprint(weight), found))
+    return replace(dense, structure=found.structure, fitted=None if stacked else (fingerprint(weight), found))
 
 
 # Fits ----------------------------------------------------------------------------------------------------------------
@@ -134,15 +139,17 @@ def fit_in_turn(
     groups: dict[int, list[Target]] = {}
     for target in targets:
         if by_name[target.name].structure:
-            # Layers with the same inputs share one Gram, which the statistics keep alive.
-            groups.setdefault(id(data.statistics.grams[target.name]), []).append(target)
+            # Layers with the same inputs share one Gram, which the statistics keep alive. A stack of experts and a
+            # table stand alone: behind compressed layers other experts are chosen, and a table has no inputs.
+            gram = data.statistics.grams.get(target.name)
+            groups.setdefault(id(target if gram is None else gram), []).append(target)
     outcomes: dict[str, Outcome] = {}
     modules: dict[nn.Module, nn.Module] = {}
     for group in groups.values():
-        aims = aims_of(group, modules)
+        aims = aims_of(group, modules) if group[0].name in data.statistics.grams else {}
 
         def work(target: Target, aims: Mapping[str, Aim] = aims) -> Outcome:
-            return fit_layer(by_name[target.name], target, data, aims[target.name])
+            return fit_layer(by_name[target.name], target, data, aims.get(target.name))
 
         for outcome in each(work, group, False, ""):
             outcomes[outcome.target.name] = outcome
@@ -165,26 +172,54 @@ def fit_layer(entry: PlanEntry, target: Target, data: Data, aim: Aim | None) -> 
     if entry.structure is None:
         return Outcome(target, stays_dense(entry), {})
     start = time.perf_counter()
-    weight = target.linear.weight
-    known = entry.fit_of(weight) if aim is None else None
-    gram, output_gram = data.grams(entry.name)
-    wanted, gram = (weight, gram) if aim is None else aim
     try:
-        found = known or fit(wanted, entry.structure, gram=gram, output_gram=output_gram, refine=entry.refine)
-        if aim is not None:
-            found = _of_weight(found, weight)
-        modules = replacements(target, from_fit(found, target.linear))
+        fits = _fit_stack(entry, target, data) if target.stacked else [_fit(entry, target, data, aim)]
+        layer: Any = (
+            StructuredExpertLinear.from_fits(fits, target.linear)
+            if target.stacked
+            else from_fit(fits[0], target.linear)
+        )
+        modules = replacements(target, layer)
     except Exception as error:
         raise _named(entry.name, error) from error
-    layer = modules[target.linear]
-    assert isinstance(layer, StructuredLinear)
+    called = None if data.statistics is None else sum(data.statistics.tokens.get(name, 0) for name in target.parts) > 0
     row = replace(
         stays_dense(entry), structure=show(entry.structure), reason=None,
-        parameters_after=layer.num_parameters, flops_after=layer.flops_per_token,
-        error=found.error, output_error=found.output_error, seconds=time.perf_counter() - start,
-        hooks=count_hooks(target),
+        parameters_after=entry.parameters_after, flops_after=layer.flops_per_token,
+        error=_mean(found.error for found in fits), output_error=_mean(found.output_error for found in fits),
+        seconds=time.perf_counter() - start, hooks=count_hooks(target), called=None if target.on_request else called,
+        itemsize=target.linear.weight.element_size(),
     )  # fmt: skip
     return Outcome(target, row, modules)
+
+
+def _fit(entry: PlanEntry, target: Target, data: Data, aim: Aim | None) -> Fit:
+    assert entry.structure is not None
+    weight = target.linear.weight
+    if aim is None and (known := entry.fit_of(weight)):
+        return known
+    gram, output_gram = data.grams(entry.name)
+    wanted, gram = (weight, gram) if aim is None else aim
+    found = fit(wanted, entry.structure, gram=gram, output_gram=output_gram, refine=entry.refine)
+    return found if aim is None else _of_weight(found, weight)
+
+
+def _fit_stack(entry: PlanEntry, target: Target, data: Data) -> list[Fit]:
+    """Fit each matrix of a stack to the inputs that it got."""
+    assert entry.structure is not None
+    return [
+        fit(weight, entry.structure, gram=gram, output_gram=output_gram, refine=entry.refine)
+        for weight, (gram, output_gram) in zip(target.linear.weight, data.expert_grams(target.parts), strict=True)
+    ]
+
+
+def _mean(errors: Iterable[float | None]) -> float | None:
+    """Return the root mean square of the errors of a stack, None if one is unknown."""
+    found = list(errors)
+    if len(found) == 1:
+        return found[0]
+    known = [error for error in found if error is not None]
+    return math.sqrt(sum(error**2 for error in known) / len(known)) if len(known) == len(found) else None
 
 
 def stays_dense(entry: PlanEntry) -> LayerReport:
@@ -192,7 +227,8 @@ def stays_dense(entry: PlanEntry) -> LayerReport:
     return LayerReport(
         entry.name, entry.aliases, entry.in_features, entry.out_features, None,
         parameters_before=entry.parameters_before, parameters_after=entry.parameters_before,
-        flops_before=2 * entry.parameters_before, flops_after=2 * entry.parameters_before, reason=entry.reason,
+        flops_before=2 * entry.in_features * entry.out_features,
+        flops_after=2 * entry.in_features * entry.out_features, reason=entry.reason, count=entry.count,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from structlin.heal.data import Forward, run
+from structlin.batches import Forward, pick, run
 
 K = TypeVar("K")
 
@@ -24,13 +25,19 @@ def hooked(
     take: Callable[[K, Tensor], None],
     give: Callable[[K, Tensor], Tensor] | None = None,
 ) -> Iterator[None]:
-    """Show `take` the input of each call of a module under its key, and put the output through `give`."""
+    """Show `take` the input of each call of a module under its key, and put the output through `give`.
+
+    The key of a stack of matrices is a sequence: its call names the matrix after the input.
+    """
+
+    def part(args: Any, key: Any) -> K:
+        return key[args[1]] if len(args) > 1 and isinstance(key, tuple) else key
 
     def before(module: nn.Module, args: Any, kwargs: Any, *, key: K) -> None:
-        take(key, args[0] if args else next(iter(kwargs.values())))
+        take(part(args, key), args[0] if args else next(iter(kwargs.values())))
 
     def after(module: nn.Module, args: Any, result: Tensor, *, key: K) -> Tensor | None:
-        return give(key, result) if give else None
+        return give(part(args, key), result) if give else None
 
     handles = []
     try:
@@ -48,21 +55,45 @@ def hooked(
 def replaced(modules: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
     """Let other modules answer in place of some for a while: the model keeps its modules.
 
-    The dense modules run too, and their results are dropped. Hooks of the caller see the new result.
+    Hooks on the old modules run as ever. Opened modules answer too, for their leaves to be called.
     """
-
-    def answer(_module: nn.Module, args: Any, kwargs: Any, _result: Any, *, new: nn.Module) -> Any:
-        return new.forward(*args, **kwargs)  # a replacement shares its hooks with the old module: they run once
-
-    handles = []
+    before = {old: vars(old).get("forward") for old in modules}
     try:
         for old, new in modules.items():
-            hook = partial(answer, new=new)
-            handles.append(old.register_forward_hook(hook, prepend=True, with_kwargs=True))
+            # Not `new.forward`, unless both share hooks: an opened module has hooks of its own on its root.
+            vars(old)["forward"] = new.forward if new._forward_hooks is old._forward_hooks else new.__call__
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for old, forward in before.items():
+            if forward is None:
+                vars(old).pop("forward", None)
+            else:
+                vars(old)["forward"] = forward
+
+
+class OutputSearch:
+    """Find the leaf whose output is the model's output, in the first pass that is shown.
+
+    Attributes:
+        key: of the leaf, None while none is found.
+    """
+
+    def __init__(self) -> None:
+        self.key: Any = None
+        self.open = True
+        self._outputs: list[tuple[weakref.ref[Tensor], Any]] = []
+
+    def note(self, key: Any, y: Tensor) -> Tensor:
+        """Remember the output of a leaf, as long as it lives."""
+        self._outputs.append((weakref.ref(y), key))
+        return y
+
+    def settle(self, result: Any) -> None:
+        """Compare with the output of the model, a tensor or a view of it, and end the search."""
+        _, found = pick(result)
+        same = (key for y, key in reversed(self._outputs) if y() is not None and (y() is found or y() is found._base))
+        self.key, self.open = next(same, None), False
+        self._outputs.clear()
 
 
 def run_until(

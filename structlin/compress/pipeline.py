@@ -15,27 +15,28 @@ by blocks, and checkpoints larger than memory, put steps 2 to 5 into a loop over
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import nn
 
+from structlin.batches import evaluating, progress_bar
 from structlin.compress.calibrate import Collecting, collect
-from structlin.compress.commit import swap_modules
+from structlin.compress.commit import assemble, swap_modules
 from structlin.compress.config import Compression
 from structlin.compress.data import Data
 from structlin.compress.decide import Choices, choose, decide, shares_of
 from structlin.compress.evaluate import Evaluate, Evaluator
 from structlin.compress.fit_layers import Outcome, fit_all, fit_in_turn
-from structlin.compress.observe import replaced
+from structlin.compress.observe import OutputSearch, replaced
 from structlin.compress.plan import CompressionPlan, PlanEntry
 from structlin.compress.report import Coverage, Report
 from structlin.compress.sequential import shifted
 from structlin.compress.speed import only_faster
-from structlin.compress.targets import Target, find_targets
+from structlin.compress.targets import Target, declared_output, find_targets, last_target, openings
 from structlin.compress.workers import seeded
-from structlin.heal.data import progress_bar
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Found:
 def find(model: nn.Module, config: Compression, data: Data, checks: bool) -> Found:
     """Find the targets and what each gets; `checks` tells whether batches for checks from end to end are known."""
     targets = find_targets(model, tied=config.tied)
-    choices = choose(model, config, targets)
+    choices = choose(config, targets, last_target(model, targets))
     data = replace(data, shrinkage=config.shrinkage)
     if isinstance(config, CompressionPlan):
         if data.statistics is None and not data.batches:
@@ -69,23 +70,27 @@ def find(model: nn.Module, config: Compression, data: Data, checks: bool) -> Fou
 
 
 def observe(found: Found) -> Found:
-    """Collect the statistics of the calibration batches, if there are any."""
-    data, config = found.data, found.config
+    """Collect the statistics of the calibration batches, if there are any; running shows the output layer too."""
+    data, config, search = found.data, found.config, OutputSearch()
     if data.batches and data.statistics is None:
-        targets = [target for target in found.targets if not target.reason]
+        targets = [target for target in found.targets if not target.reason and not target.on_request]
         how = Collecting(mask=config.mask)
-        data = replace(data, statistics=collect(found.model, targets, data.batches, data.forward, None, how))
+        data = replace(data, statistics=collect(found.model, targets, data.batches, data.forward, None, how, search))
     if isinstance(config, CompressionPlan):
         config.check_statistics(data.statistics)
+    elif search.key is not None and declared_output(found.model) is None:
+        last = next(target for target in found.targets if target.name == search.key)
+        found = replace(found, choices=choose(config, found.targets, last))
     return replace(found, data=data)
 
 
 def plan(found: Found, evaluator: Evaluator | None, progress: bool | None) -> CompressionPlan:
     """Decide the sizes of all layers; the model keeps its modules."""
+    opened = openings(found.targets)
 
     def distance(modules: Mapping[nn.Module, nn.Module]) -> float:
         assert evaluator is not None
-        with replaced(modules):
+        with evaluating(*opened.values()), replaced(opened), replaced(modules):
             return evaluator.distance(found.model)
 
     with seeded(found.config.seed):
@@ -97,7 +102,7 @@ def fit(found: Found, entries: Sequence[PlanEntry], progress: bool | None) -> li
     config, data, targets = found.config, found.data, found.targets
     with seeded(config.seed):
         if config.sequential:
-            aims = partial(shifted, found.model, data=data, mask=config.mask)
+            aims = partial(shifted, found.model, data=data, mask=config.mask, opened=openings(targets))
             with progress_bar("compress", "group", None, progress) as advance:
                 outcomes = fit_in_turn(entries, targets, data, aims, advance)
         else:
@@ -117,8 +122,10 @@ def compress(
     compressed = {outcome.target.name for outcome in outcomes if outcome.modules}
     covered = Coverage.of(model, targets, compressed)
     swaps = {old: new for outcome in outcomes for old, new in outcome.modules.items()}
-    root = model if dry_run else swap_modules(model, swaps)
+    root = model if dry_run else swap_modules(model, assemble(swaps, targets))
     report = Report(root, tuple(outcome.row for outcome in outcomes), covered, planned.settings())
+    if report.verdict:
+        warnings.warn(report.verdict, stacklevel=3)
     if evaluator is None:
         return report
     report = replace(report, qualities=(evaluator.dense,))

@@ -13,14 +13,14 @@ from typing_extensions import Self
 
 from structlin.compress.config import Compression
 from structlin.compress.statistics import Statistics, StatisticsSummary
-from structlin.compress.tables import table
+from structlin.compress.tables import shape, table
 from structlin.compress.targets import Target
 from structlin.equation.structure import Structure, from_record, show, to_record
 from structlin.fitting.fit import Fit
 
 VERSION = 2
 # Settings that the entries of a plan have answered already.
-ANSWERED = ("structure", "ratio", "rules", "budget", "allocation", "tied", "skip_last", "refine")
+ANSWERED = ("structure", "ratio", "rules", "exclude", "budget", "allocation", "tied", "skip_last", "refine")
 
 
 def fingerprint(weight: Tensor) -> tuple[float, float]:
@@ -41,6 +41,7 @@ class PlanEntry:
         structure: with all sizes fixed, or None to stay dense.
         reason: why it stays dense.
         refine: refinement steps, None for the structure's default.
+        count: number of matrices of these sizes: 1, or the experts of a stack.
         fitted: the fit by which the structure was chosen, with the fingerprint of its weight; not part of the JSON.
     """
 
@@ -51,6 +52,7 @@ class PlanEntry:
     structure: Structure | None
     reason: str | None = None
     refine: int | None = None
+    count: int = 1
     fitted: tuple[tuple[float, float], Fit] | None = field(default=None, repr=False, compare=False)
 
     def fit_of(self, weight: Tensor) -> Fit | None:
@@ -62,14 +64,14 @@ class PlanEntry:
     @property
     def parameters_before(self) -> int:
         """Entries of the dense weight."""
-        return self.in_features * self.out_features
+        return self.count * self.in_features * self.out_features
 
     @property
     def parameters_after(self) -> int:
         """Learned entries of the factors, or the dense count."""
         if self.structure is None:
             return self.parameters_before
-        return self.structure.spec(self.in_features, self.out_features).num_parameters
+        return self.count * self.structure.spec(self.in_features, self.out_features).num_parameters
 
 
 @dataclass(frozen=True)
@@ -172,16 +174,21 @@ class CompressionPlan(Compression):
         for entry in self.entries:
             becomes = show(entry.structure) if entry.structure else f"dense: {entry.reason}"
             kept = f"{entry.parameters_after / entry.parameters_before:.3f}"
-            rows.append((entry.name or "(root)", f"{entry.out_features}x{entry.in_features}", becomes, kept))
+            rows.append((entry.name or "(root)", shape(entry), becomes, kept))
         before = sum(entry.parameters_before for entry in self.entries)
         after = sum(entry.parameters_after for entry in self.entries)
         made = [] if self.fitted_with is None else [f"fitted with {self.fitted_with}"]
         return "\n".join([*table(rows), f"linear weights: {before:,} -> {after:,} parameters", *made])
 
 
-def _unnamed(target: Target) -> PlanEntry:
+def dense_entry(target: Target, reason: str | None) -> PlanEntry:
+    """Return the entry of a layer that stays dense, for a reason."""
     sizes = target.linear.in_features, target.linear.out_features
-    return PlanEntry(target.name, target.names[1:], *sizes, None, target.reason or "the plan does not name it")
+    return PlanEntry(target.name, target.names[1:], *sizes, None, reason, count=len(target.parts))
+
+
+def _unnamed(target: Target) -> PlanEntry:
+    return dense_entry(target, target.reason or "the plan does not name it")
 
 
 def _rule(entry: PlanEntry) -> Any:
@@ -199,6 +206,7 @@ def _written(entry: PlanEntry) -> dict[str, Any]:
         "structure": to_record(entry.structure) if entry.structure else None,
         "reason": entry.reason,
         "refine": entry.refine,
+        "count": entry.count,
     }
 
 
@@ -207,6 +215,7 @@ def _read(layer: Mapping[str, Any]) -> PlanEntry:
         sizes = layer["in_features"], layer["out_features"]
         structure = from_record(layer["structure"]).resolve(*sizes) if layer["structure"] else None
         reason = layer["reason"] or (None if structure else "left dense in the plan")
-        return PlanEntry(layer["name"], tuple(layer["aliases"]), *sizes, structure, reason, layer["refine"])
+        more = layer["refine"], layer.get("count", 1)
+        return PlanEntry(layer["name"], tuple(layer["aliases"]), *sizes, structure, reason, *more)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"layer {layer.get('name')!r} of the plan: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -11,8 +12,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from structlin.compress.config import Compression
-from structlin.compress.tables import table
-from structlin.compress.targets import Target, unreached
+from structlin.compress.tables import shape, table
+from structlin.compress.targets import STRUCTURED, Piece, Target, unreached
 
 
 @dataclass(frozen=True)
@@ -49,25 +50,30 @@ class Coverage:
         compressed: in layers that get a structure (weights and biases).
         skipped: in linear maps that stay dense, for the reason in their row.
         unreached: in modules of other types, by type.
+        bytes: of all of them.
     """
 
     compressed: int
     skipped: int
     unreached: dict[str, int] = field(default_factory=dict)
+    bytes: int = 0
 
     @classmethod
     def of(cls, model: nn.Module, targets: Sequence[Target], compressed: set[str]) -> Coverage:
         """Count the parameters of a dense model, given its targets and the names of those that get a structure."""
-        seen: set[int] = set()
+        seen: set[Piece] = set()
         counts = {True: 0, False: 0}
+        reached: Counter[int] = Counter()
         for chosen in (True, False):  # a shared bias counts where its layer is compressed
             for target in targets:
                 if (target.name in compressed) == chosen:
-                    for parameter in target.parameters():
-                        if id(parameter) not in seen:
-                            seen.add(id(parameter))
-                            counts[chosen] += 0 if is_lazy(parameter) else parameter.numel()
-        return cls(counts[True], counts[False], unreached(model, seen))
+                    for piece, size in target.pieces():
+                        if piece not in seen:
+                            seen.add(piece)
+                            counts[chosen] += size
+                            reached[piece[0]] += size
+        size = sum(parameter.nbytes for parameter in model.parameters() if not is_lazy(parameter))
+        return cls(counts[True], counts[False], unreached(model, reached), size)
 
     @property
     def total(self) -> int:
@@ -95,7 +101,7 @@ class LayerReport:
         in_features: size of the input.
         out_features: size of the output.
         structure: the structure with its sizes, or None.
-        parameters_before: entries of the dense weight.
+        parameters_before: entries of the dense weight, or of all matrices of a stack.
         parameters_after: learned entries of the factors; the dense count where it stayed.
         flops_before: per token, 2 in out.
         flops_after: per token, of the cheaper sequential contraction.
@@ -104,6 +110,9 @@ class LayerReport:
             `Statistics.root`); None without calibration.
         seconds: time of the fit.
         reason: why it stayed dense, None where it did not.
+        count: number of matrices of these sizes: 1, or the experts of a stack.
+        called: whether calibration called the layer; None without calibration.
+        itemsize: bytes of one entry of the weight.
         hooks: number of forward and backward hooks that were kept.
         speed: with `require_speedup`, the worst measured time of the replacement / that of the dense layer.
     """
@@ -121,6 +130,9 @@ class LayerReport:
     output_error: float | None = None
     seconds: float = 0.0
     reason: str | None = None
+    count: int = 1
+    called: bool | None = None
+    itemsize: int = 4
     hooks: int = 0
     speed: float | None = None
 
@@ -164,6 +176,34 @@ class Report:
         return self.coverage.total - sum(row.parameters_before - row.parameters_after for row in self.layers)
 
     @property
+    def bytes_before(self) -> int:
+        """Bytes of all parameters before."""
+        return self.coverage.bytes
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all parameters after."""
+        return self.bytes_before - sum((r.parameters_before - r.parameters_after) * r.itemsize for r in self.layers)
+
+    @property
+    def verdict(self) -> str | None:
+        """Say it where nothing was compressed, or most parameters are in modules that no adapter knows; else None."""
+        unreached = {kind: count for kind, count in self.coverage.unreached.items() if not kind.endswith(STRUCTURED)}
+        if not any(row.structure for row in self.layers):
+            reasons = Counter(row.reason for row in self.layers).most_common(1)
+            return "nothing was compressed: " + (
+                f"{sum(self.coverage.unreached.values()):,} parameters are already structured"
+                if len(unreached) < len(self.coverage.unreached)
+                else f"{reasons[0][1]} of {len(self.layers)} layers: {reasons[0][0]}"
+                if reasons
+                else "the model has no linear map that is known"
+            )
+        if 2 * sum(unreached.values()) > self.coverage.total:
+            kinds = ", ".join(unreached)
+            return f"more than half of the parameters were not reached: they are in modules of types {kinds}"
+        return None
+
+    @property
     def ratio(self) -> float:
         """Parameters after / before over the compressed layers' weights; 1 if there is none."""
         rows = [row for row in self.layers if row.structure]
@@ -179,6 +219,9 @@ class Report:
         content: dict[str, Any] = {
             "parameters_before": self.parameters_before,
             "parameters_after": self.parameters_after,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "verdict": self.verdict,
             "coverage": asdict(self.coverage),
             "qualities": [asdict(quality) for quality in self.qualities],
             "compression": self.compression.to_record(),
@@ -189,14 +232,21 @@ class Report:
     def __str__(self) -> str:
         head = ("layer", "shape", "structure", "parameters", "kept", "FLOPs", "error", "output error", "s")
         rows = [head, *(_cells(row) for row in self.layers)]
-        hooked = [f"{row.name}: {row.hooks} hooks kept" for row in self.layers if row.hooks]
+        notes = [f"{row.name}: {row.hooks} hooks kept" for row in self.layers if row.hooks]
+        notes += [
+            f"{row.name}: calibration never called it; where code reads its weight, each read builds the dense matrix"
+            for row in self.layers
+            if row.called is False
+        ]
         return "\n".join(
             [
+                *([self.verdict] if self.verdict else []),
                 *table(rows),
-                *hooked,
+                *notes,
                 str(self.coverage),
                 f"model: {self.parameters_before:,} -> {self.parameters_after:,} parameters "
-                f"({self.parameters_after / max(self.parameters_before, 1):.3f}); "
+                f"({self.parameters_after / max(self.parameters_before, 1):.3f}), "
+                f"{self.bytes_before / 2**20:.2f} -> {self.bytes_after / 2**20:.2f} MiB; "
                 f"compressed weights keep {self.ratio:.3f}",
                 *map(str, self.qualities),
             ]
@@ -205,12 +255,11 @@ class Report:
 
 def _cells(row: LayerReport) -> tuple[str, ...]:
     name = (row.name or "(root)") + (f" (+{len(row.aliases)} aliases)" if row.aliases else "")
-    shape = f"{row.out_features}x{row.in_features}"
     if row.structure is None:
-        return name, shape, f"dense: {row.reason}", f"{row.parameters_before:,}", "1", "1", "", "", ""
+        return name, shape(row), f"dense: {row.reason}", f"{row.parameters_before:,}", "1", "1", "", "", ""
     return (
         name,
-        shape,
+        shape(row),
         row.structure,
         f"{row.parameters_after:,}",
         f"{row.parameters_after / row.parameters_before:.3f}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,12 @@ from structlin.fitting.objective import GramRoot
 
 
 def shifted(
-    model: nn.Module, group: Sequence[Target], swaps: Mapping[nn.Module, nn.Module], data: Data, mask: Mask = "auto"
+    model: nn.Module,
+    group: Sequence[Target],
+    swaps: Mapping[nn.Module, nn.Module],
+    data: Data,
+    mask: Mask = "auto",
+    opened: Mapping[nn.Module, nn.Module] = MappingProxyType({}),
 ) -> dict[str, tuple[Tensor, GramRoot | None]]:
     """Find the weights and input Grams that stand for the layers of a group behind compressed layers.
 
@@ -26,13 +32,14 @@ def shifted(
     Args:
         model: the dense model.
         group: layers with the same inputs.
-        swaps: the compressed layers so far, by the modules that they replace.
+        swaps: the compressed layers so far, by the leaves that they replace.
         data: with batches.
         mask: which tokens count.
+        opened: the modules that hold leaves, see `openings`.
     Returns:
         T and the square root of G by name; T in float32 or wider.
     """
-    statistics = collect_behind(model, group, data.batches, swaps, data.forward, Collecting(mask=mask))
+    statistics = collect_behind(model, group, data.batches, swaps, data.forward, Collecting(mask=mask), opened)
     found: dict[str, tuple[Tensor, GramRoot | None]] = {}
     for target in group:
         weight = target.linear.weight.detach()

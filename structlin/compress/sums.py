@@ -84,16 +84,16 @@ class Sums:
         found: dict[tuple[frozenset[str], ...], list[Tensor]] = {}
         sums: list[dict[str, Tensor]] = [{} for _ in range(count)]
         tokens: dict[str, int] = {}
-        for target in targets:
-            keys = tuple(key for key in self.totals if target.name in key)
+        for name, target in {part: one for one in targets for part in one.parts}.items():
+            keys = tuple(key for key in self.totals if name in key)
             if not keys:
                 found[keys] = [zeros(target, target.linear.in_features, self.dtype) for _ in range(count)]
             elif keys not in found:
                 first, *rest = (self.totals[key] for key in keys)
                 found[keys] = [sum(others, start) for start, *others in zip(first, *rest, strict=True)]
             for part, value in zip(sums, found[keys], strict=True):
-                part[target.name] = value
-            tokens[target.name] = sum(self.tokens[key] for key in keys)
+                part[name] = value
+            tokens[name] = sum(self.tokens[key] for key in keys)
         return sums, tokens
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from structlin.heal.data import progress_bar
+from structlin.batches import progress_bar
 
 T = TypeVar("T")
 R = TypeVar("R")

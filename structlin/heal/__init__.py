@@ -2,7 +2,6 @@
 
 from structlin.heal.api import heal
 from structlin.heal.losses import distillation_loss
-from structlin.heal.options import HealOptions
-from structlin.heal.report import HealReport, HealStep
+from structlin.heal.options import HealOptions, HealReport, HealStep
 
 __all__ = ["HealOptions", "HealReport", "HealStep", "distillation_loss", "heal"]

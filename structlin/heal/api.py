@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from typing import Any
@@ -11,13 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structlin.heal.data import Forward, evaluating, progress_bar
-from structlin.heal.losses import distillation_loss
-from structlin.heal.objective import Loss, find_blocks, objective
-from structlin.heal.options import HealOptions, Parameters
-from structlin.heal.report import HealReport
-from structlin.heal.run import Run
-from structlin.heal.state import Stream
+from structlin.batches import Forward, evaluating, progress_bar
+from structlin.heal.losses import Loss, distillation_loss, find_blocks, objective
+from structlin.heal.options import HealOptions, HealReport, Parameters
+from structlin.heal.run import Run, Stream
 from structlin.layers.freeze import unfreeze_
 from structlin.layers.linear import StructuredLinear
 
@@ -87,7 +84,7 @@ def heal(
     unfreeze_(student)  # a validation without gradients must see the factors as they are
     with (
         evaluating(student, teacher),
-        _requiring_gradients(student, trained),
+        _requiring_gradients(student, set(trained.values())),
         objective(student, teacher, names, loss, forward) as loss_of,
         torch.enable_grad(),
         progress_bar("heal", "step", length, progress) as advance,
@@ -97,42 +94,37 @@ def heal(
 
 def _options(options: HealOptions | None, settings: Mapping[str, Any]) -> HealOptions:
     known = [field.name for field in fields(HealOptions)]
-    for name in settings:
-        if name not in known:
-            near = get_close_matches(name, known, 1) or [", ".join(known)]
-            raise TypeError(f"heal has no setting {name!r}; did you mean {near[0]}?")
+    for name in settings.keys() - known:
+        near = get_close_matches(name, known, 1) or known
+        raise TypeError(f"heal has no setting {name!r}; did you mean {', '.join(near)}?")
     return HealOptions(**settings) if options is None else replace(options, **settings)
 
 
-def _schedule(batches: Iterable[Any], options: HealOptions) -> int | None:
+def _schedule(batches: Any, options: HealOptions) -> int | None:
     """Return the number of steps over which the learning rate is spread, None if time sets the schedule."""
-    try:
-        length = len(batches) if isinstance(batches, Sized) else None
-    except TypeError:  # a DataLoader over an IterableDataset
-        length = None
-    known = [] if options.steps is None else [options.steps]
-    known += [options.epochs * length] if options.epochs is not None and length is not None else []
-    if not known and options.seconds is None:
+    limits = [] if options.steps is None else [options.steps]
+    if options.epochs is not None:
+        with suppress(TypeError):  # an iterator, or a DataLoader over an IterableDataset, has no length
+            limits.append(max(options.epochs * len(batches), 1))
+    if not limits and options.seconds is None:
         raise ValueError(f"epochs={options.epochs} needs batches with a length; give a list, or steps= or seconds= too")
-    return max(min(known), 1) if known else None
+    return min(limits, default=None)
 
 
 def _select(student: nn.Module, parameters: Parameters) -> dict[str, nn.Parameter]:
     """Return the parameters to train by name: those chosen and not frozen."""
-    if parameters == "factors":
-        chosen = {
-            parameter
-            for module in student.modules()
-            for name, parameter in module.named_parameters(recurse=False)
-            if isinstance(module, StructuredLinear) or "norm" in type(module).__name__.lower() or name.endswith("bias")
-        }
-    else:
-        chosen = {p for name, p in student.named_parameters() if not callable(parameters) or parameters(name, p)}
-    trained = {name: p for name, p in student.named_parameters() if p in chosen and p.requires_grad}
+    layers = [m for m in student.modules() if isinstance(m, StructuredLinear) or "norm" in type(m).__name__.lower()]
+    factors = {p for layer in layers for p in layer.parameters(recurse=False)}
+
+    def choose(name: str, parameter: nn.Parameter) -> bool:
+        if callable(parameters):
+            return parameters(name, parameter)
+        return parameters == "all" or parameter in factors or name.endswith("bias")
+
+    trained = {name: p for name, p in student.named_parameters() if p.requires_grad and choose(name, p)}
     if not trained:
         raise ValueError(
-            f"no parameter to train: parameters={parameters!r} chooses {len(chosen)}, all frozen; "
-            "choose others, or call student.requires_grad_(True)"
+            f"no parameter to train: {parameters!r} chooses only frozen ones; choose others, or unfreeze some"
         )
     return trained
 
@@ -141,6 +133,7 @@ def _check_pair(student: nn.Module, teacher: nn.Module, trained: Mapping[str, nn
     """Refuse models on two devices, and training parameters whose memory is the teacher's too."""
 
     def memory(parameter: Tensor) -> tuple[torch.device, int]:
+        # Tensors on the meta device all lie at address 0.
         return parameter.device, parameter.untyped_storage().data_ptr() or id(parameter)
 
     theirs = {memory(parameter): name for name, parameter in teacher.named_parameters()}
@@ -150,11 +143,9 @@ def _check_pair(student: nn.Module, teacher: nn.Module, trained: Mapping[str, nn
                 f"the student's {name!r} is the teacher's {theirs[memory(parameter)]!r}, and training would change "
                 "the teacher; compress copy.deepcopy(teacher), or exclude it by parameters="
             )
-    devices = dict.fromkeys(p.device for model in (student, teacher) for p in model.parameters())
-    if len(devices) > 1 or torch.device("meta") in devices:
-        raise ValueError(
-            f"parameters are on {', '.join(map(str, devices))}; move student and teacher to one device with memory"
-        )
+    devices = dict.fromkeys(str(p.device) for model in (student, teacher) for p in model.parameters())
+    if len(devices) > 1 or "meta" in devices:
+        raise ValueError(f"parameters are on {', '.join(devices)}; move student and teacher to one device with memory")
 
 
 def _optimizer(parameters: list[nn.Parameter], options: HealOptions) -> torch.optim.Optimizer:
@@ -163,8 +154,7 @@ def _optimizer(parameters: list[nn.Parameter], options: HealOptions) -> torch.op
     made = options.optimizer(parameters)
     if not isinstance(made, torch.optim.Optimizer):
         raise TypeError(
-            f"optimizer returned {type(made).__name__}; it is a function of the parameters that returns a "
-            "torch.optim.Optimizer, such as lambda p: torch.optim.SGD(p, lr=0.1)"
+            f"optimizer returned {type(made).__name__}; give one such as lambda p: torch.optim.SGD(p, lr=0.1)"
         )
     if not {p for group in made.param_groups for p in group["params"]} <= set(parameters):
         raise ValueError("the optimizer holds parameters that are not trained; give it those it is called with")
@@ -172,16 +162,12 @@ def _optimizer(parameters: list[nn.Parameter], options: HealOptions) -> torch.op
 
 
 @contextmanager
-def _requiring_gradients(student: nn.Module, trained: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """Let only the trained parameters require gradients, and restore flags and gradients at the end."""
-    before = {parameter: (parameter.requires_grad, parameter.grad) for parameter in student.parameters()}
-    chosen = set(trained.values())
-    try:
-        for parameter in before:
+def _requiring_gradients(student: nn.Module, chosen: Container[nn.Parameter]) -> Iterator[None]:
+    """Let only the chosen parameters require gradients, and restore flags and gradients at the end."""
+    with ExitStack() as restoring:
+        for parameter in student.parameters():
+            restoring.callback(setattr, parameter, "grad", parameter.grad)
+            restoring.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(parameter in chosen)
             parameter.grad = None
         yield
-    finally:
-        for parameter, (requires_grad, gradient) in before.items():
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = gradient

@@ -1,14 +1,21 @@
-"""Distances between what a student and its teacher compute: of outputs, and of the outputs of blocks."""
+"""Distances between what a student and its teacher compute: of outputs, of blocks, and their sum for a batch."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from structlin.heal.data import pick, unmasked
+from structlin.batches import Forward, device_of, divergence, pick, run, squared_error, to_device, unmasked
+
+Loss = Callable[[Any, Any, Any], Tensor]
+Calls = dict[str, tuple[list[Tensor], list[Tensor]]]  # block -> the output of each call, in the student and the teacher
 
 
 def distillation_loss(student_output: Any, teacher_output: Any, batch: Any = None) -> Tensor:
@@ -43,44 +50,70 @@ def distillation_loss(student_output: Any, teacher_output: Any, batch: Any = Non
     return divergence(ours, theirs) if kind == "logits" and ours.shape[-1] > 1 else squared_error(ours, theirs)
 
 
-def divergence(logits: Tensor, target: Tensor) -> Tensor:
-    """Average KL(p || q) = sum_c p_c (log p_c - log q_c) over positions; logits of q and p (target): (..., classes)."""
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    ours, theirs = logits.to(wide).log_softmax(-1), target.to(wide).log_softmax(-1)
-    probability = theirs.exp()
-    never = probability == 0  # 0 log 0 = 0, also for logits of minus infinity
-    terms = probability * (theirs.masked_fill(never, 0) - ours.masked_fill(never, 0))
-    return terms.sum() / max(logits[..., 0].numel(), 1)
+# Blocks --------------------------------------------------------------------------------------------------------------
 
 
-def squared_error(found: Tensor, expected: Tensor) -> Tensor:
-    """Compute |found - expected|^2 / |expected|^2 over all entries, in float32 or wider."""
-    wide = torch.promote_types(found.dtype, torch.float32)
-    found, expected = found.to(wide), expected.to(wide)
-    size = expected.abs().square().sum()
-    return (found - expected).abs().square().sum() / size.clamp_min(torch.finfo(size.dtype).tiny)
+def find_blocks(student: nn.Module, teacher: nn.Module, patterns: Sequence[str] | str) -> list[str]:
+    """Return the names of the modules that match globs; of nested matches of one glob only the outermost counts."""
+    names, theirs = ([name for name, _ in model.named_modules() if name] for model in (student, teacher))
+    found: dict[str, None] = {}
+    for pattern in (patterns,) if isinstance(patterns, str) else patterns:
+        matches = [name for name in names if fnmatchcase(name, pattern)]
+        if not matches:
+            raise ValueError(f"blocks: {pattern!r} matches no module of the student; names are like {names[:3]}")
+        inside = tuple(f"{name}." for name in matches)
+        found |= dict.fromkeys(name for name in matches if not name.startswith(inside))
+    if missing := [name for name in found if name not in theirs]:
+        raise ValueError(f"blocks: the teacher has no module {missing[0]!r}; name modules that both models have")
+    return list(found)
 
 
-def block_distance(
-    found: Mapping[str, Sequence[Tensor]], expected: Mapping[str, Sequence[Tensor]], batch: Any = None
-) -> Tensor:
-    """Average the relative squared errors of outputs over all blocks and their calls; `batch` gives the mask.
+@contextmanager
+def objective(
+    student: nn.Module, teacher: nn.Module, names: Sequence[str], loss: Loss | None, forward: Forward | None
+) -> Iterator[Callable[[Any], Tensor]]:
+    """Yield the function that computes the loss of a batch: `loss` of the outputs plus the distance of the blocks."""
+    calls: Calls = {name: ([], []) for name in names}
+
+    def evaluate(batch: Any) -> Tensor:
+        batch = to_device(batch, device_of(student))
+        try:
+            with torch.no_grad():
+                theirs = run(teacher, batch, forward)
+            ours = run(student, batch, forward)
+            parts = [loss(ours, theirs, batch)] if loss is not None else []
+            parts += [_block_distance(calls, batch)] if names else []
+        finally:
+            for outputs in chain(*calls.values()):
+                outputs.clear()  # they hold the graph of the batch
+        for part in parts:
+            if not isinstance(part, Tensor) or part.numel() != 1:
+                what = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+                raise TypeError(f"loss returned {what}; it returns a tensor with one number")
+        return torch.stack([part.reshape(()) for part in parts]).sum()
+
+    def keep(outputs: list[Tensor], _module: nn.Module, _inputs: Any, output: Any) -> None:
+        outputs.append(pick(output)[1])
+
+    with ExitStack() as hooks:  # in place for the whole run: a compiled model need not notice new ones
+        for name, both in calls.items():
+            for model, outputs in zip((student, teacher), both, strict=True):
+                hooks.enter_context(model.get_submodule(name).register_forward_hook(partial(keep, outputs)))
+        yield evaluate
+
+
+def _block_distance(calls: Calls, batch: Any) -> Tensor:
+    """Average the relative squared errors of outputs over all blocks and their calls; the batch gives the mask.
 
     Source: the hidden-state loss of TinyBERT (Jiao et al. 2020), but relative, and without a learned map.
     """
     errors: list[Tensor] = []
-    for name, theirs in expected.items():
-        ours = found[name]
-        if not theirs or len(ours) != len(theirs):
+    for name, both in calls.items():
+        ours, theirs = (" ".join(str(tuple(output.shape)) for output in outputs) or "nothing" for outputs in both)
+        if ours != theirs or not both[0]:
             raise ValueError(
-                f"block {name!r} ran {len(ours)} times in the student and {len(theirs)} times in the teacher; "
-                "name modules that run equally often in both (a ModuleList never runs, its items do)"
+                f"block {name!r} gives {ours} in the student and {theirs} in the teacher; name modules that run "
+                "equally often in both, with outputs of equal shapes (a ModuleList never runs, its items do)"
             )
-        for a, b in zip(ours, theirs, strict=True):
-            if a.shape != b.shape:
-                raise ValueError(
-                    f"block {name!r} gives {tuple(a.shape)} in the student and {tuple(b.shape)} in the teacher; "
-                    "name blocks whose outputs have equal shapes"
-                )
-            errors.append(squared_error(unmasked(a, batch), unmasked(b.detach(), batch)))
+        errors += [squared_error(unmasked(a, batch), unmasked(b.detach(), batch)) for a, b in zip(*both, strict=True)]
     return torch.stack([error.to(errors[0].device) for error in errors]).mean()

@@ -1,25 +1,26 @@
-"""The training loop: steps, measurements, the best weights, and interruption."""
+"""The training loop: batches, steps, measurements, the best weights, and the file from which a run resumes."""
 
 from __future__ import annotations
 
 import math
+import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from structlin.heal.options import HealOptions
-from structlin.heal.report import HealReport, HealStep
-from structlin.heal.state import Stream, load_optimizer, read_state, stored_tensors, write_state
+from structlin.heal.options import HealOptions, HealReport, HealStep
 
+FORMAT = 3  # of a checkpoint
 PROBE = 4  # number of training batches that are judged if there is no validation
 WARM_UP = 0.05  # share of the schedule
 LEAST = 0.02  # share of the peak learning rate at the start, where time as the schedule would give 0
-COUNTS = ("step", "loss_before", "best_step", "best_score", "without_improvement")  # of a run, in its checkpoint
 
 
 def learning_rate(progress: float) -> float:
@@ -29,9 +30,76 @@ def learning_rate(progress: float) -> float:
     return (1 + math.cos(math.pi * (min(progress, 1) - WARM_UP) / (1 - WARM_UP))) / 2
 
 
+class Stream:
+    """Batches one by one, pass after pass, which a later run can continue; an iterator gives one pass."""
+
+    def __init__(self, batches: Iterable[Any], epochs: int | None, device: torch.device) -> None:
+        self.batches, self.limit = batches, 1 if isinstance(batches, Iterator) else epochs
+        # A DataLoader and its sampler may have generators of their own, which decide the order.
+        own = [getattr(owner, "generator", None) for owner in (batches, getattr(batches, "sampler", None))]
+        cuda = [torch.cuda.default_generators[device.index]] if device.type == "cuda" else []
+        known = dict.fromkeys((torch.default_generator, *cuda, *own))
+        self.generators = [generator for generator in known if isinstance(generator, torch.Generator)]
+        self.first_opened = self.opened = self._states()  # before the first pass, and before the current one
+        self.epoch = self.taken = 0
+        self.left: Iterator[Any] | None = None  # of the current pass
+
+    def start(self) -> list[Any]:
+        """Open the first pass and return its first batches, which are yielded again."""
+        self.left = iter(self.batches)
+        first = list(islice(self.left, PROBE))
+        if not first:
+            raise ValueError("batches is empty; give at least one batch")
+        self.left = chain(first, self.left)
+        return first
+
+    def __iter__(self) -> Iterator[Any]:
+        while self.limit is None or self.epoch < self.limit:
+            if self.left is None:
+                self.opened, self.left = self._states(), iter(self.batches)
+            for batch in self.left:
+                self.taken += 1
+                yield batch
+            if not self.taken:
+                return
+            self.left, self.epoch, self.taken = None, self.epoch + 1, 0
+
+    def position(self) -> tuple[Any, ...]:
+        """Return what `resume` needs."""
+        return self.epoch, self.taken, self.first_opened, self.opened, self._states()
+
+    def resume(self, position: tuple[Any, ...]) -> list[Any]:
+        """Read the current pass again up to a position, and return the first batches of the first pass."""
+        after = self._states()  # if this fails
+        try:
+            self.epoch, self.taken, self.first_opened, self.opened, now = position
+            self._restore(self.first_opened)
+            first = self.start()
+            if self.epoch:
+                self._restore(self.opened)
+                self.left = iter(self.batches) if self.taken else None
+            found = sum(1 for _ in islice(self.left or (), self.taken))
+            if found < self.taken:
+                raise ValueError(
+                    f"batches ends after {found} batches; the checkpoint has read {self.taken} of a pass, give the "
+                    "batches that it was written with"
+                )
+            after = now
+            return first
+        finally:
+            self._restore(after)
+
+    def _states(self) -> list[Tensor]:
+        return [generator.get_state() for generator in self.generators]
+
+    def _restore(self, states: list[Tensor]) -> None:
+        for generator, state in zip(self.generators, states, strict=True):
+            generator.set_state(state)
+
+
 @dataclass(eq=False)
 class Run:
-    """A healing under way; the fields with defaults are its state, which a checkpoint holds."""
+    """A healing under way; which weights are best, and for how long, follows from its history."""
 
     student: nn.Module
     objective: Callable[[Any], Tensor]  # batch -> loss
@@ -43,26 +111,22 @@ class Run:
     length: int | None  # steps of the schedule, None if time sets it
     step: int = 0
     loss_before: float = math.nan
-    best: dict[str, Tensor] = field(default_factory=dict)
-    best_step: int = 0
-    best_score: float = math.inf
-    without_improvement: int = 0  # measurements since the best one
     history: list[HealStep] = field(default_factory=list)
+    window: list[float] = field(default_factory=list)  # training losses since the last measurement
 
     def run(self, advance: Callable[..., None]) -> HealReport:
         """Resume or start, train until a limit is reached, and keep the best weights."""
         self.start = time.perf_counter()
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self.window: list[float] = []  # training losses since the last measurement
         self.path = None if self.options.checkpoint is None else Path(self.options.checkpoint)
-        if self.path is not None and self.path.exists():
-            self._resume(self.path)
-        else:
-            self.judged = self.stream.read_ahead(PROBE) if self.validation is None else self.validation
+        content = _read(self.path, self._about()) if self.path is not None and self.path.exists() else None
+        first = self.stream.start() if content is None else self.stream.resume(content["position"])
+        self.judged = first if self.validation is None else self.validation
+        if content is None:
             self._keep()
             self.loss_before = self._judge("before the first step")
-            if self.validation is not None:
-                self.best_score = self.loss_before
+        else:
+            self._resume(content)
         advance(self.step)
         batches = iter(self.stream)
         while (stopped := self._limit()) is None:
@@ -71,26 +135,36 @@ class Run:
             except StopIteration:
                 stopped = "epochs" if self.stream.epoch == self.options.epochs else "batches"
                 break
-            loss = self._train(batch)
+            self._train(batch)
+            advance(text=f"loss {self.window[-1]:.4g}")
             if self.step % self.options.every == 0:
                 self._measure()
-            advance(text=f"loss {loss:.4g}")
         if self.window:
             self._measure()
-        return self._finish(stopped)
+        validated, trained = self.validation is not None, sum(p.numel() for p in self.trained.values())
+        if validated:
+            self._restore_best()
+        loss, step = self._best() if validated else (self._judge("at the end"), self.step)
+        seconds, history = self._seconds(), tuple(self.history)
+        return HealReport(self.step, seconds, self.loss_before, loss, step, stopped, trained, validated, history)
 
     def _limit(self) -> str | None:
-        most = self.options
-        if most.steps is not None and self.step >= most.steps:
-            return "steps"
-        if most.patience is not None and self.without_improvement >= most.patience:
-            return "patience"
-        return "seconds" if most.seconds is not None and self._seconds() >= most.seconds else None
+        since_best = sum(row.step > self._best()[1] for row in self.history)
+        for name, done in (("steps", self.step), ("patience", since_best), ("seconds", self._seconds())):
+            most = getattr(self.options, name)
+            if most is not None and done >= most:
+                return name
+        return None
 
     def _seconds(self) -> float:
         return time.perf_counter() - self.start  # a resumed run starts as early as it has run before
 
-    def _train(self, batch: Any) -> float:
+    def _best(self) -> tuple[float, int]:
+        """Return the lowest loss measured and its first step; the start counts if there is a validation."""
+        scores = [(row.loss if row.validation is None else row.validation, row.step) for row in self.history]
+        return min([(math.inf if self.validation is None else self.loss_before, 0), *scores])
+
+    def _train(self, batch: Any) -> None:
         done = self._seconds() / (self.options.seconds or 1) if self.length is None else (self.step + 0.5) / self.length
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             rate = peak * learning_rate(done)
@@ -99,111 +173,130 @@ class Run:
         loss = self.objective(batch)
         if not loss.requires_grad:
             raise ValueError("the loss does not depend on the trained parameters; train others, or correct loss=")
-        self.window.append(loss.item())
-        if not math.isfinite(self.window[-1]):
-            self._fail(f"the training loss is {self.window[-1]} at step {self.step}")
+        self.window.append(self._finite(loss.item(), "the training loss", f"at step {self.step}"))
         loss.backward()
-        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), self.options.clip or math.inf))
-        if not math.isfinite(norm):
-            self._fail(f"the gradient's norm is {norm} at step {self.step}")
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), self.options.clip or math.inf)
+        self._finite(norm.item(), "the gradient's norm", f"at step {self.step}")
         self.optimizer.step()
         self.step += 1
-        return self.window[-1]
 
     @torch.no_grad()
     def _judge(self, when: str) -> float:
         """Return the mean loss over the validation batches or the first training batches."""
-        kind = "validation" if self.validation is not None else "first training"
+        kind = "first training" if self.validation is None else "validation"
         losses = [self.objective(batch).item() for batch in self.judged]
         if not losses:
-            raise ValueError(
-                f"{'batches' if self.validation is None else 'validation'} is empty; give at least one batch"
-            )
-        mean = sum(losses) / len(losses)
-        if not math.isfinite(mean):
-            self._fail(f"the loss on the {kind} batches is {mean} {when}")
-        return mean
+            raise ValueError("validation is empty; give at least one batch")
+        return self._finite(sum(losses) / len(losses), f"the loss on the {kind} batches", when)
+
+    def _finite(self, value: float, what: str, when: str) -> float:
+        """Return a finite number; otherwise restore the best weights and raise."""
+        if math.isfinite(value):
+            return value
+        self._restore_best()
+        raise RuntimeError(
+            f"{what} is {value} {when}; the student has the weights of step {self._best()[1]} again, the best so far. "
+            "Lower the learning rate, clip the gradients, or use a wider dtype"
+        )
 
     def _measure(self) -> None:
         loss = sum(self.window) / len(self.window)
         validation = None if self.validation is None else self._judge(f"at step {self.step}")
         self.window.clear()
         self.history.append(HealStep(self.step, self._seconds(), loss, validation))
-        score = loss if validation is None else validation
-        self.without_improvement += 1
-        if score < self.best_score:
-            self.best_score, self.without_improvement = score, 0
+        if self._best()[1] == self.step:
             self._keep()
         if self.path is not None:
             self._save(self.path)
 
     def _keep(self) -> None:
-        self.best = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
-        self.best_step = self.step
+        self.kept = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
 
     @torch.no_grad()
     def _restore_best(self) -> None:
-        for name, value in self.best.items():
+        for name, value in self.kept.items():
             self.trained[name].copy_(value)
-
-    def _fail(self, what: str) -> NoReturn:
-        self._restore_best()
-        raise RuntimeError(
-            f"{what}; the student has the weights of step {self.best_step} again, the best so far. Lower the learning "
-            "rate, clip the gradients, or use a wider dtype"
-        )
-
-    def _finish(self, stopped: str) -> HealReport:
-        validated = self.validation is not None
-        if validated:
-            self._restore_best()
-        loss, step = (self.best_score, self.best_step) if validated else (self._judge("at the end"), self.step)
-        trained = sum(parameter.numel() for parameter in self.trained.values())
-        seconds, history = self._seconds(), tuple(self.history)
-        return HealReport(self.step, seconds, self.loss_before, loss, step, stopped, trained, validated, history)
 
     # Interruption ----------------------------------------------------------------------------------------------------
 
+    def _tensors(self) -> dict[str, Tensor]:
+        items = self.student.state_dict(keep_vars=True).items()  # the very objects; a module may add other kinds
+        return {name: tensor for name, tensor in items if isinstance(tensor, Tensor)}
+
     def _about(self) -> dict[str, str]:
         """Describe what must be the same when the run is resumed."""
-        places = {
-            parameter: f"trained as number {number} of group {index}"
-            for index, group in enumerate(self.optimizer.param_groups)
-            for number, parameter in enumerate(group["params"])
-        }
-        return {
+        about = {
+            "the format": FORMAT,
             "mode": self.options.mode,
-            "blocks": str(self.options.blocks),
-            "validated": str(self.validation is not None),
-            "device": str(self.stream.device),
+            "blocks": self.options.blocks,
+            "validated": self.validation is not None,
+            "device": next(iter(self.trained.values())).device,
             "the optimizer": type(self.optimizer).__name__,
-            **{
-                name: f"{tuple(tensor.shape)} {tensor.dtype} {places.get(tensor, 'not trained')}"
-                for name, tensor in stored_tensors(self.student).items()
-            },
         }
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        places = {
+            p: f"trained as number {n} of group {k}" for k, group in enumerate(groups) for n, p in enumerate(group)
+        }
+        for name, tensor in self._tensors().items():
+            about[name] = f"{tuple(tensor.shape)} {tensor.dtype} {places.get(tensor, 'not trained')}"
+        return {name: str(value) for name, value in about.items()}
 
     def _save(self, path: Path) -> None:
+        """Replace the file at once, so that an interruption leaves the old one."""
         content = {
             "about": self._about(),
-            "counts": {name: getattr(self, name) for name in COUNTS},
+            "loss_before": self.loss_before,
             "history": [tuple(row) for row in self.history],
             "position": self.stream.position(),
-            "student": {name: tensor.detach() for name, tensor in stored_tensors(self.student).items()},
-            "best": self.best if self.best_step != self.step else {},
+            "student": {name: tensor.detach() for name, tensor in self._tensors().items()},
+            "kept": self.kept if self._best()[1] != self.step else {},
             "optimizer": self.optimizer.state_dict(),
         }
-        write_state(path, content)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(f"{path.name}.tmp")
+        try:
+            with fresh.open("wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())  # otherwise a power cut may leave the new name with no content
+            if found := get_unsafe_globals_in_checkpoint(fresh):  # they could not be read again by weights_only=True
+                raise TypeError(f"the optimizer's state holds {found[0]}, which is not stored; use checkpoint=None")
+            os.replace(fresh, path)
+        finally:
+            fresh.unlink(missing_ok=True)
 
     @torch.no_grad()
-    def _resume(self, path: Path) -> None:
-        content = read_state(path, self._about())
-        first = self.stream.resume(content["position"], PROBE if self.validation is None else 0)
-        self.judged = first if self.validation is None else self.validation
-        load_optimizer(self.optimizer, content["optimizer"])
-        for name, tensor in stored_tensors(self.student).items():
+    def _resume(self, content: Mapping[str, Any]) -> None:
+        self.optimizer.load_state_dict(content["optimizer"])
+        # It has cast moments to the dtypes of their parameters: put every bit back.
+        parameters = list(chain(*(group["params"] for group in self.optimizer.param_groups)))
+        for key, state in content["optimizer"]["state"].items():
+            self.optimizer.state[parameters[key] if isinstance(key, int) else key] = state
+        for name, tensor in self._tensors().items():
             tensor.copy_(content["student"][name])
-        self._keep()
-        self.best |= content["best"]
-        vars(self).update(content["counts"], history=[HealStep(*row) for row in content["history"]])
+        self._keep()  # the file has no second copy if its weights are the best
+        self.kept |= content["kept"]
+        self.loss_before, self.history = content["loss_before"], [HealStep(*row) for row in content["history"]]
+        self.step = self.history[-1].step  # only measurements write the file
         self.start -= self.history[-1].seconds
+
+
+def _read(path: Path, about: Mapping[str, str]) -> dict[str, Any]:
+    """Read a checkpoint without running code in it, and refuse a file whose "about" differs."""
+    if not path.is_file():
+        raise ValueError(f"checkpoint={str(path)!r} is not a file; name a file, such as {str(path / 'heal')!r}")
+    try:
+        with path.open("rb") as file:  # given a path, torch would go by its suffix
+            content: dict[str, Any] = torch.load(file, weights_only=True)
+        theirs = content["about"]
+        pairs = {name: (about.get(name, "missing"), theirs.get(name, "missing")) for name in {**about, **theirs}}
+    except Exception as error:  # torch raises many kinds
+        raise ValueError(f"{path}: not a checkpoint of this version of heal; delete it to start again") from error
+    lines = [f"{name} is {ours}, in the file {other}" for name, (ours, other) in pairs.items() if ours != other]
+    if lines:
+        more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
+        raise ValueError(
+            f"{path} is of another healing: {'; '.join(lines[:3])}{more}. Give the student, parameters and optimizer "
+            "that it was written with, or delete it to start again"
+        )
+    return content

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -15,7 +14,7 @@ from typing_extensions import Self
 from structlin.equation.structure import Structure, hyperparameters
 from structlin.fitting.fit import Families, Fit, fit
 from structlin.fitting.objective import GramRoot
-from structlin.layers.init import initial_factors
+from structlin.layers.factored import Factored
 from structlin.layers.weight import LazyWeight
 from structlin.runtime import contract, planner
 from structlin.runtime.execution import Execution, Option
@@ -38,7 +37,7 @@ def layer_of(structure_class: type[Structure]) -> Callable[[L], L]:
     return decorate
 
 
-class StructuredLinear(nn.Module):
+class StructuredLinear(Factored):
     """Apply y = x W^T + b with a structured W, as `nn.Linear` does with a dense one: (..., in) -> (..., out).
 
     The factors of W are parameters under the names of the structure's equation. Named layers such as `KroneckerLinear`
@@ -58,10 +57,6 @@ class StructuredLinear(nn.Module):
 
     structure_class: ClassVar[type[Structure] | None] = None
 
-    in_features: int
-    out_features: int
-    structure: Structure
-
     def __init__(
         self,
         in_features: int,
@@ -72,29 +67,8 @@ class StructuredLinear(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        in_features, out_features = operator.index(in_features), operator.index(out_features)
-        if in_features < 1 or out_features < 1:
-            raise ValueError(f"in_features={in_features}, out_features={out_features}; sizes are whole numbers from 1")
-        self.in_features = in_features
-        self.out_features = out_features
-        self.structure = structure.resolve(in_features, out_features)
-        self.spec = self.structure.spec(in_features, out_features)
-        for factor, shape in zip(self.spec.factors, self.spec.shapes, strict=True):
-            if factor.name == "bias" or hasattr(type(self), factor.name):
-                raise ValueError(f"the factor name {factor.name!r} is an attribute of every layer; choose another name")
-            empty = torch.empty(shape, device=device, dtype=dtype)
-            if factor.learned:
-                self.register_parameter(factor.name, nn.Parameter(empty))
-            else:
-                self.register_buffer(factor.name, empty)
+        super().__init__(in_features, out_features, bias, structure=structure, device=device, dtype=dtype)
         self._look_up = operator.itemgetter(*(factor.name for factor in self.spec.factors), "bias")
-        if bias:
-            self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype))
-        else:
-            self.register_parameter("bias", None)
-        self.use_plan("auto")
-        self.reset_parameters()
 
     # Construction --------------------------------------------------------------------------------------------------
 
@@ -148,36 +122,7 @@ class StructuredLinear(nn.Module):
         assert isinstance(layer, cls)
         return layer
 
-    def reset_parameters(self) -> None:
-        """Draw factors that give the outputs the standard deviation of a fresh `nn.Linear`'s (`initial_factors`)."""
-        sample = self.factors[0]
-        if not sample.is_meta:
-            wide = sample.dtype if sample.is_complex() else torch.promote_types(sample.dtype, torch.float32)
-            with torch.no_grad(), torch.device("cpu"):
-                for factor, value in zip(self.factors, initial_factors(self.spec, dtype=wide), strict=True):
-                    factor.copy_(value)
-        if self.bias is not None:
-            bound = 1 / math.sqrt(self.in_features)
-            with torch.no_grad():
-                real = torch.view_as_real(self.bias) if self.bias.is_complex() else self.bias
-                real.uniform_(-bound, bound)
-
-    def fill(self, factors: Sequence[Tensor], bias: Tensor | None, requires_grad: bool = True) -> None:
-        """Put values in place of the parameters (of a layer on the meta device, say); the bias is copied."""
-        for factor, value in zip(self.spec.factors, factors, strict=True):
-            if factor.learned:
-                setattr(self, factor.name, nn.Parameter(value, requires_grad=requires_grad))
-            else:
-                setattr(self, factor.name, value)
-        if bias is not None:
-            self.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
-
     # The matrix ----------------------------------------------------------------------------------------------------
-
-    @property
-    def factors(self) -> tuple[Tensor, ...]:
-        """The tensors of the equation, in its order."""
-        return tuple(getattr(self, factor.name) for factor in self.spec.factors)
 
     def to_dense(self) -> Tensor:
         """Build W, shape (out_features, in_features), differentiable; cost: the memory of the dense matrix."""
@@ -219,16 +164,6 @@ class StructuredLinear(nn.Module):
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return linear.train(self.training)
-
-    @property
-    def num_parameters(self) -> int:
-        """Learned entries of the factors (the bias excluded)."""
-        return self.spec.num_parameters
-
-    @property
-    def flops_per_token(self) -> int:
-        """FLOPs of the cheaper sequential contraction for one row, a multiply and an add counted as 2."""
-        return planner.flops_per_token(self.spec)
 
     # Choosing how to run ---------------------------------------------------------------------------------------------
 
@@ -283,10 +218,6 @@ class StructuredLinear(nn.Module):
     def frozen(self, value: bool) -> None:
         self._execution.freeze(self.factors if value else None)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._execution.forget()  # dtype and device may change inside the same parameters
-        return super()._apply(fn, recurse)
-
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._execution.forget()
         super()._load_from_state_dict(*args, **kwargs)
@@ -306,8 +237,7 @@ class StructuredLinear(nn.Module):
             y = shortcut(x, self._parameters) if shortcut else None
             if y is not None:
                 return y
-        if x.ndim == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(f"input has shape {tuple(x.shape)}; its last axis must be in_features={self.in_features}")
+        self._check(x)
         given = None if is_compiling() else self._given()
         if given is None:
             given = *self.factors, self.bias
@@ -323,15 +253,6 @@ class StructuredLinear(nn.Module):
             return self._look_up(self._parameters)
         except KeyError:
             return None
-
-    def extra_repr(self) -> str:
-        """Sizes, hyperparameters and the share of the dense parameters that is kept."""
-        given = {name: value for name, value in hyperparameters(self.structure).items() if value is not None}
-        fields = "".join(f", {name}={value}" for name, value in given.items())
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-            f"{fields}, parameters={self.num_parameters} ({self.spec.ratio:.3g} of dense)"
-        )
 
 
 def build(

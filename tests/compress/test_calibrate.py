@@ -285,7 +285,8 @@ def test_fast_path_of_torch_does_not_bypass_the_hooks():
     statistics = collect_statistics(
         model, [X[0]], forward=lambda model, x: model(x, src_key_padding_mask=padding), mask=lambda x: ~padding
     )
-    assert statistics.tokens == {f"layers.{k}.linear{n}": 5 for k in (0, 1) for n in (1, 2)}
+    names = [*(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")), "linear1", "linear2"]
+    assert statistics.tokens == {f"layers.{k}.{name}": 5 for k in (0, 1) for name in names}
     assert torch.backends.mha.get_fastpath_enabled()
 
 

@@ -14,6 +14,9 @@ from structlin import CompressionPlan, LowRankLinear, StructuredLinear, compress
 from structlin.compress import fit_layers
 from structlin.structures import Kronecker, LowRank, TensorTrain, families
 
+# Many models here are kept dense on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:nothing was compressed", "ignore:more than half of the parameters")
+
 
 class Shared(nn.Module):
     """One module under two names, two layers with one weight, a head tied to the embedding."""
@@ -151,18 +154,6 @@ def test_tie_that_cannot_be_replaced_keeps_its_reason():
     assert "untie it first" in rows_of(report)["head"].reason
 
 
-def test_multihead_attention_is_left_alone_and_right():
-    model = nn.Sequential(nn.Linear(16, 16))
-    model.add_module("attention", nn.MultiheadAttention(16, 2, batch_first=True))
-    model.add_module("head", nn.Linear(16, 4))
-    x = torch.randn(2, 5, 16)
-    expected = model.attention(x, x, x)[0]
-    report = compress_model(model, "lowrank", ratio=0.5)
-    assert "MultiheadAttention" in rows_of(report)["attention.out_proj"].reason
-    assert report.coverage.unreached["MultiheadAttention"] == 3 * 16 * 16 + 3 * 16
-    assert torch.equal(model.attention(x, x, x)[0], expected)
-
-
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("norm_first", [True, False])
 def test_transformer_encoder_stays_right(training, norm_first):
@@ -170,7 +161,7 @@ def test_transformer_encoder_stays_right(training, norm_first):
     block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=norm_first)
     model = nn.TransformerEncoder(block, 2, enable_nested_tensor=False).train(training)
     report = compress_model(model, "kronecker", ratio=0.5, skip_last=False)
-    assert sum(row.structure is not None for row in report.layers) == 4
+    assert sum(row.structure is not None for row in report.layers) == 12
     dense = to_dense_(copy.deepcopy(model))
     assert type(dense.layers[0].linear1) is nn.Linear
     x = torch.randn(3, 5, 16)
@@ -225,7 +216,8 @@ def test_hooks_are_kept_and_their_handles_work(mlp):
 
 def test_weights_that_cannot_be_taken_say_why():
     class Special(nn.Linear):
-        pass
+        def forward(self, x):
+            return super().forward(x).relu()
 
     class Quantised(nn.Parameter):
         pass
@@ -310,11 +302,13 @@ def test_failure_in_a_later_layer_leaves_the_model_as_it_was(mlp, monkeypatch):
 def test_second_run_is_a_no_op(mlp):
     compress_model(mlp, "lowrank", ratio=0.5)
     modules, state = list(mlp), copy.deepcopy(mlp.state_dict())
-    report = compress_model(mlp, "lowrank", ratio=0.5)
+    with pytest.warns(UserWarning, match="nothing was compressed: .* are already structured"):
+        report = compress_model(mlp, "lowrank", ratio=0.5)
+    assert str(report).startswith("nothing was compressed")
     assert list(mlp) == modules
     assert same_state(mlp, state)
     assert all(row.structure is None for row in report.layers)
-    assert report.coverage.unreached["LowRankLinear"] == sum(
+    assert report.coverage.unreached["LowRankLinear (already structured)"] == sum(
         p.numel() for m in (mlp[0], mlp[2]) for p in m.parameters()
     )
 

@@ -13,6 +13,9 @@ from structlin import Compression, CompressionPlan, Evaluator, collect_statistic
 from structlin.compress import pipeline
 from structlin.structures import Kronecker, LowRank
 
+# Many models here are kept dense on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:nothing was compressed", "ignore:more than half of the parameters")
+
 
 class Model(nn.Sequential):
     """Counts its forward passes."""

@@ -13,6 +13,9 @@ from structlin.compress import speed
 from structlin.compress.speed import time_ratio
 from structlin.structures import LowRank
 
+# Many models here are kept dense on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:nothing was compressed", "ignore:more than half of the parameters")
+
 
 @pytest.fixture
 def model():

@@ -106,13 +106,13 @@ def test_kmatrix_refines_by_default_and_beats_its_projection_and_the_svd_on_nois
 
 
 @every_structure
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_extreme_scales(name, scale):
+def test_extreme_scales(name):
     torch.manual_seed(0)
     weight = torch.randn(32, 48)
-    plain, scaled = (fit(w, family(name), ratio=0.6, refine=3) for w in (weight, weight * scale))
-    assert all(torch.isfinite(factor).all() for factor in scaled.factors)
-    assert scaled.error == pytest.approx(plain.error, rel=2e-2)  # Adam is chaotic
+    plain, small, large = (fit(weight * scale, family(name), ratio=0.6, refine=3) for scale in (1, 1e-30, 1e30))
+    for found in (small, large):
+        assert all(torch.isfinite(factor).all() for factor in found.factors)
+        assert found.error == pytest.approx(plain.error, rel=2e-2)  # Adam is chaotic
 
 
 @every_structure

@@ -94,8 +94,8 @@ def test_output_error_is_what_it_says_and_lower_than_that_of_the_plain_fit(name)
     plain = fit(weight, family(name), ratio=0.6, refine=0)
     assert found.output_error == pytest.approx(output_error(weight, found, gram), rel=1e-4)
     assert found.output_error < 0.9 * output_error(weight, plain, gram)
-    again = fit(weight, family(name), ratio=0.6, gram=gram, refine=100)
-    assert all(torch.equal(a, b) for a, b in zip(found.factors, again.factors, strict=True))
+    short, again = (fit(weight, family(name), ratio=0.6, gram=gram, refine=5) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(short.factors, again.factors, strict=True))
 
 
 @every_structure
@@ -129,11 +129,13 @@ def degenerate(k):
     return weight, gram
 
 
-@pytest.mark.parametrize("k", range(100))
+@pytest.mark.parametrize("k", range(66))
 def test_degenerate_grams_and_weights(k):
+    """Each of 11 structures meets each Gram and each weight; low rank, by its closed form, all pairs of the two."""
     weight, gram = degenerate(k)
     names = sorted(families())
-    for name in (names[k % len(names)], "lowrank"):
+    assert len(names) == 11, "take k up to the least common multiple of 6 and the number of structures"
+    for name in (names[k % len(names)], *(["lowrank"] if k < 30 else [])):
         found = fit(weight, family(name), ratio=0.9, gram=gram, refine=5)
         assert all(torch.isfinite(factor).all() for factor in found.factors)
         assert math.isfinite(found.error)

@@ -471,6 +471,14 @@ def test_best_weights_come_through_an_interruption(student, teacher, tmp_path):
     assert same_state(resumed, before)
 
 
+def test_patience_is_counted_across_an_interruption(student, teacher, tmp_path):
+    options = {"steps": 100, "every": 2, "lr": 10.0, "validation": data(2, seed=2), "patience": 3}
+    with pytest.raises(StopHereError):
+        heal(copy.deepcopy(student), teacher, data(), **options, checkpoint=tmp_path / "heal", loss=failing_at(5))
+    report = heal(student, teacher, data(), **options, checkpoint=tmp_path / "heal")
+    assert (report.stopped, report.steps, report.best_step) == ("patience", 6, 0)
+
+
 def test_finished_run_is_not_trained_again_but_can_go_on(student, teacher, tmp_path):
     options = {**STEPS, "validation": data(2, seed=2), "checkpoint": tmp_path / "heal"}
     start = copy.deepcopy(student)
@@ -562,8 +570,8 @@ def test_damaged_checkpoint_is_refused(student, teacher, tmp_path):
     torch.save({"a": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="not a checkpoint of"):
         heal(student, teacher, data(), **STEPS, checkpoint=path)
-    torch.save({"version": 99, "about": {}}, path)
-    with pytest.raises(ValueError, match="format version 99, this structlin reads 2; delete it"):
+    torch.save({"about": {"the format": "99"}}, path)
+    with pytest.raises(ValueError, match=r"the format is 3, in the file 99.* or delete it"):
         heal(student, teacher, data(), **STEPS, checkpoint=path)
     with pytest.raises(ValueError, match="is not a file"):
         heal(student, teacher, data(), **STEPS, checkpoint=tmp_path)
@@ -679,7 +687,7 @@ def test_masked_hidden_state_by_hand():
         ({"steps": 1, "mode": "blocks", "blocks": []}, r"blocks=\[\]; give"),
         ({"steps": 1, "mode": "blocks", "blocks": "layer.*"}, r"'layer\.\*' matches no module of the student; .*'0'"),
         ({"steps": 1, "parameters": "head"}, 'parameters=\'head\'; use "all", "factors" or a predicate'),
-        ({"steps": 1, "parameters": lambda *_: False}, "no parameter to train: .* chooses 0, all frozen"),
+        ({"steps": 1, "parameters": lambda *_: False}, "no parameter to train: .* chooses only frozen ones"),
         ({"steps": 1, "validation": []}, "validation is empty"),
         ({"steps": 1, "loss": lambda _a, b, _batch: b.sum()}, "does not depend on the trained parameters"),
         (
@@ -706,7 +714,7 @@ def test_bad_values(student, teacher, options, text):
         ({"forward": lambda *_: "text"}, "an output is a str without a float tensor in it; pass loss="),
         ({"loss": lambda *_: 1.0}, "loss returned float; it returns a tensor with one number"),
         ({"loss": lambda a, *_: a[:2, 0]}, r"loss returned \(2,\); it returns a tensor"),
-        ({"optimizer": lambda _: "adam"}, "optimizer returned str; it is a function of the parameters"),
+        ({"optimizer": lambda _: "adam"}, "optimizer returned str; give one such as lambda p"),
         ({"step": 3}, "heal has no setting 'step'; did you mean steps?"),
         ({"warmth": 3}, "heal has no setting 'warmth'; did you mean steps, seconds, epochs, mode"),
     ],
@@ -736,13 +744,16 @@ def test_pairs_that_cannot_be_compared(student, teacher, pair):
         heal(student, nn.Identity(), **options)
     with pytest.raises(ValueError, match="parameters are on cpu, meta; move student and teacher to one device"):
         heal(student, copy.deepcopy(teacher).to("meta"), **options)
-    with pytest.raises(ValueError, match="all frozen; choose others, or call"):
+    with pytest.raises(ValueError, match="chooses only frozen ones; choose others, or unfreeze"):
         heal(copy.deepcopy(student).requires_grad_(False), teacher, **options)
     with pytest.raises(ValueError, match="the teacher has no module '4'"):
         heal(student, teacher[:4], **options, mode="blocks", blocks="4")
     with pytest.raises(ValueError, match=r"block '0' gives \(32, 48\) in the student and \(32, 8\) in the teacher"):
         heal(student, nn.Sequential(nn.Linear(24, 8)), **options, mode="blocks", blocks="0")
-    with pytest.raises(ValueError, match="block 'blocks' ran 0 times in the student and 0 times in the teacher"):
+    with pytest.raises(
+        ValueError,
+        match="block 'blocks' gives nothing in the student and nothing in the teacher; name modules that run",
+    ):
         heal(*pair, data(2, features=16), steps=1, mode="blocks", blocks="blocks")
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import ONE
+from cases import ONE, naming
 from test_kernels import switch_on
 from torch import nn
 from torch.func import functional_call
@@ -123,15 +124,20 @@ def assert_right(layer, x):
 def kernel(request, monkeypatch):
     if request.param == "on":
         switch_on(monkeypatch)
+    return request.param == "on"
 
 
 @pytest.mark.parametrize("write", WRITES)
-@pytest.mark.parametrize("name", ONE)
-def test_every_write_is_seen(name, write, kernel):
-    start = build(ONE[name], 16, 20)
-    for training in (False, True):
-        for tokens in (1, 32, 300):
-            layer, x = copy.deepcopy(start).train(training), torch.randn(tokens, 16)
+def test_every_write_is_seen(write, kernel):
+    """Each structure sees each write at each number of tokens with the kernel and without, once training, once not.
+
+    Which of the two trains alternates over writes, structures and tokens: any four of the five kinds meet.
+    """
+    shift = [*WRITES].index(write) + kernel
+    for (k, name), (t, tokens) in itertools.product(enumerate(ONE), enumerate((1, 32, 300))):
+        training = (k + t + shift) % 2 == 1
+        with naming(name, f"{tokens} tokens", f"training={training}"):
+            layer, x = build(ONE[name], 16, 20).train(training), torch.randn(tokens, 16)
             with torch.set_grad_enabled(training):
                 for _ in range(2):
                     layer(x)

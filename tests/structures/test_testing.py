@@ -14,7 +14,7 @@ from structlin import testing
 from structlin.equation.spec import Spec, equation
 from structlin.equation.structure import Structure
 from structlin.fitting.linalg import pad_to
-from structlin.layers import linear as layer_module
+from structlin.layers import factored as layer_module
 from structlin.layers.linear import StructuredLinear
 from structlin.structures import LowRank
 from structlin.testing import LAWS, assert_close, check_structure

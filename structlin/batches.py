@@ -1,4 +1,4 @@
-"""Run models on batches: batches of any kind, their device, evaluation mode, the tensor that represents an output."""
+"""Run models on batches of any kind, in evaluation mode, and compare the tensors that represent their outputs."""
 
 from __future__ import annotations
 
@@ -51,14 +51,6 @@ def to_device(value: Any, device: torch.device | None) -> Any:
     return value
 
 
-def unmasked(tensor: Tensor, batch: Any) -> Tensor:
-    """Return the positions (n, ...) that the batch's `attention_mask` keeps; all if it has another shape than they."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if not isinstance(mask, Tensor) or tensor.ndim <= mask.ndim or tensor.shape[: mask.ndim] != mask.shape:
-        return tensor
-    return tensor[mask.to(tensor.device).bool()]
-
-
 # Models --------------------------------------------------------------------------------------------------------------
 
 
@@ -87,6 +79,9 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+# Outputs -------------------------------------------------------------------------------------------------------------
+
+
 def pick(output: Any) -> tuple[str, Tensor]:
     """Find the tensor that represents an output: `logits`, else `last_hidden_state`, else the first float tensor.
 
@@ -110,15 +105,41 @@ def pick(output: Any) -> tuple[str, Tensor]:
     )
 
 
+def unmasked(tensor: Tensor, batch: Any) -> Tensor:
+    """Return the positions (n, ...) that the batch's `attention_mask` keeps; all if it has another shape than they."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if not isinstance(mask, Tensor) or tensor.ndim <= mask.ndim or tensor.shape[: mask.ndim] != mask.shape:
+        return tensor
+    return tensor[mask.to(tensor.device).bool()]
+
+
+def divergence(logits: Tensor, target: Tensor) -> Tensor:
+    """Average KL(p || q) = sum_c p_c (log p_c - log q_c) over positions; logits of q and p (target): (..., classes)."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    ours, theirs = logits.to(wide).log_softmax(-1), target.to(wide).log_softmax(-1)
+    probability = theirs.exp()
+    never = probability == 0  # 0 log 0 = 0, also for logits of minus infinity
+    terms = probability * (theirs.masked_fill(never, 0) - ours.masked_fill(never, 0))
+    return terms.sum() / max(logits[..., 0].numel(), 1)
+
+
+def squared_error(found: Tensor, expected: Tensor) -> Tensor:
+    """Compute |found - expected|^2 / |expected|^2 over all entries, in float32 or wider."""
+    wide = torch.promote_types(found.dtype, torch.float32)
+    found, expected = found.to(wide), expected.to(wide)
+    size = expected.abs().square().sum()
+    return (found - expected).abs().square().sum() / size.clamp_min(torch.finfo(size.dtype).tiny)
+
+
+# Progress ------------------------------------------------------------------------------------------------------------
+
+
 @contextmanager
 def progress_bar(label: str, unit: str, total: int | None, progress: bool | None) -> Iterator[Callable[..., None]]:
     """Show a progress bar on stderr if tqdm is installed; yield advance(count=1, text=""), which moves it.
 
-    Args:
-        label: text before the bar.
-        unit: the name of one item.
-        total: number of items, None if unknown.
-        progress: True shows the bar, False hides it, None shows it on a terminal only.
+    `progress`: True shows the bar, False hides it, None shows it on a terminal only. `total` None: the number of items
+    is unknown.
     """
     try:
         from tqdm.auto import tqdm  # noqa: PLC0415  # optional, and `import structlin` must not import it

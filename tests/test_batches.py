@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
-from structlin.heal.data import device_of, evaluating, pick, progress_bar, run, to_device, unmasked
+from structlin.batches import device_of, evaluating, pick, progress_bar, run, to_device, unmasked
 
 Pair = namedtuple("Pair", ["x", "y"])
 META = torch.device("meta")

@@ -1,0 +1,13 @@
+"""Adapters: the forms in which models hold linear maps, and how each is opened, replaced and merged back."""
+
+from structlin.adapters.adapter import Adapter, Origin, adapter_of, register
+from structlin.adapters.attention import MultiheadAttention
+from structlin.adapters.embedding import Embedding
+from structlin.adapters.experts import Experts
+from structlin.adapters.linear import DenseLinear, ProbedLinear, TransposedLinear
+
+# The first that recognises a module opens it.
+for form in (DenseLinear(), ProbedLinear(), TransposedLinear(), Experts(), MultiheadAttention(), Embedding()):
+    register(form)
+
+__all__ = ["Adapter", "Origin", "adapter_of", "register"]

@@ -1,0 +1,183 @@
+"""The command line: structlin plan | compress | inspect | verify | merge.
+
+Exit codes: 0 done; 1 refused (a bad model, plan, text or folder; a checkpoint that is damaged), with the reason on
+stderr; 2 wrong usage; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from structlin.checkpoint import CheckpointError, verify
+from structlin.compress import CompressionPlan, compress_model, plan_compression, to_dense_
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+REFUSED = (ValueError, TypeError, OSError, RuntimeError, CheckpointError, ImportError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code.
+
+    Args:
+        arguments: of the command line, None for those of the process.
+    """
+    given = _parser().parse_args(arguments)
+    try:
+        given.run(given)
+    except REFUSED as error:
+        print(f"structlin {given.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+# Commands ------------------------------------------------------------------------------------------------------------
+
+
+def _plan(given: argparse.Namespace) -> None:
+    model = _folders().load_model(given.model, dtype=DTYPES.get(given.dtype), device=given.device)
+    plan = plan_compression(model, given.structure, calibration=_calibration(given), **_settings(given))
+    if given.output:
+        Path(given.output).write_text(plan.to_json() + "\n", "utf-8")
+    print(plan.to_json() if given.json else plan)
+
+
+def _compress(given: argparse.Namespace) -> None:
+    folders = _folders()
+    target = Path(given.output)
+    folders.check_free(target)  # before the work, not after it
+    model = folders.load_model(given.model, dtype=DTYPES.get(given.dtype), device=given.device)
+    settings = _settings(given)
+    structure: Any = given.structure
+    if "layers" in settings["rules"]:
+        structure, settings = CompressionPlan.from_record(settings["rules"]), {}
+    report = compress_model(model, structure, calibration=_calibration(given), **settings)
+    folders.save_folder(report.model, given.model, target, report)
+    print(report.to_json() if given.json else f"{report}\nwritten to {target}")
+
+
+def _inspect(given: argparse.Namespace) -> None:
+    summary = verify(given.folder)
+    if given.json:
+        print(json.dumps(asdict(summary), indent=2, default=dict))
+        return
+    for name, kind in summary.layers.items():
+        print(f"{name or '(root)'}: {kind}")
+    print(
+        f"{len(summary.layers)} structured layers, {summary.parameters:,} entries, {summary.bytes / 2**20:.2f} MiB in "
+        f"{len(summary.shards)} files, by structlin {summary.structlin_version}"
+    )
+
+
+def _verify(given: argparse.Namespace) -> None:
+    summary = verify(given.folder, check_hashes=True)
+    result = {"ok": True, "layers": len(summary.layers), "parameters": summary.parameters}
+    print(json.dumps(result) if given.json else f"{given.folder}: {len(summary.layers)} structured layers, all right")
+
+
+def _merge(given: argparse.Namespace) -> None:
+    folders = _folders()
+    folders.check_free(Path(given.output))
+    model = folders.load_model(given.folder, dtype=DTYPES.get(given.dtype), device=None)
+    folders.save_folder(to_dense_(model), given.folder, Path(given.output), None)
+    print(json.dumps({"output": given.output}) if given.json else f"written to {given.output}")
+
+
+# Arguments -----------------------------------------------------------------------------------------------------------
+
+
+def _folders() -> Any:
+    try:
+        return importlib.import_module("structlin.integrations.folders")
+    except ModuleNotFoundError as error:
+        raise ImportError(f'{error}; pip install "structlin[hf]"') from error
+
+
+def _settings(given: argparse.Namespace) -> dict[str, Any]:
+    rules = json.loads(Path(given.rules).read_text("utf-8")) if given.rules else {}
+    if not isinstance(rules, dict):
+        raise ValueError(f"{given.rules} holds no JSON object; give patterns with structures, or a plan")
+    return {
+        "ratio": given.ratio,
+        "rules": rules,
+        "exclude": given.exclude,
+        "allocation": given.allocation,
+        "tied": given.tied,
+    }
+
+
+def _calibration(given: argparse.Namespace) -> list[dict[str, Any]] | None:
+    if not given.calibration:
+        return None
+    folders = _folders()
+    texts = folders.read_texts(Path(given.calibration))[: given.samples]
+    if not texts:
+        raise ValueError(f"{given.calibration} holds no text")
+    return folders.batches_of(given.model, texts, batch_size=given.batch_size, max_length=given.max_length)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("structlin", description="Compress models of transformers by structured layers.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text)
+        added.add_argument("--json", action="store_true", help="print JSON")
+        added.set_defaults(run=run)
+        return added
+
+    for name, run, text in (
+        ("plan", _plan, "Decide what each layer becomes, and change nothing."),
+        (
+            "compress",
+            _compress,
+            "Compress a model into a new folder, for transformers with structlin.hf.",
+        ),
+    ):
+        added = command(name, run, text)
+        added.add_argument("model", help="a local folder, or an id on the hub")
+        if name == "plan":
+            added.add_argument("output", nargs="?", help="write the plan here as JSON; compress takes it by --rules")
+        else:
+            added.add_argument("output", help="a new folder")
+        _add_settings(added)
+    for name, run, text in (
+        ("inspect", _inspect, "Show the structured layers of a compressed folder."),
+        ("verify", _verify, "Check all names, sizes and (in folders of structlin.save) hashes of a compressed folder."),
+        ("merge", _merge, "Merge every structured layer back into a dense one, into a new folder."),
+    ):
+        added = command(name, run, text)
+        added.add_argument("folder")
+        if name == "merge":
+            added.add_argument("output", help="a new folder")
+            added.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as stored")
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--structure", default="auto", help='a name, "a+b" for a sum, or auto (the default)')
+    parser.add_argument("--ratio", type=float, default=0.5, help="parameters kept / dense; default 0.5")
+    parser.add_argument("--rules", metavar="FILE", help="JSON: patterns with structures, or a plan")
+    parser.add_argument("--exclude", nargs="*", default=[], metavar="PATTERN", help="layers that stay dense")
+    parser.add_argument("--allocation", choices=("uniform", "global"), default="uniform")
+    parser.add_argument("--tied", choices=("skip", "replace"), default="skip")
+    parser.add_argument("--calibration", metavar="FILE", help='text lines, or JSON lines with "text"')
+    parser.add_argument("--samples", type=int, default=256, help="texts to take at most; default 256")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-length", type=int, default=256, help="tokens of a text; default 256")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as stored")
+    parser.add_argument("--device", help="such as cuda; default: the CPU")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""Whole folders of transformers: load a model with what lies beside it, calibration text, and a compressed folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from structlin.compress import Report
+from structlin.integrations.model_card import save_pretrained
+
+# Weights in any format: everything else in a folder (tokenizer, pooling, generation settings) is copied.
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".npz"}
+NOT_COPIED = {"config.json", "README.md", "structlin.json"}  # written anew
+
+
+def load_model(source: str, *, dtype: torch.dtype | None, device: str | None) -> Any:
+    """Load a model by the class that its config names, `AutoModel` where it names none.
+
+    Args:
+        source: a local folder, or an id on the hub.
+        dtype: of the weights; None keeps the stored one.
+        device: where to; None stays on the CPU.
+    Raises:
+        OSError: if there is no such model.
+    """
+    names = AutoConfig.from_pretrained(source).architectures or ()
+    cls = next((found for name in names if (found := getattr(transformers, name, None))), AutoModel)
+    model: Any = cls.from_pretrained(source, dtype="auto" if dtype is None else dtype).eval()
+    return model if device is None else model.to(device)
+
+
+def read_texts(path: Path) -> list[str]:
+    """Read texts: the values of "text" in JSON lines (*.jsonl, *.json), else the lines that are not empty.
+
+    Raises:
+        ValueError: naming the line that holds no text.
+    """
+    lines = [line for line in path.read_text("utf-8").splitlines() if line.strip()]
+    if path.suffix not in (".jsonl", ".json"):
+        return lines
+    texts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}; expected one JSON object a line") from error
+        text = record.get("text") if isinstance(record, dict) else record
+        if not isinstance(text, str):
+            raise ValueError(f'{path}, line {number}: expected a string or an object with the string "text"')
+        texts.append(text)
+    return texts
+
+
+def batches_of(source: str, texts: Sequence[str], *, batch_size: int, max_length: int) -> list[dict[str, Any]]:
+    """Tokenise texts by the tokenizer of a model, and pad them to batches."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return [
+        dict(
+            tokenizer(
+                list(texts[k : k + batch_size]),
+                padding=True,
+                truncation=True,
+                max_length=max_length,
+                return_tensors="pt",
+            )
+        )
+        for k in range(0, len(texts), batch_size)
+    ]
+
+
+def save_folder(model: nn.Module, source: str, target: Path, report: Report | None) -> None:
+    """Write a model as transformers does, with the tokenizer and all other files of its source.
+
+    Args:
+        model: compressed, or merged back.
+        source: the folder or hub id that it was loaded from.
+        target: the folder to write.
+        report: of the compression, for the model card; None writes no card.
+    Raises:
+        FileExistsError: if the target holds files.
+    """
+    check_free(target)
+    target.mkdir(parents=True, exist_ok=True)
+    if Path(source).is_dir():
+        shutil.copytree(source, target, ignore=_left_out, dirs_exist_ok=True)
+    else:
+        AutoTokenizer.from_pretrained(source).save_pretrained(target)
+    if report is None:
+        model.save_pretrained(target)  # type: ignore[operator]
+    else:
+        save_pretrained(model, target, report, base_model=source)
+
+
+def check_free(target: Path) -> None:
+    """Refuse to write into a folder that holds files.
+
+    Raises:
+        FileExistsError: naming the folder.
+    """
+    if target.exists() and any(target.iterdir()):
+        raise FileExistsError(f"{target} is not empty; give a new folder")
+
+
+def _left_out(_folder: str, names: list[str]) -> set[str]:
+    return {n for n in names if Path(n).suffix in WEIGHTS or n.endswith(".index.json") or n in NOT_COPIED}

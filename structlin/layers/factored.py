@@ -1,0 +1,142 @@
+"""What every module with a structured weight shares: its equation, the factors as parameters, their counts."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from structlin.equation.structure import Structure, hyperparameters
+from structlin.layers.init import initial_factors
+from structlin.runtime import planner
+from structlin.runtime.execution import Execution
+
+
+class Factored(nn.Module):
+    """Hold the factors of a structured matrix as parameters, under the names of the equation (abstract).
+
+    Args:
+        in_features: columns of the matrix.
+        out_features: rows of the matrix.
+        bias: learn an additive bias.
+        structure: a Structure; open fields are filled in.
+        stack: leading sizes of every learned factor and of the bias: () for one matrix, (experts,) for one each.
+        device: of the parameters.
+        dtype: of the parameters, any float or complex dtype.
+    Raises:
+        ValueError: if a size is below 1 or the structure does not fit the sizes.
+        TypeError: if a size or a field of the structure is of the wrong kind.
+    """
+
+    in_features: int
+    out_features: int
+    structure: Structure
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        *,
+        structure: Structure,
+        stack: tuple[int, ...] = (),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        in_features, out_features = operator.index(in_features), operator.index(out_features)
+        if min(in_features, out_features, *stack) < 1:
+            sizes = f"in_features={in_features}, out_features={out_features}" + (f", stack={stack}" if stack else "")
+            raise ValueError(f"{sizes}; sizes are whole numbers from 1")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.stack = stack
+        self.structure = structure.resolve(in_features, out_features)
+        self.spec = self.structure.spec(in_features, out_features)
+        for factor, shape in zip(self.spec.factors, self.spec.shapes, strict=True):
+            if factor.name == "bias" or hasattr(type(self), factor.name):
+                raise ValueError(f"the factor name {factor.name!r} is an attribute of every layer; choose another name")
+            if factor.learned:
+                empty = torch.empty((*stack, *shape), device=device, dtype=dtype)
+                self.register_parameter(factor.name, nn.Parameter(empty))
+            else:
+                self.register_buffer(factor.name, torch.empty(shape, device=device, dtype=dtype))
+        if bias:
+            self.bias = nn.Parameter(torch.empty((*stack, out_features), device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+        self._execution = Execution(self.spec)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw factors that give the outputs the standard deviation of a fresh `nn.Linear`'s (`initial_factors`)."""
+        sample = self.factors[0]
+        if not sample.is_meta:
+            wide = sample.dtype if sample.is_complex() else torch.promote_types(sample.dtype, torch.float32)
+            with torch.no_grad(), torch.device("cpu"):
+                for factors in self._matrices():
+                    for factor, value in zip(factors, initial_factors(self.spec, dtype=wide), strict=True):
+                        factor.copy_(value)
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            with torch.no_grad():
+                real = torch.view_as_real(self.bias) if self.bias.is_complex() else self.bias
+                real.uniform_(-bound, bound)
+
+    def fill(self, factors: Sequence[Tensor], bias: Tensor | None, requires_grad: bool = True) -> None:
+        """Put values in place of the parameters (of a layer on the meta device, say); the bias is copied."""
+        for factor, value in zip(self.spec.factors, factors, strict=True):
+            if factor.learned:
+                setattr(self, factor.name, nn.Parameter(value, requires_grad=requires_grad))
+            else:
+                setattr(self, factor.name, value)
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """The tensors of the equation, in its order."""
+        return tuple(getattr(self, factor.name) for factor in self.spec.factors)
+
+    def _matrices(self) -> list[tuple[Tensor, ...]]:
+        """Return the factors of each matrix of the stack; constants are the same in all."""
+        if not self.stack:
+            return [self.factors]
+        (count,) = self.stack
+        columns = [
+            tensor.unbind() if factor.learned else (tensor,) * count
+            for factor, tensor in zip(self.spec.factors, self.factors, strict=True)
+        ]
+        return list(zip(*columns, strict=True))
+
+    @property
+    def num_parameters(self) -> int:
+        """Learned entries of the factors (the bias excluded)."""
+        return self.spec.num_parameters * math.prod(self.stack)
+
+    @property
+    def flops_per_token(self) -> int:
+        """FLOPs of the cheaper sequential contraction for one row, a multiply and an add counted as 2."""
+        return planner.flops_per_token(self.spec)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._execution.forget()  # dtype and device may change inside the same parameters
+        return super()._apply(fn, recurse)
+
+    def _check(self, x: Tensor) -> None:
+        if x.ndim == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"input has shape {tuple(x.shape)}; its last axis must be in_features={self.in_features}")
+
+    def extra_repr(self) -> str:
+        """Sizes, hyperparameters and the share of the dense parameters that is kept."""
+        given = {name: value for name, value in hyperparameters(self.structure).items() if value is not None}
+        fields = "".join(f", {name}={value}" for name, value in given.items())
+        stack = f"experts={self.stack[0]}, " if self.stack else ""
+        return (
+            f"{stack}in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+            f"{fields}, parameters={self.num_parameters} ({self.spec.ratio:.3g} of dense)"
+        )

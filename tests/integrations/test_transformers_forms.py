@@ -1,0 +1,97 @@
+"""Models whose linear maps are not nn.Linear, compressed, saved and loaded by transformers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import structlin
+
+transformers = pytest.importorskip("transformers")
+
+import structlin.hf  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:transformers", "ignore::FutureWarning:transformers")
+IDS = torch.arange(1, 9)[None]
+
+
+def gpt2():
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100, "n_positions": 64}
+    special = {"bos_token_id": 1, "eos_token_id": 1}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **special)).eval()
+
+
+def mixtral():
+    sizes = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 100, "num_local_experts": 4,
+    }  # fmt: skip
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes)).eval()
+
+
+def generated(model):
+    return model.generate(IDS, max_new_tokens=6, do_sample=False, pad_token_id=0)
+
+
+CASES = [
+    (gpt2, {}, 0.85),
+    (gpt2, {"tied": "replace", "rules": {"transformer.wte": {"ratio": 0.5}}}, 0.95),
+    (mixtral, {}, 0.9),
+    (mixtral, {"exclude": ["self_attn.*"]}, 0.75),
+    (mixtral, {"exclude": ["self_attn.*", "experts.down_proj"]}, 0.5),
+]
+
+
+@pytest.mark.parametrize(("make", "settings", "share"), CASES)
+def test_a_model_is_the_same_after_a_save_and_load_and_fails_without_the_plug_in(make, settings, share, tmp_path):
+    model = make()
+    report = structlin.compress_model(model, "lowrank", ratio=0.5, **settings)
+    assert report.coverage.compressed > share * report.coverage.total
+    logits, tokens = model(IDS).logits, generated(model)
+    model.save_pretrained(tmp_path / "out")
+    for source in ("out", "again"):  # what was loaded can be saved again
+        loaded = type(model).from_pretrained(tmp_path / source).eval()
+        assert torch.equal(loaded(IDS).logits, logits)
+        assert torch.equal(generated(loaded), tokens)
+        loaded.save_pretrained(tmp_path / "again")
+    name = type(model).__name__
+    code = f"from transformers import {name}; {name}.from_pretrained({str(tmp_path / 'out')!r})"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert "ignore_mismatched_sizes" in found.stderr
+    dense = loaded.dequantize()
+    torch.testing.assert_close(dense(IDS).logits, logits, atol=1e-5, rtol=1e-4)
+    dense.save_pretrained(tmp_path / "dense")
+    code = (
+        f"import torch\nfrom transformers import {name}\nm = {name}.from_pretrained({str(tmp_path / 'dense')!r}).eval()\n"
+        f"torch.save(m(torch.arange(1, 9)[None]).logits, {str(tmp_path / 'logits')!r})"
+    )
+    subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "logits"), logits, atol=1e-5, rtol=1e-4)
+
+
+def test_structlin_reads_the_folder_of_gpt2_and_says_where_names_are_converted(tmp_path):
+    for make in (gpt2, mixtral):
+        model = make()
+        structlin.compress_model(model, "lowrank", ratio=0.5)
+        model.save_pretrained(tmp_path / make.__name__)
+    loaded = structlin.load(gpt2(), tmp_path / "gpt2")
+    assert type(loaded.transformer.h[0].attn.c_attn).__name__ == "LowRankLinear"
+    assert len(structlin.verify(tmp_path / "gpt2").layers) == 8
+    with pytest.raises(structlin.CheckpointError, match="use from_pretrained with structlin"):
+        structlin.load(mixtral(), tmp_path / "mixtral")
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_equal_their_dense_twin_in_every_implementation(implementation, dtype):
+    model = mixtral().to(dtype)
+    structlin.compress_model(model, "lowrank", ratio=0.5, exclude=["self_attn.*"])
+    found = model(IDS).logits
+    twin = structlin.to_dense_(model)
+    twin.set_experts_implementation(implementation)
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
+    assert (twin(IDS).logits - found).norm() <= tolerance * found.norm()

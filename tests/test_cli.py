@@ -1,0 +1,100 @@
+"""The command line, on a tiny model with a tokenizer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from structlin.cli import main  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
+
+
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "source"
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.BertConfig(vocab_size=len(WORDS), max_position_embeddings=64, **sizes)
+    transformers.BertModel(config).save_pretrained(folder)
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    transformers.BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(folder)
+    (folder / "modules.json").write_text("[]")
+    (tmp_path / "texts.txt").write_text("\n".join(["a b c d", "", "e f g", "h i j k l m", "n o p"] * 4))
+    return folder
+
+
+def texts(source):
+    return ["--calibration", str(source.parent / "texts.txt"), "--batch-size", "4"]
+
+
+def test_compress_inspect_verify_merge(source, tmp_path, capsys):
+    out, merged = tmp_path / "out", tmp_path / "merged"
+    assert main(["compress", str(source), str(out), "--structure", "lowrank", "--ratio", "0.5", *texts(source)]) == 0
+    printed = capsys.readouterr().out
+    assert "compressed weights keep" in printed
+    assert "cosine" in printed
+    assert (out / "modules.json").exists()
+    assert (out / "tokenizer_config.json").exists()
+    model = transformers.BertModel.from_pretrained(out).eval()
+    assert main(["inspect", str(out)]) == 0
+    assert "12 structured layers" in capsys.readouterr().out
+    assert main(["verify", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"ok": True, "layers": 12, "parameters": model.num_parameters()}
+    assert main(["merge", str(out), str(merged)]) == 0
+    dense = transformers.BertModel.from_pretrained(merged).eval()
+    assert type(dense.encoder.layer[0].attention.self.query) is torch.nn.Linear
+    ids = torch.arange(5, 15)[None]
+    torch.testing.assert_close(dense(ids).last_hidden_state, model(ids).last_hidden_state, atol=1e-5, rtol=1e-4)
+
+
+def test_a_plan_is_written_edited_and_carried_out(source, tmp_path, capsys):
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    assert main(["plan", str(source), str(plan), "--structure", "lowrank", "--exclude", "value"]) == 0
+    record = json.loads(plan.read_text())
+    next(layer for layer in record["layers"] if layer["name"].endswith("0.attention.self.query"))["structure"] = None
+    plan.write_text(json.dumps(record))
+    capsys.readouterr()
+    assert main(["compress", str(source), str(out), "--rules", str(plan), "--json"]) == 0
+    layers = {layer["name"]: layer for layer in json.loads(capsys.readouterr().out)["layers"]}
+    assert layers["encoder.layer.0.attention.self.query"]["structure"] is None
+    assert layers["encoder.layer.1.attention.self.query"]["structure"].startswith("lowrank")
+    assert layers["encoder.layer.1.attention.self.value"]["structure"] is None
+
+
+def test_json_lines_are_read(source, tmp_path, capsys):
+    lines = tmp_path / "texts.jsonl"
+    lines.write_text("\n".join(json.dumps({"text": text}) for text in ("a b c", "d e f", "g h")))
+    arguments = ["--structure", "lowrank", "--calibration", str(lines), "--batch-size", "1"]
+    assert main(["plan", str(source), *arguments]) == 0
+    assert "fitted with statistics" in capsys.readouterr().out
+    lines.write_text('{"txt": "a"}')
+    assert main(["plan", str(source), *arguments]) == 1
+    assert 'line 1: expected a string or an object with the string "text"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compress", "{source}", "{source}"], "is not empty; give a new folder"),
+        (["compress", "{source}", "{tmp}/out", "--structure", "lowrnak"], "did you mean 'lowrank'"),
+        (["compress", "{tmp}/nothing", "{tmp}/out"], "nothing"),
+        (["verify", "{source}"], "structlin.json: missing"),
+        (["plan", "{source}", "--rules", "{source}/modules.json"], "holds no JSON object"),
+    ],
+)
+def test_refusals_exit_with_1_and_say_why(arguments, message, source, tmp_path, capsys):
+    assert main([part.format(source=source, tmp=tmp_path) for part in arguments]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_usage_exits_with_2():
+    found = subprocess.run([sys.executable, "-m", "structlin.cli", "compress"], capture_output=True, check=False)
+    assert found.returncode == 2
