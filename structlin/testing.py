@@ -1,4 +1,4 @@
-"""The laws that every structure obeys, for structures of third parties too: one call in a test of yours."""
+"""Check the laws that every structure obeys, structures of third parties included: one call in a test of yours."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from structlin.fitting.fit import fit
 from structlin.layers.linear import StructuredLinear, build
 from structlin.runtime.planner import ORDERS, Order
 
-# Relative Frobenius error between two ways to compute the same. A chain of products loses about one rounding (2e-16,
-# 6e-8, 4e-3, 5e-4) per product; the longest chains in use have some thirty.
+# Relative Frobenius error between two ways to compute the same. Each product of a chain loses about one rounding
+# (float64 2e-16, float32 6e-8, float16 5e-4, bfloat16 4e-3); the longest chains in use have some thirty.
 TOLERANCES = {
     torch.float64: 1e-12,
     torch.complex128: 1e-12,
@@ -29,22 +29,21 @@ TOLERANCES = {
 }
 FIT_TOLERANCES = {torch.float64: 1e-10, torch.complex128: 1e-10, torch.float32: 1e-5, torch.complex64: 1e-5}
 STD_TOLERANCE = 0.1  # of the output's standard deviation, relative to nn.Linear's
-SMALL = 4096  # entries of the dense matrix up to which numerical derivatives are taken
-# Bytes moved by a plan up to which it is run: the wrong end first means outer products, too large for large layers.
-LARGEST_PLAN = 1 << 26
+SMALL = 4096  # numerical derivatives are taken up to this many entries of the dense matrix
+LARGEST_PLAN = 1 << 26  # bytes; larger plans are skipped: from the wrong end, a large layer takes outer products
 
 
 def check_structure(
     structure: Structure, in_features: int, out_features: int, *, dtype: torch.dtype = torch.float64
 ) -> None:
-    """Hold a structure to all laws of this library, at one size and in one dtype.
+    """Check a structure against all laws of this library, at one size and in one dtype.
 
     Args:
         structure: the instance; open fields are resolved.
         in_features: size of the input.
         out_features: size of the output.
         dtype: float64, float32, or their complex counterparts, float16 or bfloat16. Laws that do not apply (numerical
-            derivatives below float64, say) are left out; called by themselves they raise `NotApplicable`.
+            derivatives below float64, say) are skipped; called directly they raise `NotApplicable`.
     Raises:
         AssertionError: naming the law, the structure, what was found and what was expected.
     Example:
@@ -66,7 +65,7 @@ def check_structure(
 
 
 def dense_matches_equation(layer: StructuredLinear) -> None:
-    """`to_dense` is the equation as `torch.einsum` reads it, cut to the features."""
+    """`to_dense` is what `torch.einsum` computes from the equation, cut to the features."""
     expected = einsum_dense(layer.spec, layer.factors)
     assert expected.shape == (layer.out_features, layer.in_features), f"the equation gives {tuple(expected.shape)}"
     assert_close(layer.to_dense(), expected, "to_dense")
@@ -74,7 +73,7 @@ def dense_matches_equation(layer: StructuredLinear) -> None:
 
 
 def forward_matches_dense(layer: StructuredLinear) -> None:
-    """Every plan of a sane size gives x W^T + b, for one row and for many."""
+    """Every plan up to LARGEST_PLAN computes x W^T + b, for one row and for many."""
     dense = layer.to_dense()
     for tokens in (1, 5, 33):
         x = _input(layer, tokens)
@@ -84,13 +83,13 @@ def forward_matches_dense(layer: StructuredLinear) -> None:
 
 
 def gradients_match_dense(layer: StructuredLinear) -> None:
-    """Every plan of a sane size has the gradients of the dense path, in the input and in all parameters."""
+    """Every plan up to LARGEST_PLAN has the dense path's gradients of the input and of all parameters."""
     x = _input(layer, 3).requires_grad_()
     seed = torch.randn(3, layer.out_features).to(x.dtype)
     inputs = [x, *layer.parameters()]
-    expected = torch.autograd.grad(_dense_path(layer, x), inputs, seed)
+    expected = torch.autograd.grad(F.linear(x, layer.to_dense(), layer.bias), inputs, seed)
     names = ["input", *(name for name, _ in layer.named_parameters())]
-    # The summands of a small weight may cancel: the gradient of the input is then rounding.
+    # The summands of a weight may nearly cancel: its input gradient is then rounding, and judged by the usual scale.
     uncancelled = torch.linalg.vector_norm(seed).item() / math.sqrt(3 * layer.in_features)
     for order in _orders(layer, 3):
         layer.use_plan(order)
@@ -118,14 +117,13 @@ def derivatives_match_differences(layer: StructuredLinear) -> None:
     try:
         torch.autograd.gradcheck(call, inputs, fast_mode=True)
         torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
-    except RuntimeError as error:  # gradcheck's way of saying no
+    except RuntimeError as error:  # what gradcheck raises for a wrong derivative
         raise AssertionError(str(error)) from error
 
 
 def counts_agree(layer: StructuredLinear) -> None:
-    """Parameters are the entries of the learned factors, for the layer and for the equation."""
-    learned = [getattr(layer, factor.name) for factor in layer.spec.factors if factor.learned]
-    entries = sum(tensor.numel() for tensor in learned)
+    """The layer and its equation count the entries of the learned factors, and FLOPs as the sequential plans do."""
+    entries = sum(getattr(layer, factor.name).numel() for factor in layer.spec.factors if factor.learned)
     held = sum(p.numel() for p in layer.parameters())
     assert layer.num_parameters == layer.spec.num_parameters == entries, (
         f"num_parameters={layer.num_parameters}, spec {layer.spec.num_parameters}, factors {entries}"
@@ -139,7 +137,7 @@ def counts_agree(layer: StructuredLinear) -> None:
 
 
 def copies_are_exact(layer: StructuredLinear) -> None:
-    """state_dict, deepcopy and pickle give the same bits back, under the names of the equation."""
+    """state_dict, deepcopy and pickle reproduce every bit, under the equation's names and in memory of their own."""
     names = [*(factor.name for factor in layer.spec.factors), "bias"]
     assert sorted(layer.state_dict()) == sorted(names), f"state_dict holds {list(layer.state_dict())}, not {names}"
     loaded = build(layer.structure, layer.in_features, layer.out_features, dtype=layer.factors[0].dtype)
@@ -159,7 +157,7 @@ def copies_are_exact(layer: StructuredLinear) -> None:
 
 
 def own_fit_is_exact(layer: StructuredLinear) -> None:
-    """A structured matrix is recovered by its own closed form, where there is one and no padding."""
+    """The closed form, where there is one, recovers a matrix of its own structure if nothing is padded."""
     dtype = layer.factors[0].dtype
     padded = any(
         (eq.padded_in, eq.padded_out) != (layer.in_features, layer.out_features) for eq in layer.spec.equations
@@ -183,14 +181,14 @@ def any_fit_is_better_than_zero(layer: StructuredLinear) -> None:
 
 
 def start_has_the_scale_of_linear(layer: StructuredLinear) -> None:
-    """Outputs from scratch have the standard deviation of `nn.Linear`'s: for white inputs, |W|_F / sqrt(out)."""
+    """A new layer's outputs have the standard deviation of `nn.Linear`'s: for white inputs, |W|_F / sqrt(out)."""
     std = (torch.linalg.vector_norm(layer.to_dense().detach().abs().double()) / math.sqrt(layer.out_features)).item()
-    relative = std * math.sqrt(3)
+    relative = std * math.sqrt(3)  # nn.Linear draws from U(-1, 1) / sqrt(in), of variance 1 / (3 in)
     assert abs(relative - 1) <= STD_TOLERANCE, f"standard deviation of the output is {relative:.3g} of nn.Linear's"
 
 
 def inputs_of_all_kinds_work(layer: StructuredLinear) -> None:
-    """Any leading axes, none at all, zero rows and any strides; the output is never a view."""
+    """Inputs may have any leading axes or none, zero rows and any strides; the output is never a view."""
     wide = _input(layer, 12)
     kinds = {
         "1-D": wide[0],
@@ -215,7 +213,7 @@ def inputs_of_all_kinds_work(layer: StructuredLinear) -> None:
 
 
 def prints_itself(layer: StructuredLinear) -> None:
-    """`repr` shows the sizes and the hyperparameters, the plan its steps."""
+    """`repr` shows the class and the sizes, the printed plan its equation and FLOPs."""
     for part in (type(layer).__name__, f"in_features={layer.in_features}", f"out_features={layer.out_features}"):
         assert part in repr(layer), f"{part} is missing in {layer!r}"
     plan = str(layer.plan(tokens=32))
@@ -223,8 +221,8 @@ def prints_itself(layer: StructuredLinear) -> None:
     assert "FLOPs" in plan, f"FLOPs are missing in {plan}"
 
 
-class NotApplicable(Exception):  # noqa: N818 - no error: it says why a law does not hold a layer
-    """A law has nothing to check in this layer, for the reason that the message gives."""
+class NotApplicable(Exception):  # noqa: N818 - not an error: a law says why it does not apply
+    """A law does not apply to this layer; the message gives the reason."""
 
 
 LAWS: tuple[Callable[[StructuredLinear], None], ...] = (
@@ -248,13 +246,13 @@ def assert_close(
     """Assert that two tensors agree in shape and, relative to the norm of the expected one, in value.
 
     Args:
-        actual: what was computed.
-        expected: what it should be.
-        what: for the message.
+        actual: the tensor to check.
+        expected: the tensor that it should equal.
+        what: its name in messages.
         tolerance: relative Frobenius error allowed; None takes that of the dtype.
         scale: the norm that `expected` has when nothing cancels; errors are relative to the larger of the two.
     Raises:
-        AssertionError: naming both errors.
+        AssertionError: naming the error and the one allowed.
     """
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     allowed = TOLERANCES[actual.dtype] if tolerance is None else tolerance
@@ -273,7 +271,7 @@ def einsum_dense(spec: Spec, factors: Sequence[Tensor]) -> Tensor:
 
 
 def _einsum(eq: Equation, factors: Sequence[Tensor]) -> Tensor:
-    number = {mode: k for k, mode in enumerate(eq.size)}
+    number = {mode: k for k, mode in enumerate(eq.size)}  # einsum takes numbers for long mode names
     operands: list[Tensor | list[int]] = []
     for factor, tensor in zip(eq.factors, factors, strict=True):
         operands += [tensor, [number[mode] for mode in factor.modes]]
@@ -289,10 +287,6 @@ def _assert_linear(y: Tensor, x: Tensor, dense: Tensor, bias: Tensor | None, wha
     with torch.no_grad():
         norms = torch.linalg.vector_norm(x).item() * torch.linalg.vector_norm(dense).item()
         assert_close(y, F.linear(x, dense, bias), what, scale=norms / math.sqrt(dense.shape[1]))
-
-
-def _dense_path(layer: StructuredLinear, x: Tensor) -> Tensor:
-    return F.linear(x, layer.to_dense(), layer.bias)
 
 
 def _input(layer: StructuredLinear, tokens: int) -> Tensor:

@@ -2,21 +2,15 @@
 
 from structlin.adapters.adapter import Adapter, Origin, adapter_of, register
 from structlin.adapters.attention import MultiheadAttention
-from structlin.adapters.conv import PointwiseConv
+from structlin.adapters.conv import Conv
 from structlin.adapters.embedding import Embedding
 from structlin.adapters.experts import Experts
 from structlin.adapters.linear import DenseLinear, ProbedLinear, TransposedLinear
 
 # The first that recognises a module opens it.
 for form in (
-    DenseLinear(),
-    ProbedLinear(),
-    TransposedLinear(),
-    Experts(),
-    MultiheadAttention(),
-    PointwiseConv(),
-    Embedding(),
-):
+    DenseLinear(), ProbedLinear(), TransposedLinear(), Conv(), Experts(), MultiheadAttention(), Embedding(),
+):  # fmt: skip
     register(form)
 
 __all__ = ["Adapter", "Origin", "adapter_of", "register"]

@@ -38,9 +38,6 @@ def explaining(problem: str, kind: type[Exception] = Exception) -> Iterator[None
         raise CheckpointError(f"{problem}: {type(error).__name__}: {error}") from error
 
 
-# Reading -------------------------------------------------------------------------------------------------------------
-
-
 def plain_file(directory: Path, name: str) -> Path:
     """Return the path of a regular file of the directory, possibly a link: the Hugging Face cache links to its blobs.
 
@@ -97,9 +94,6 @@ def readable(directory: Path) -> Path:
     return target
 
 
-# Replacing -----------------------------------------------------------------------------------------------------------
-
-
 def _sibling(target: Path, what: str) -> Path:
     # In the same parent: a rename is atomic only within one file system.
     return target.with_name(f".{target.name}.structlin-{what}")
@@ -134,13 +128,10 @@ def _repair(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file")
     previous = _sibling(target, "previous")
-    if previous.exists():
-        if target.exists():
-            shutil.rmtree(previous)
-        else:
-            previous.rename(target)
+    if previous.exists() and not target.exists():
+        previous.rename(target)
     for path in target.parent.iterdir():
-        if path.name.startswith(_sibling(target, "tmp-").name):
+        if path == previous or path.name.startswith(_sibling(target, "tmp-").name):
             shutil.rmtree(path, ignore_errors=True)
 
 

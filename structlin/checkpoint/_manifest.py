@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -114,12 +113,8 @@ def document_of(*, layers: Mapping[str, Layer], **fields: Any) -> dict[str, Any]
 
 def write(directory: Path, **fields: Any) -> None:
     """Write structlin.json from its fields, all but the versions."""
-    try:
+    with explaining("metadata or a hyperparameter cannot be written as JSON; use numbers, strings, None, lists, dicts"):
         text = json.dumps(document_of(**fields), indent=2, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"metadata or a hyperparameter cannot be written as JSON: {error}; use numbers, strings, None, lists, dicts"
-        ) from error
     (directory / MANIFEST).write_text(text, "utf-8")
 
 
@@ -161,14 +156,16 @@ def decoded_layers(document: Mapping[str, Any], limit: int) -> dict[str, Layer]:
 
 def check_tensors(checkpoint: Checkpoint) -> None:
     """Compare the layers with the stored tensors."""
-    parts: defaultdict[str, set[str]] = defaultdict(set)
+    layers = checkpoint.layers
+    for name, layer in layers.items():
+        _check_layer(name, layer, checkpoint)
     for key in (*checkpoint.tensors, *checkpoint.aliases):
         owner, _, part = key.rpartition(".")
-        parts[owner].add(part)
-    for name, layer in checkpoint.layers.items():
-        _check_layer(name, layer, parts[name], checkpoint)
+        if owner in layers and part not in (has := layers[owner].shapes()):
+            problem = f"tensor {key!r} is unexpected; {layers[owner].structure} has {sorted(has)}"
+            raise CheckpointError(f"layer {owner!r}: {problem}")
     for name, first in checkpoint.shared_layers.items():
-        for part in checkpoint.layers[first].shapes():
+        for part in layers[first].shapes():
             key, expected = dotted(name, part), dotted(first, part)
             if checkpoint.aliases.get(key) != checkpoint.stored_name(expected):
                 raise CheckpointError(f"layer {name!r} is {first!r}, but tensor {key!r} is not {expected!r}")
@@ -266,8 +263,7 @@ def check_resolved(name: str, layer: Layer) -> None:
         raise CheckpointError(f"layer {name!r}: found {layer.structure}, expected the resolved {resolved}")
 
 
-def _check_layer(name: str, layer: Layer, parts: set[str], checkpoint: Checkpoint) -> None:
-    """Compare a layer with its stored tensors; `parts` are their names within the layer."""
+def _check_layer(name: str, layer: Layer, checkpoint: Checkpoint) -> None:
     where, structure = f"layer {name!r}", layer.structure
     shapes = check_equation(name, layer)
     for part, shape in shapes.items():
@@ -280,6 +276,4 @@ def _check_layer(name: str, layer: Layer, parts: set[str], checkpoint: Checkpoin
                 f"{where}: tensor {key!r} in {stored.shard} is {stored.dtype} {stored.shape}, "
                 f"expected {layer.dtype} {shape}"
             )
-    if extras := sorted(parts - set(shapes)):
-        raise CheckpointError(f"{where}: tensors {extras[:5]} are unexpected; {structure} has {sorted(shapes)}")
     check_resolved(name, layer)

@@ -38,9 +38,6 @@ def _real(dtype: torch.dtype) -> torch.dtype:
     return dtype.to_real() if dtype.is_complex else dtype
 
 
-# Any safetensors file ------------------------------------------------------------------------------------------------
-
-
 def obstacle(tensor: Tensor) -> str | None:
     """Say why a tensor cannot be written and what to do about it; return None if it can."""
     kind = type(tensor)
@@ -114,9 +111,6 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-# Shards of a checkpoint ----------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Stored:
     """A tensor in a shard, as the header describes it."""
@@ -127,11 +121,7 @@ class Stored:
 
 
 def write_shards(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> dict[str, str]:
-    """Write tensors into as few shards as hold them, with an index if there are several.
-
-    Returns:
-        The sha256 of each shard by file name.
-    """
+    """Write tensors into as few shards as hold them, with an index if several; return the sha256 of each by name."""
     groups: list[dict[str, Tensor]] = [{}]
     size = 0
     for key, tensor in tensors.items():
@@ -152,13 +142,7 @@ def write_shards(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes
 
 
 def read_headers(directory: Path, shards: list[str], pairs: set[str]) -> dict[str, Stored]:
-    """Read the headers of the shards, not their data.
-
-    Args:
-        directory: of the checkpoint.
-        shards: file names from structlin.json, not yet checked.
-        pairs: names of the complex tensors, which are stored as pairs.
-    """
+    """Read the headers of the shards, not their data; `pairs` names the complex tensors, stored as pairs of floats."""
     found: dict[str, Stored] = {}
     for shard in shards:
         if not SHARD.fullmatch(shard):
@@ -211,9 +195,9 @@ def check_hashes(directory: Path, hashes: Mapping[str, str | None]) -> None:
             while block := file.read(1 << 20):
                 digest.update(block)
         if digest.hexdigest() != expected:
+            found = f"{directory / shard}: sha256 {digest.hexdigest()}, expected {expected}"
             raise CheckpointError(
-                f"{directory / shard}: sha256 {digest.hexdigest()}, expected {expected}; the file was changed, copy it "
-                "again (or load with check_hashes=False if you changed it)"
+                f"{found}; copy the file again, or pass check_hashes=False if you changed it yourself"
             )
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 
-# A factorisation is accepted without padding while its largest mode is at most this many times the geometric mean.
-BALANCE = 2.0
-# Classic butterflies take digits up to this size (or up to the radix) before they pad.
-SMOOTH = 7
+BALANCE = 2.0  # largest mode / geometric mean of the modes, up to which a factorisation needs no padding
+SMOOTH = 7  # `digits` pads only numbers that have a prime factor above this and above the radix
 
 
 @lru_cache(maxsize=4096)
@@ -23,9 +21,19 @@ def divisors(n: int) -> tuple[int, ...]:
     return tuple(sorted({*small, *(n // d for d in small)}))
 
 
+def pairs(n: int) -> list[tuple[int, int]]:
+    """Return all (first, second) whose product is n, the first ascending.
+
+    Example:
+        >>> pairs(6)
+        [(1, 6), (2, 3), (3, 2), (6, 1)]
+    """
+    return [(first, n // first) for first in divisors(n)]
+
+
 @lru_cache(maxsize=4096)
 def balanced(n: int, count: int) -> tuple[int, ...]:
-    """Write n as a product of `count` modes that are as equal as its divisors allow, ascending.
+    """Factor n into `count` modes, as equal as its divisors allow, ascending.
 
     Example:
         >>> balanced(384, 2), balanced(1024, 3), balanced(97, 2)
@@ -33,8 +41,8 @@ def balanced(n: int, count: int) -> tuple[int, ...]:
     """
     if count == 1:
         return (n,)
-    root = n ** (1 / count)
-    # The divisor below the root and the one above: the better of both continuations (largest mode smallest).
+    root = n ** (1 / count)  # rounded: 1e-12 lets an exact root count on both sides
+    # Try the nearest divisors on both sides of the root, and take the one that leads to the smaller largest mode.
     below = max((d for d in divisors(n) if d <= root * (1 + 1e-12)), default=1)
     above = min((d for d in divisors(n) if d >= root * (1 - 1e-12)), default=n)
     options = [tuple(sorted((d, *balanced(n // d, count - 1)))) for d in {below, above}]
@@ -43,10 +51,9 @@ def balanced(n: int, count: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4096)
 def padded(n: int, count: int) -> int:
-    """Return the smallest m >= n that splits into `count` balanced modes.
+    """Return the smallest m >= n whose `count` modes are balanced: the largest is at most `BALANCE` times their mean.
 
-    A prime has no balanced modes; padding it by a few zeros is what keeps a structure from becoming silently dense.
-    The largest mode may be `BALANCE` times the geometric mean.
+    A prime has no balanced modes: without padding, its structure would be as large as the dense matrix.
 
     Example:
         >>> padded(384, 2), padded(97, 2), padded(1021, 2)
@@ -65,7 +72,7 @@ def balanced_modes(n: int, count: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=4096)
 def split(n: int, first: int) -> tuple[int, int]:
-    """Split n into (first, rest) with the fewest padded zeros: first * rest >= n.
+    """Return (first, rest) with the smallest rest such that first * rest >= n.
 
     Example:
         >>> split(1536, 2), split(97, 2)
@@ -74,11 +81,15 @@ def split(n: int, first: int) -> tuple[int, int]:
     return first, -(-n // first)
 
 
-def digits(n: int, radix: int) -> tuple[int, ...]:
-    """Write n in mixed radix: digits `radix` as often as they divide it, the rest in small primes before them.
+def block_sides(blocks: int, in_features: int, out_features: int) -> tuple[int, int]:
+    """Return rows and columns of one block of a blocks x blocks grid, rounded up."""
+    return split(out_features, blocks)[1], split(in_features, blocks)[1]
 
-    The digits are most significant first. n is first padded to the next number without a prime factor above
-    max(radix, SMOOTH).
+
+def digits(n: int, radix: int) -> tuple[int, ...]:
+    """Factor n into digits, most significant first: `radix` as often as it divides n, small primes before it.
+
+    n is padded to the next number without a prime factor above max(radix, SMOOTH).
 
     Raises:
         ValueError: if radix is below 2.
@@ -98,12 +109,10 @@ def _digits_or_none(n: int, radix: int) -> tuple[int, ...] | None:
     while n % radix == 0:
         n, count = n // radix, count + 1
     rest: list[int] = []
-    # Only primes divide what is left of n when their turn comes.
-    for prime in range(2, min(max(radix, SMOOTH), n) + 1):
+    for prime in range(2, min(max(radix, SMOOTH), n) + 1):  # a composite never divides: its primes came before it
         while n % prime == 0:
             n //= prime
-            # Small primes are gathered into one digit while it stays within the radix.
-            if rest and rest[-1] * prime <= radix:
+            if rest and rest[-1] * prime <= radix:  # multiply small primes into one digit up to the radix
                 rest[-1] *= prime
             else:
                 rest.append(prime)
@@ -111,7 +120,7 @@ def _digits_or_none(n: int, radix: int) -> tuple[int, ...] | None:
 
 
 def same_length(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Put ones before the shorter of two digit tuples.
+    """Pad the shorter of two digit tuples with leading ones.
 
     Example:
         >>> same_length((2, 2, 2), (5,))

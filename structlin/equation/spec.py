@@ -14,28 +14,19 @@ T = TypeVar("T")
 
 
 class Contraction(NamedTuple):
-    """The modes of a product of two operands, sorted by what happens to them.
+    """The modes of a product of two operands, by their role."""
 
-    Args:
-        batch: held by both operands and kept.
-        first: held by the first operand only.
-        second: held by the second operand only.
-        summed: held by both operands and needed by nothing else.
-    """
-
-    batch: Modes
-    first: Modes
-    second: Modes
-    summed: Modes
+    batch: Modes  # in both operands, and kept
+    first: Modes  # in the first operand only
+    second: Modes  # in the second operand only
+    summed: Modes  # in both operands, and needed nowhere else
 
 
 def contraction(first: Collection[str], second: Collection[str], needed: Collection[str]) -> Contraction:
-    """Sort the modes of two operands; shared modes stand in the order of the first operand.
+    """Classify the modes of two operands; shared modes keep the order of the first operand.
 
-    Args:
-        first: modes of an operand.
-        second: modes of the other.
-        needed: modes that must survive: those of the result and of operands still to come.
+    `needed` are the modes that must survive: those of the result and of operands still to come.
+
     Example:
         >>> contraction(("o", "r"), ("r", "i"), {"o", "i"})
         Contraction(batch=(), first=('o',), second=('i',), summed=('r',))
@@ -51,18 +42,11 @@ def contraction(first: Collection[str], second: Collection[str], needed: Collect
 
 @dataclass(frozen=True)
 class Factor:
-    """One small tensor of an equation.
+    """One small tensor of an equation."""
 
-    Args:
-        name: its name in the layer and in the `state_dict`.
-        modes: the names of its axes, in storage order.
-        constant: fixed entries, row-major, if the factor is not learned (for instance the Hamilton factors of a
-            quaternion layer).
-    """
-
-    name: str
-    modes: Modes
-    constant: tuple[float, ...] | None = None
+    name: str  # in the layer and in the `state_dict`
+    modes: Modes  # the names of its axes, in storage order
+    constant: tuple[float, ...] | None = None  # entries, row-major, if not learned (for instance the quaternions')
 
     @property
     def learned(self) -> bool:
@@ -71,25 +55,17 @@ class Factor:
 
 
 class Absorption(NamedTuple):
-    """What one factor does to the activations that absorb it.
+    """The effect of one factor on the activations that it is multiplied with."""
 
-    Args:
-        factor: its index in the equation.
-        batch: modes that it shares with the activations and leaves.
-        free: modes of the activations that it does not touch.
-        new: modes that it adds.
-        summed: modes that it shares with the activations and sums over.
-    """
-
-    factor: int
-    batch: Modes
-    free: Modes
-    new: Modes
-    summed: Modes
+    factor: int  # its index in the equation
+    batch: Modes  # shared with the activations, and kept
+    free: Modes  # of the activations only
+    new: Modes  # of the factor only
+    summed: Modes  # shared with the activations, and summed over
 
     @property
     def kept(self) -> Modes:
-        """Modes of the activations afterwards, in no layout in particular."""
+        """Modes of the activations afterwards, in no particular layout."""
         return self.batch + self.free + self.new
 
     def flops(self, eq: Equation) -> int:
@@ -101,20 +77,14 @@ class Absorption(NamedTuple):
 class Equation:
     """The contraction of named factors into a matrix with output and input modes.
 
-    A mode that is neither an output nor an input mode is a bond, and summed. The matrix has the output modes as rows
-    and the input modes as columns, both row-major.
-
-    Args:
-        factors: ordered as a chain; a contraction may start at either end.
-        outputs: modes of the rows.
-        inputs: modes of the columns.
-        sizes: (mode, size) pairs.
+    A mode that is neither an output nor an input mode is a bond, and summed. The output modes index the rows, the
+    input modes the columns, both row-major.
     """
 
-    factors: tuple[Factor, ...]
-    outputs: Modes
-    inputs: Modes
-    sizes: tuple[tuple[str, int], ...]
+    factors: tuple[Factor, ...]  # ordered as a chain; a contraction may start at either end
+    outputs: Modes  # of the rows
+    inputs: Modes  # of the columns
+    sizes: tuple[tuple[str, int], ...]  # (mode, size) pairs: hashable, unlike a dict
 
     @cached_property
     def size(self) -> Mapping[str, int]:
@@ -123,12 +93,12 @@ class Equation:
 
     @cached_property
     def padded_in(self) -> int:
-        """Length of the input once it is padded: the product of the input modes."""
+        """Length of the padded input: the product of the input modes."""
         return self.numel(self.inputs)
 
     @cached_property
     def padded_out(self) -> int:
-        """Length of the output before surplus rows are cut: the product of the output modes."""
+        """Length of the output before it is cut: the product of the output modes."""
         return self.numel(self.outputs)
 
     def numel(self, modes: Sequence[str]) -> int:
@@ -140,21 +110,20 @@ class Equation:
         return tuple(self.size[mode] for mode in modes)
 
     def absorb(self, order: Sequence[int]) -> tuple[Absorption, ...]:
-        """Contract an input with the factors one by one and say what each of them does.
+        """Contract an input with the factors one by one, in the given order of their indices.
 
         A mode is summed when its last factor is absorbed, unless it is an output mode.
 
-        Args:
-            order: indices of all factors, in the order in which they are absorbed.
         Example:
             >>> eq = equation("o r, r i -> o i", ("left", "right"), {"o": 4, "r": 2, "i": 3})
             >>> eq.absorb([1, 0])[0]
             Absorption(factor=1, batch=(), free=(), new=('r',), summed=('i',))
         """
         found = []
-        state = self.inputs
+        state = self.inputs  # modes of the activations
         for step, k in enumerate(order):
             needed = {*self.outputs, *(mode for later in order[step + 1 :] for mode in self.factors[later].modes)}
+            # The factor comes first: summed modes stand in its order, along which it is read.
             batch, new, free, summed = contraction(self.factors[k].modes, state, needed)
             found.append(Absorption(k, batch, free, new, summed))
             state = found[-1].kept
@@ -170,18 +139,16 @@ def equation(
 ) -> Equation:
     """Parse and check an equation, for instance `"o r, r i -> o i"`.
 
-    Names of output modes begin with `o`, names of input modes with `i`; all other modes are bonds, and summed.
+    Output modes begin with `o`, input modes with `i`; all other modes are bonds, and summed.
 
     Args:
         text: the modes of each factor, an arrow, then the output modes and the input modes.
         names: one name per factor.
         sizes: the size of every mode.
         constants: entries of the factors that are not learned, row-major, by factor name.
-    Returns:
-        The equation.
     Raises:
-        ValueError: if a size is missing or below 1, names and factors differ in number, no factor holds an external
-            mode, or fewer than two factors hold a bond.
+        ValueError: if a size is missing or below 1, names and factors differ in number, no factor has an external
+            mode, or fewer than two factors share a bond.
     Example:
         >>> str(equation("o r, r i -> o i", ("left", "right"), {"o": 4, "r": 2, "i": 3}))
         'o r, r i -> o i'
@@ -214,8 +181,8 @@ def equation(
 class Spec:
     """A structured matrix: the sum of one or more equations, cut to (out_features, in_features).
 
-    Each equation has its own modes over the same input and output. Where the product of its modes exceeds the
-    features, the input is padded with zeros and the surplus outputs are dropped.
+    Each equation divides the same input and output into modes of its own. Where their product exceeds the features,
+    the input is padded with zeros and the surplus outputs are cut.
 
     Args:
         in_features: columns of the matrix.
@@ -256,11 +223,7 @@ class Spec:
         return sum(math.prod(s) for f, s in zip(self.factors, self.shapes, strict=True) if f.learned)
 
     def split(self, sequence: Sequence[T]) -> Iterator[tuple[Equation, Sequence[T]]]:
-        """Pair each equation with its part of a sequence that has one item per factor.
-
-        Args:
-            sequence: one item per factor, in the order of `factors`: tensors, gradients, indices.
-        """
+        """Pair each equation with its part of a sequence with one item (tensor, gradient, index) per factor."""
         start = 0
         for eq in self.equations:
             yield eq, sequence[start : start + len(eq.factors)]

@@ -19,28 +19,21 @@ from structlin.equation.spec import Spec
 class Structure(ABC):
     """A kind of structured matrix with its hyperparameters: subclass it as a frozen dataclass.
 
-    A structure gives the modes of its equation and the decomposition of a dense weight. All else (forward, backward,
-    counts, initialisation, printing, storage) follows from the equation.
+    A structure defines its equation and the decomposition of a dense weight. All else (forward, backward, counts,
+    initialisation, printing, storage) follows from the equation.
 
     A field may be left open (None) where the size of the layer or its weight determines it; `resolve` fills it in.
     Layers and checkpoints hold resolved structures. A field holds a number, a string, None, a structure, or a tuple of
     these.
     """
 
-    # The registered name, written to files, and other names accepted in its place.
-    name: ClassVar[str]
-    aliases: ClassVar[tuple[str, ...]] = ()
-    # Default number of refinement steps: above 0 for a structure without a closed form.
-    refine_steps: ClassVar[int] = 0
-    # Whether `candidates` finds sizes from a budget.
-    sized: ClassVar[bool] = True
+    name: ClassVar[str]  # registered, and written to files
+    aliases: ClassVar[tuple[str, ...]] = ()  # other names that are accepted
+    refine_steps: ClassVar[int] = 0  # default refinement; above 0 for a structure without a closed form
+    sized: ClassVar[bool] = True  # whether `candidates` finds sizes from a budget
 
     def __post_init__(self) -> None:
-        """Turn lists into tuples, and check every field against its annotation.
-
-        Raises:
-            TypeError: if a field has another type.
-        """
+        """Turn lists into tuples, and raise TypeError for a field that does not fit its annotation."""
         for name, kind in _field_kinds(type(self)).items():
             given = getattr(self, name)
             value = _plain(given)
@@ -80,7 +73,7 @@ class Family(Protocol):
 
     @property
     def name(self) -> str:
-        """The name, as a rule or a command line gives it."""
+        """The name, as in a rule or on a command line."""
 
     @property
     def refine_steps(self) -> int:
@@ -88,6 +81,12 @@ class Family(Protocol):
 
     def candidates(self, in_features: int, out_features: int, budget: int) -> Iterable[Structure]:
         """Yield the largest members of at most `budget` parameters, as `Structure.candidates` does."""
+
+
+def check_range(name: str, value: int, largest: int, rest: str) -> None:
+    """Raise ValueError for a field outside 1..largest; `rest` says why that is the range, and the way out."""
+    if not 1 <= value <= largest:
+        raise ValueError(f"{name}={value} is outside 1..{largest}{rest}")
 
 
 @cache
@@ -104,6 +103,7 @@ def _plain(value: Any) -> Any:
 
 
 def _is_kind(value: Any, kind: Any) -> bool:
+    """Return whether a value fits an annotation (union, tuple or class); an int fits float, a bool fits bool only."""
     origin, args = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return any(_is_kind(value, arg) for arg in args)

@@ -10,11 +10,10 @@ from structlin.runtime.planner import flops_per_token
 
 Budget = Literal["parameters", "bytes", "flops"]
 
-# If a structure grows in steps so coarse that more than COARSE of the budget stays unused, it may exceed the budget by
+# A structure that grows in coarse steps, so that more than COARSE of the budget stays unused, may exceed the budget by
 # SLACK: PHM-2 has half of the dense parameters plus eight.
-COARSE = 0.05
-SLACK = 0.01
-_BISECTIONS = 12
+COARSE, SLACK = 0.05, 0.01
+_BISECTIONS = 12  # the number of parameters is found to 1 / 4096 of the limit
 
 
 class NoMemberError(ValueError):
@@ -24,19 +23,11 @@ class NoMemberError(ValueError):
 def within(
     family: Family, in_features: int, out_features: int, ratio: float, budget: Budget = "parameters"
 ) -> list[Structure]:  # fmt: skip
-    """Return the candidates of a structure that keep at most `ratio` of the dense parameters, bytes or FLOPs.
+    """Return the resolved candidates that keep at most `ratio` of the dense parameters, bytes or FLOPs (bias excluded).
 
-    One candidate per choice of shape, each as large as fits; the fit decides between them.
+    One candidate per choice of shape, each as large as fits; the fit decides between them. Bytes count constants too.
+    FLOPs are those of one token, contracted factor by factor, against the 2 in out of the dense product.
 
-    Args:
-        family: a structure's class, or a sum (`structlin.structures.sum_of`).
-        in_features: size of the input.
-        out_features: size of the output.
-        ratio: kept / dense (bias excluded), in (0, 1].
-        budget: "parameters"; "bytes", which count constants too (factors have the dtype of the weight); or "flops" per
-            token, of the factor-by-factor contraction against the 2 in out of the dense product.
-    Returns:
-        Resolved structures, at least one.
     Raises:
         ValueError: if ratio or budget is out of range; NoMemberError if no member is small enough.
     """
@@ -47,11 +38,12 @@ def within(
     if budget == "flops":
         found = _sized_by_flops(family, in_features, out_features, 2 * ratio * dense)
     else:
-        found = _sized(family, in_features, out_features, int(ratio * dense + 1e-9))
+        found = _sized(family, in_features, out_features, int(ratio * dense + 1e-9))  # 0.29 * 100 is 28.999..
         if not found or max(found.values()) < (1 - COARSE) * ratio * dense:
             found |= _sized(family, in_features, out_features, int((1 + SLACK) * ratio * dense))
-        if budget == "bytes":
-            found = {s: n for s, n in found.items() if _entries(s, in_features, out_features) <= ratio * dense}
+        if budget == "bytes":  # stored entries: factors have the dtype of the weight
+            shapes = {structure: structure.spec(in_features, out_features).shapes for structure in found}
+            found = {s: n for s, n in found.items() if sum(map(math.prod, shapes[s])) <= ratio * dense}
     if not found:
         raise NoMemberError(
             f"no {family.name} structure of a {out_features} x {in_features} layer keeps {ratio:.3g} of its {budget} "
@@ -61,11 +53,7 @@ def within(
 
 
 def check_ratio(ratio: float) -> None:
-    """Refuse a ratio outside (0, 1].
-
-    Raises:
-        ValueError: naming the ratio.
-    """
+    """Raise ValueError for a ratio outside (0, 1]."""
     if not 0 < ratio <= 1:
         raise ValueError(f"ratio={ratio} is outside (0, 1]; it is parameters kept / dense parameters")
 
@@ -75,11 +63,6 @@ def _sized(family: Family, in_features: int, out_features: int, budget: int) -> 
     resolved = [c.resolve(in_features, out_features) for c in family.candidates(in_features, out_features, budget)]
     sizes = {structure: structure.spec(in_features, out_features).num_parameters for structure in resolved}
     return {structure: size for structure, size in sizes.items() if size <= budget}
-
-
-def _entries(structure: Structure, in_features: int, out_features: int) -> int:
-    """Count the stored entries, constants included."""
-    return sum(math.prod(shape) for shape in structure.spec(in_features, out_features).shapes)
 
 
 def _sized_by_flops(family: Family, in_features: int, out_features: int, limit: float) -> dict[Structure, int]:

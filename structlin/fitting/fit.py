@@ -12,11 +12,11 @@ from torch import Tensor
 from structlin.equation.spec import Spec
 from structlin.equation.structure import Family, Structure
 from structlin.fitting.budget import Budget, NoMemberError, within
-from structlin.fitting.objective import GramRoot, Objective, make_objective
+from structlin.fitting.objective import GramRoot, Objective, make_objective, norm
 from structlin.fitting.refine import Refinement, low_rank_summand
 from structlin.runtime.contract import to_dense
 
-STEPS = 300  # of refinement, if a Gram is given and the closed form holds for G = I only
+STEPS = 300  # of refinement, for a closed form that is optimal for G = I only
 RACE = 60  # steps for each of several candidates; the best of them then gets all
 
 Families = Family | Sequence[Family]
@@ -24,21 +24,13 @@ Families = Family | Sequence[Family]
 
 @dataclass(frozen=True)
 class Fit:
-    """The factors that approximate a weight.
+    """The factors that approximate a weight, with their errors."""
 
-    Args:
-        structure: the resolved structure.
-        spec: its equation.
-        factors: in the order of `spec`, in the dtype of the weight.
-        error: relative Frobenius error ||W - What|| / ||W||, of the factors rounded to that dtype.
-        output_error: the same in the norm of the given Grams; None without.
-    """
-
-    structure: Structure
+    structure: Structure  # resolved
     spec: Spec
-    factors: tuple[Tensor, ...]
-    error: float
-    output_error: float | None = None
+    factors: tuple[Tensor, ...]  # in the order of `spec`, in the dtype of the weight
+    error: float  # relative Frobenius error ||W - What|| / ||W||, of the factors rounded to that dtype
+    output_error: float | None = None  # the same in the norm of the given Grams; None without
 
     @property
     def minimised(self) -> float:
@@ -118,14 +110,8 @@ def extend(
 ) -> Fit:
     """Change the rank of the low-rank summand of a fit: solve for it in closed form, keep all other factors.
 
-    Args:
-        found: the fit, of the same weight and Grams.
-        structure: the resolved structure, which differs from the fit's in that rank only.
-        weight: as for `fit`.
-        gram: as for `fit`.
-        output_gram: as for `fit`.
-    Returns:
-        The new Fit; its error does not exceed that of `found` unless the rank is smaller.
+    `structure` differs from the fit's in that rank only. The error does not exceed that of `found`, for the same weight
+    and Grams, unless the rank is smaller.
     """
     return _Problem(weight.detach(), *make_objective(weight, gram, output_gram)).extended(found, structure)
 
@@ -139,14 +125,13 @@ class _Problem:
     scale: float
 
     def steps(self, structure: Structure, refine: int | None) -> int:
-        """Return the number of refinement steps for a structure."""
-        spec = structure.spec(self.weight.shape[1], self.weight.shape[0])
         if refine is not None:
             return refine
+        spec = structure.spec(self.weight.shape[1], self.weight.shape[0])
         return structure.refine_steps or (0 if self.objective.plain or _is_low_rank(spec) else STEPS)
 
     def best(self, options: Sequence[Structure], refine: int | None) -> Fit:
-        """Fit the candidate that is best after a short refinement of all."""
+        """Fit the candidate that is best after a short refinement of each."""
         if len(options) == 1:
             return self.fit_with(options[0], refine)
         race = [self.fit(option, min(RACE, self.steps(option, refine))) for option in options]
@@ -156,7 +141,6 @@ class _Problem:
         return min(self.fit_with(first.structure, refine), first, key=lambda fit: fit.minimised)
 
     def fit_with(self, structure: Structure, refine: int | None) -> Fit:
-        """Fit one structure with its number of steps."""
         return self.fit(structure, self.steps(structure, refine))
 
     def fit(self, structure: Structure, steps: int) -> Fit:
@@ -179,7 +163,7 @@ class _Problem:
         return self.measured(structure, spec, Refinement(spec, known, self.objective, 0).result())
 
     def measured(self, structure: Structure, spec: Spec, factors: Sequence[Tensor]) -> Fit:
-        """Round the factors to the dtype of the weight, and measure the error of the result."""
+        """Round the factors to the dtype of the weight, and compute the error of the result."""
         stored = _rescaled(spec, factors, self.scale, self.weight.dtype)
         dense = to_dense(spec, [factor.to(self.objective.weight.dtype) for factor in stored])
         error = relative_error(self.weight.to(dense.dtype), dense)
@@ -207,18 +191,12 @@ def _single(dtype: torch.dtype) -> torch.dtype:
 
 def relative_error(weight: Tensor, approximation: Tensor) -> float:
     """Compute ||weight - approximation|| / ||weight|| in the Frobenius norm; 0 for two zero matrices."""
-    wide = torch.promote_types(weight.dtype, torch.float64)  # the squares of 1e30 overflow float32
-    error = torch.linalg.vector_norm(weight - approximation, dtype=wide).item()
-    norm = torch.linalg.vector_norm(weight, dtype=wide).item()
-    return error / norm if norm > 0 else (0.0 if error == 0 else math.inf)
+    error, total = norm(weight - approximation), norm(weight)
+    return error / total if total > 0 else (0.0 if error == 0 else math.inf)
 
 
 def check_weight(weight: Tensor) -> None:
-    """Refuse a weight that has no decomposition.
-
-    Raises:
-        ValueError: if the weight is not a matrix with finite values of a float or complex dtype.
-    """
+    """Raise ValueError unless the weight is a finite, non-empty matrix of a float or complex dtype."""
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; a dense matrix (out_features, in_features) is needed"
@@ -232,7 +210,7 @@ def check_weight(weight: Tensor) -> None:
 
 
 def _rescaled(spec: Spec, factors: Sequence[Tensor], scale: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Give the scale back to the learned factors, evenly, and cast."""
+    """Distribute a scale of the matrix evenly over the learned factors of each equation, and cast."""
     result = []
     for eq, part in spec.split(factors):
         share = scale ** (1 / sum(factor.learned for factor in eq.factors))

@@ -39,12 +39,12 @@ def leading(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         norm 1 (or 0 where the value is 0); k = min(m, n). The largest entry of each left vector is positive.
     """
     m, n = matrix.shape[-2:]
-    if m > n:
+    if m > n:  # the Gram matrix of the transpose is the smaller one
         left, values, right = leading(matrix.mH)
         return _fix_signs(right.mH, values, left.mH)
     _, vectors = torch.linalg.eigh(matrix @ matrix.mH)  # ascending
     vectors = vectors.flip(-1)
-    rows = vectors.mH @ matrix
+    rows = vectors.mH @ matrix  # values * right
     values = torch.linalg.vector_norm(rows, dim=-1)
     right = rows / torch.where(values > 0, values, 1).unsqueeze(-1)
     return _fix_signs(vectors, values, right)
@@ -52,7 +52,7 @@ def leading(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _fix_signs(left: Tensor, values: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Make the largest entry of each left vector positive, so that the decomposition is deterministic."""
-    top = left.abs().argmax(dim=-2, keepdim=True)
+    top = left.abs().argmax(dim=-2, keepdim=True)  # (..., 1, k)
     phase = torch.sgn(torch.gather(left, -2, top))
     phase = torch.where(phase == 0, torch.ones_like(phase), phase)
     return left * phase.conj(), values, right * phase.mT
@@ -150,26 +150,32 @@ def tt_svd(
         >>> [tuple(core.shape) for core in cores]
         [(1, 2, 2, 1), (1, 3, 3, 1)]
     """
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance={tolerance} is negative or NaN; use a relative error from 0 to 1")
     sizes = list(zip(tensor.shape[0::2], tensor.shape[1::2], strict=True))
     rest = tensor.to(working_dtype(tensor)).reshape(1, -1)
-    # Each of the d - 1 truncations may lose this much (Oseledets 2011, theorem 2.2).
-    allowed = tolerance * torch.linalg.vector_norm(rest).item() / math.sqrt(max(len(sizes) - 1, 1))
+    allowed = _loss_per_bond(rest, tolerance, len(sizes) - 1)
     cores = []
     for bond, (o, i) in enumerate(sizes[:-1]):
-        left, values, right = leading(rest.reshape(rest.shape[0] * o * i, -1))
-        rank = _rank_within(values, allowed) if ranks is None else min(ranks[bond], len(values))
-        cores.append(left[:, :rank].reshape(-1, o, i, rank))
-        rest = right[:rank] * values[:rank, None]
+        unfolding = rest.reshape(rest.shape[0] * o * i, -1)
+        left, rest = _truncated(unfolding, None if ranks is None else ranks[bond], allowed)
+        cores.append(left.reshape(-1, o, i, left.shape[1]))
     cores.append(rest.reshape(-1, *sizes[-1], 1))
     return cores
 
 
-def _rank_within(values: Tensor, allowed: float) -> int:
-    """Return the smallest rank whose discarded singular values have a norm of at most `allowed`."""
-    tails = values.square().flip(0).cumsum(0).flip(0).sqrt()
-    return max(int((tails > allowed).sum()), 1)
+def _loss_per_bond(tensor: Tensor, tolerance: float, bonds: int) -> float:
+    """Return the norm that each of several truncations may lose (Oseledets 2011, theorem 2.2)."""
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance={tolerance} is negative or NaN; use a relative error from 0 to 1")
+    return tolerance * torch.linalg.vector_norm(tensor).item() / math.sqrt(max(bonds, 1))
+
+
+def _truncated(matrix: Tensor, rank: int | None, allowed: float) -> tuple[Tensor, Tensor]:
+    """Return orthonormal left vectors (m, rank) and the rest (rank, n); None: the least rank that loses `allowed`."""
+    left, values, right = leading(matrix)
+    if rank is None:
+        tails = values.square().flip(0).cumsum(0).flip(0).sqrt()  # norms of the values from each on
+        rank = max(int((tails > allowed).sum()), 1)
+    return left[:, :rank], right[:rank] * values[:rank, None]
 
 
 def tt_round(
@@ -192,19 +198,16 @@ def tt_round(
         >>> [tuple(core.shape) for core in tt_round(doubled, tolerance=1e-8)]
         [(1, 2, 2, 1), (1, 3, 3, 1)]
     """
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance={tolerance} is negative or NaN; use a relative error from 0 to 1")
     work = [core.to(working_dtype(core)) for core in cores]
     for k in range(len(work) - 1, 0, -1):
         q, r = torch.linalg.qr(work[k].flatten(1).mH)
         work[k] = q.mH.reshape(-1, *work[k].shape[1:])
         work[k - 1] = work[k - 1] @ r.mH
-    allowed = tolerance * torch.linalg.vector_norm(work[0]).item() / math.sqrt(max(len(work) - 1, 1))
+    allowed = _loss_per_bond(work[0], tolerance, len(work) - 1)  # the other cores are orthogonal: work[0] has the norm
     for k in range(len(work) - 1):
-        left, values, right = leading(work[k].flatten(0, 2))
-        rank = _rank_within(values, allowed) if ranks is None else min(ranks[k], len(values))
-        work[k] = left[:, :rank].reshape(*work[k].shape[:3], rank)
-        work[k + 1] = torch.tensordot(right[:rank] * values[:rank, None], work[k + 1], 1)
+        left, rest = _truncated(work[k].flatten(0, 2), None if ranks is None else ranks[k], allowed)
+        work[k] = left.reshape(*work[k].shape[:3], left.shape[1])
+        work[k + 1] = torch.tensordot(rest, work[k + 1], 1)
     return work
 
 
@@ -255,7 +258,7 @@ def _peel(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 def _leading_pair(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """Best rank-1 approximation of (b, m, n) as unit left (b, m) and scaled right (b, n); Gram of the smaller side."""
-    if blocks.shape[-2] > blocks.shape[-1]:
+    if blocks.shape[-2] > blocks.shape[-1]:  # transpose, and move the norm to the right
         right, left = _leading_pair(blocks.mT)
         norm = torch.linalg.vector_norm(left, dim=-1, keepdim=True)
         return left / torch.where(norm > 0, norm, 1), right * norm

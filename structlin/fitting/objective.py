@@ -21,16 +21,11 @@ class Objective:
 
     `inputs` and `outputs` are Gram square roots, of G and H: at most `in_features` rows stand for all calibration
     tokens. None is the identity; without both, this is the Frobenius error.
-
-    Args:
-        weight: the target W, (out_features, in_features), with entries near 1.
-        inputs: (rows, in_features) with inputs^T conj(inputs) = G, or None.
-        outputs: (out_features, out_features) with outputs outputs^H = conj(H), invertible, or None.
     """
 
-    weight: Tensor
-    inputs: Tensor | None = None
-    outputs: Tensor | None = None
+    weight: Tensor  # the target W, (out_features, in_features), with entries near 1
+    inputs: Tensor | None = None  # (rows, in_features) with inputs^T conj(inputs) = G
+    outputs: Tensor | None = None  # (out_features, out_features) with outputs outputs^H = conj(H), invertible
 
     @property
     def plain(self) -> bool:
@@ -45,7 +40,7 @@ class Objective:
     @cached_property
     def total(self) -> float:
         """Norm of the targets, the denominator of relative errors; 1 if it is zero."""
-        return _norm(self.targets) or 1.0
+        return norm(self.targets) or 1.0
 
     def error(self, difference: Tensor) -> Tensor:
         """Map a difference of weights (out, in) to the residual (rows, out) whose norm is the error."""
@@ -54,16 +49,13 @@ class Objective:
 
     def relative_error(self, approximation: Tensor) -> float:
         """Compute the error of a dense approximation (out, in) relative to the norm of the targets."""
-        return _norm(self.error(self.weight - approximation.to(self.weight.dtype))) / self.total
+        return norm(self.error(self.weight - approximation.to(self.weight.dtype))) / self.total
 
     def low_rank(self, difference: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-        """Factor the best approximation of a difference whose outputs lie in the span of a basis.
+        """Factor the best approximation of a difference (out, in) whose outputs lie in the span of a basis (out, rank).
 
-        Args:
-            difference: (out, in).
-            basis: (out, rank), orthonormal, in the coordinates of `targets`.
-        Returns:
-            left (out, rank) and right (rank, in), of equal norms in each term. No inverse of G is needed.
+        The basis is orthonormal, in the coordinates of `targets`. Returns left (out, rank) and right (rank, in), of
+        equal norms in each term. No inverse of G is needed.
         """
         if self.outputs is None:
             left, right = basis.conj(), basis.mT @ difference
@@ -87,12 +79,9 @@ class GramRoot:
 
     @classmethod
     def of(cls, gram: Tensor) -> GramRoot | None:
-        """Compute the Gram square root by an eigendecomposition in float64; G may be singular.
+        """Compute the root of a positive semi-definite G (n, n) in float64 or complex128, of any scale, even singular.
 
-        Args:
-            gram: (n, n), symmetric (Hermitian) positive semi-definite, of any scale.
-        Returns:
-            The square root, in float64 (complex128), or None for G = 0, which carries no information.
+        None for G = 0, which carries no information.
         """
         gram = gram.detach().to(linalg.working_dtype(gram))
         largest = gram.abs().max()
@@ -108,12 +97,8 @@ class GramRoot:
 def make_objective(
     weight: Tensor, gram: Tensor | GramRoot | None = None, output_gram: Tensor | None = None
 ) -> tuple[Objective, float]:
-    """Check and normalise the arguments of a fit.
+    """Check and normalise the arguments of a fit (`fit` describes them).
 
-    Args:
-        weight: (out, in), finite.
-        gram: G, (in, in), or its square root; None and zero stand for G = I.
-        output_gram: H, (out, out), or its diagonal (out,); adding 1e-6 of its mean diagonal makes it definite.
     Returns:
         The objective in float64 (complex128), and the scale that its weight was divided by. Weight and targets have a
         root mean square of 1 unless they are zero.
@@ -122,7 +107,7 @@ def make_objective(
     """
     out_features, in_features = weight.shape
     exact = weight.detach().to(linalg.working_dtype(weight))
-    scale = _norm(exact) / math.sqrt(exact.numel()) or 1.0
+    scale = norm(exact) / math.sqrt(exact.numel()) or 1.0
     exact = exact / scale
     inputs = outputs = None
     if gram is not None:
@@ -135,10 +120,11 @@ def make_objective(
         metric = (torch.diag(output_gram) if output_gram.ndim == 1 else output_gram).to(exact)
         mean = metric.diagonal().real.mean()
         if mean > 0:
+            # The ridge makes a singular H invertible, as `low_rank` needs it.
             root = GramRoot.of(metric / mean + 1e-6 * torch.eye(out_features).to(exact))
             assert root is not None
             outputs = root.rows.mT
-    size = _norm(Objective(exact, inputs, outputs).targets) / math.sqrt(exact.numel()) or 1.0
+    size = norm(Objective(exact, inputs, outputs).targets) / math.sqrt(exact.numel()) or 1.0
     if inputs is not None:
         inputs = inputs / size
     elif outputs is not None:
@@ -165,6 +151,7 @@ def leading_basis(rows: Tensor, rank: int) -> Tensor:
     return torch.linalg.qr(images)[0].to(rows.dtype)
 
 
-def _norm(tensor: Tensor) -> float:
+def norm(tensor: Tensor) -> float:
+    """Return the Frobenius norm, computed in float64."""
     wide = torch.promote_types(tensor.dtype, torch.float64)  # the squares of 1e30 overflow float32
     return torch.linalg.vector_norm(tensor, dtype=wide).item()

@@ -49,23 +49,15 @@ def low_rank_summand(spec: Spec) -> int | None:
 
 @dataclass
 class Schedule:
-    """Learning rate over the steps: warm-up, cosine decay to zero, halved on divergence, hurried on a plateau.
+    """Learning rate over the steps: warm-up, cosine decay to zero, halved on divergence, hurried on a plateau."""
 
-    Args:
-        steps: the length of the cosine.
-        rate: its peak, relative to each factor's root mean square entry.
-        position: the place on the cosine, 0 to `steps`; a step moves it by 1, on a plateau by HURRY.
-        taken: optimiser steps so far; a step that diverged does not count.
-        warm_from: `taken` when the current warm-up began.
-    """
-
-    steps: int
-    rate: float
-    position: float = 0.0
-    taken: int = 0
-    warm_from: int = 0
+    steps: int  # the length of the cosine
+    rate: float  # its peak, relative to each factor's root mean square entry
+    position: float = 0.0  # the place on the cosine, 0 to `steps`
+    taken: int = 0  # optimiser steps so far; a step that diverged does not count
+    warm_from: int = 0  # `taken` when the current warm-up began
     halvings: int = 0
-    stride: float = 1.0
+    stride: float = 1.0  # by which a step moves the position; HURRY on a plateau
     mark: float = math.inf  # error one WINDOW ago
 
     @property
@@ -112,12 +104,8 @@ class Refinement:
     singular vectors of their residual. So it is eliminated, and the loss is the norm that remains after it (variable
     projection, Golub & Pereyra 1973). One subspace iteration per step keeps its basis up to date.
 
-    Args:
-        spec: the equation.
-        factors: the start, in the order of `spec`.
-        objective: the objective, in the dtype to compute in.
-        steps: the length of the schedule (`Schedule`).
-        learning_rate: the peak rate, relative to each factor's root mean square entry; None chooses it.
+    The factors are the start, in the order of `spec`; the dtype of the objective is the one to compute in; `steps` and
+    `learning_rate` (None: chosen) are the length and the peak of the `Schedule`.
     """
 
     def __init__(
@@ -209,29 +197,26 @@ class Refinement:
             rows = apply(self._rest, self._work, self.objective.inputs, self._plan)
         return self.objective.targets - (rows if self.objective.outputs is None else rows @ self.objective.outputs)
 
-    def _residual(self) -> Tensor:
-        """Remainder outside the low-rank summand; moves its basis by one subspace iteration."""
+    def _residual(self, move: bool) -> Tensor:
+        """Return the remainder outside the low-rank summand, after one subspace iteration of its basis if `move`."""
         remainder = self._remainder()
         if self._basis is None:
             return remainder
-        with torch.no_grad():
-            known = remainder.detach()
-            self._basis = torch.linalg.qr(known.mH @ (known @ self._basis))[0]
+        if move:
+            with torch.no_grad():
+                known = remainder.detach()
+                self._basis = torch.linalg.qr(known.mH @ (known @ self._basis))[0]
         return remainder - (remainder @ self._basis) @ self._basis.mH
 
     def _measure(self) -> float:
         with torch.no_grad():
-            remainder = self._remainder()
-            if self._basis is not None:
-                remainder = remainder - (remainder @ self._basis) @ self._basis.mH
-            return torch.linalg.vector_norm(remainder).item() / self.objective.total
+            return torch.linalg.vector_norm(self._residual(move=False)).item() / self.objective.total
 
     def _state(self, error: float) -> _State:
         return _State([factor.detach().clone() for factor in self._work], self._basis, error)
 
     def _keep(self, error: float) -> None:
-        """Remember the present factors if they are the best so far."""
-        if error < self.error:
+        if error < self.error:  # remember the present factors as the best so far
             self._best = self._state(error)
 
     def _restart(self) -> torch.optim.Adam | None:
@@ -239,15 +224,16 @@ class Refinement:
         learned = [factor.learned for factor in self._rest.factors]
         self._work = [f.clone().requires_grad_(flag) for f, flag in zip(self._best.factors, learned, strict=True)]
         self._basis = self._best.basis
+        variables = [factor for factor in self._work if factor.requires_grad]
+        rms = [torch.linalg.vector_norm(f.detach()).item() / math.sqrt(f.numel()) for f in variables]
         groups: list[dict[str, Any]] = [
-            {"params": [f], "base": max(_rms(f), 1e-8)} for f in self._work if f.requires_grad
+            {"params": [f], "base": max(size, 1e-8)} for f, size in zip(variables, rms, strict=True)
         ]
         return torch.optim.Adam(groups, lr=0.0, betas=BETAS, eps=1e-30) if groups else None
 
     def _step(self) -> None:
         assert self._adam is not None
-        residual = self._residual()
-        loss = torch.linalg.vector_norm(residual).square()
+        loss = torch.linalg.vector_norm(self._residual(move=True)).square()
         error = math.sqrt(loss.item()) / self.objective.total if math.isfinite(loss.item()) else math.inf
         self._keep(error)
         if not error < self._limit:
@@ -261,7 +247,3 @@ class Refinement:
             group["lr"] = self._schedule.rate * group["base"] * fade
         self._adam.step()
         self._schedule.step(error)
-
-
-def _rms(tensor: Tensor) -> float:
-    return torch.linalg.vector_norm(tensor.detach()).item() / math.sqrt(tensor.numel())

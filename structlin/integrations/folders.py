@@ -92,7 +92,12 @@ def save_folder(model: nn.Module, source: str, target: Path, report: Report | No
     check_free(target)
     target.mkdir(parents=True, exist_ok=True)
     if Path(source).is_dir():
-        shutil.copytree(source, target, ignore=_left_out, dirs_exist_ok=True)
+
+        def left_out(folder: str, names: list[str]) -> set[str]:
+            top = NOT_COPIED if Path(folder) == Path(source) else set()
+            return {n for n in names if Path(n).suffix in WEIGHTS or n.endswith(".index.json") or n in top}
+
+        shutil.copytree(source, target, ignore=left_out, dirs_exist_ok=True)
     else:
         AutoTokenizer.from_pretrained(source).save_pretrained(target)
     if report is None:
@@ -109,7 +114,3 @@ def check_free(target: Path) -> None:
     """
     if target.exists() and any(target.iterdir()):
         raise FileExistsError(f"{target} is not empty; give a new folder")
-
-
-def _left_out(_folder: str, names: list[str]) -> set[str]:
-    return {n for n in names if Path(n).suffix in WEIGHTS or n.endswith(".index.json") or n in NOT_COPIED}

@@ -87,6 +87,10 @@ class StructlinQuantizer(HfQuantizer):
         before = set(model.state_dict())
         limit = max((size for parameter in model.parameters() for size in parameter.shape), default=1)
         replace_layers(model, names.fitted(self.quantization_config.table(limit), model))
+        for module in model.modules():
+            # The initialisation of a module may reach into attention that it holds; its own tensors are in the file.
+            if any(vars(child).get("origin") and not isinstance(child, Factored) for child in module.children()):
+                module._is_hf_initialized = True
         state = model.state_dict()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         names.tie(model, table_of(model)["aliases"])

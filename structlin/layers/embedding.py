@@ -21,7 +21,7 @@ class StructuredEmbedding(nn.Module):
     the first reads up to as many entries as a dense row times the size of its digit.
 
     Args:
-        linear: the layer whose weight is the table, often the output layer.
+        linear: the layer that holds the table, often the output layer; a dense `nn.Linear` does too.
         padding_idx: row that gets no gradient, as in `nn.Embedding`; negative ones count from the end.
         scale: number that multiplies the rows.
         round_scale: round it to the dtype of the rows first, as Gemma does.

@@ -55,29 +55,20 @@ class Facts:
     """Facts about the parameters of the last call, valid as long as a layer has these very tensors.
 
     Values may change in place unseen, so nothing here depends on them, but for what a frozen layer keeps.
-
-    Args:
-        given: the factors, then the bias (or None).
-        plain: no subclasses, and not on the meta device.
-        native: dtype in which the native kernel takes them, if it does.
-        frozen: these are the factors that were frozen.
-        choices: (rows, mode, native) -> the way, and what it keeps of the factors (None: nothing).
     """
 
-    given: tuple[Any, ...]
-    plain: bool
-    native: torch.dtype | None
-    frozen: bool
+    given: tuple[Any, ...]  # the factors, then the bias (or None)
+    plain: bool  # no subclasses, and not on the meta device
+    native: torch.dtype | None  # dtype in which the native kernel takes them, if it does
+    frozen: bool  # these are the factors that were frozen
+    # (rows, mode, native) -> the way, and what it keeps of the factors (None: nothing).
     choices: dict[tuple[int, Mode, bool], tuple[Way, Any]] = field(default_factory=dict)
 
 
 class Execution:
-    """Runs a structured matrix on inputs.
+    """Run a structured matrix by "auto" (the fastest way for the number of rows), another order, or a plan.
 
-    Args:
-        spec: the structured matrix.
-        choice: "auto" (by the number of rows), another order, or a plan.
-        autotune: measure the best few ways on the first input of each number of rows, instead of predicting.
+    With `autotune` the ways are timed on the first input of each number of rows, instead of predicted.
     """
 
     def __init__(self, spec: Spec, choice: Plan | Order = "auto", autotune: bool = False) -> None:
@@ -108,12 +99,7 @@ class Execution:
     # Running ---------------------------------------------------------------------------------------------------------
 
     def __call__(self, x: Tensor, given: tuple[Any, ...]) -> Tensor:
-        """Compute x W^T + bias for x of shape (..., in_features); the result is never a view.
-
-        Args:
-            x: input.
-            given: the factors, then the bias (or None).
-        """
+        """Compute x W^T + bias for x (..., in_features); given: the factors, then the bias or None. Never a view."""
         factors, bias = given[:-1], given[-1]
         if self.choice == "auto" and not is_compiling() and type(x) in TENSORS:
             facts = self._facts
@@ -132,7 +118,7 @@ class Execution:
         return at_once(self.spec, contract.merge_factors(self.spec, factors, plan), x, bias, plan)
 
     def _look(self, given: tuple[Any, ...]) -> Facts:
-        """Note facts about new parameters, and forget those about the old ones."""
+        """Replace the facts about the old parameters by those about new ones."""
         tensors = given if given[-1] is not None else given[:-1]
         ours = plain(tensors) and not any(tensor.is_meta for tensor in tensors)
         native = given[0].dtype if ours and suits(tensors) else None
@@ -195,12 +181,14 @@ class Execution:
         return self._plan(len(x.reshape(-1, self.spec.in_features)), x)
 
     def _plan(self, rows: int, like: Tensor) -> Plan:
+        return self._plan_for(planner.bucket(rows), like.device, like.element_size())
+
+    def _plan_for(self, rows: int, device: torch.device, itemsize: int) -> Plan:
         """Return the plan that was asked for, or make one."""
         if isinstance(self.choice, Plan):
             return self.choice
-        machine = machine_of(like.device)
-        rows = planner.bucket(rows)
-        return planner.find_plan(self.spec, rows, itemsize=like.element_size(), machine=machine, order=self.choice)
+        machine = machine_of(device)
+        return planner.find_plan(self.spec, rows, itemsize=itemsize, machine=machine, order=self.choice)
 
     @constant
     def _prepare(self, device: torch.device, dtype: torch.dtype) -> bool:
@@ -209,15 +197,9 @@ class Execution:
         The results are attributes, not return values: torch.compile guards attributes, so that a layer of the same
         shapes and another structure does not run by this one's graph.
         """
-        machine, itemsize, order = machine_of(device), dtype.itemsize, self.choice
-        if isinstance(order, Plan):
-            self._compiled = order
-        else:
-            self._compiled = planner.find_plan(
-                self.spec, COMPILED_ROWS, itemsize=itemsize, machine=machine, order=order
-            )
-        seconds = self._chain.seconds(COMPILED_ROWS, itemsize=itemsize, machine=machine)
-        self._natively = order == "auto" and kernels.available() and seconds < self._compiled.seconds
+        self._compiled = self._plan_for(COMPILED_ROWS, device, dtype.itemsize)
+        seconds = self._chain.seconds(COMPILED_ROWS, itemsize=dtype.itemsize, machine=machine_of(device))
+        self._natively = self.choice == "auto" and kernels.available() and seconds < self._compiled.seconds
         return True
 
 

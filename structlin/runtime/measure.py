@@ -1,4 +1,4 @@
-"""Benchmarks that make the record of this machine, by which layers plan."""
+"""Measure the rates of this machine, from which layers predict their plans."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from structlin.runtime import kernels
 from structlin.runtime.machines import name_of, remember, shipped
 from structlin.runtime.planner import CPU, Machine
 
-TOKENS = 256  # of a large input
+TOKENS = 256  # enough for the native kernel to work in tiles
 
 
 def measure_machine(device: torch.device | str = "cpu") -> Machine:
-    """Benchmark this machine at torch's current thread count (2 s) and use the result for all later plans.
+    """Benchmark this machine at torch's current thread count (2 s) and use the record for all later plans.
 
-    The native kernel is measured too, where it is built. A layer uses the record from the next number of rows that it
+    The native kernel is measured too, if it is built. A layer plans with the record for every number of rows that it
     has not run yet; later processes read it from the cache (see `structlin.kernels.build`). Without a record, layers
-    plan by shipped ones: `planner.CPU`, measured on one AVX-512 core, and `planner.H200`, from its data sheet.
+    use the shipped ones: `planner.CPU`, measured on one AVX-512 core, and `planner.H200`, from its data sheet.
 
     Args:
-        device: what to measure, a CPU or a CUDA device.
+        device: a CPU or CUDA device.
     Returns:
         The record.
     """
@@ -48,7 +48,7 @@ def _measured(device: torch.device, machine: Machine) -> Machine:
 
     small, near, far = (torch.ones(n, n, device=device) for n in (16, 1024, 8192 if device.type == "cuda" else 4096))
     stack = torch.ones(128, 32, 32, device=device)
-    op = seconds(lambda: torch.mm(small, small))
+    op = seconds(lambda: torch.mm(small, small))  # too small to take time beyond the call
     half = small.bfloat16()
     return replace(
         machine,
@@ -56,6 +56,7 @@ def _measured(device: torch.device, machine: Machine) -> Machine:
         half_flops=rate(torch.bfloat16),
         op=2 * op,  # with the view before it
         half_op=max(0.0, seconds(lambda: torch.mm(half, half)) - op),
+        # Matrix times vector reads 4 B per entry; a layout copy reads and writes: 8 B.
         bandwidth=4 * near.numel() / seconds(lambda: torch.mv(near, near[0])),
         far_bandwidth=4 * far.numel() / seconds(lambda: torch.mv(far, far[0])),
         copy_bandwidth=8 * stack.numel() / seconds(lambda: stack.permute(2, 1, 0).contiguous()),
@@ -64,7 +65,7 @@ def _measured(device: torch.device, machine: Machine) -> Machine:
 
 
 def _native(tokens: int) -> float:
-    """Return the time of the native kernel / that predicted from the machine on which its rates were measured."""
+    """Return the time of the native kernel on this machine / the time predicted for the shipped CPU record."""
     size, rank = 768, 96
     eq = equation("o r, r i -> o i", ("left", "right"), {"o": size, "r": rank, "i": size})
     chain = kernels.chain_of(Spec(size, size, (eq,)))
@@ -74,20 +75,17 @@ def _native(tokens: int) -> float:
 
 
 def _seconds(device: torch.device, call: Callable[[], Tensor]) -> float:
+    """Return the median time per call over 7 samples of at least 3 calls and 5 ms."""
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     call()
     samples = []
     for _ in range(7):
         calls = 0
-        _wait(device)
+        wait()
         start = time.perf_counter()
         while calls < 3 or time.perf_counter() - start < 5e-3:
             call()
             calls += 1
-        _wait(device)
+        wait()
         samples.append((time.perf_counter() - start) / calls)
     return statistics.median(samples)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -52,14 +52,8 @@ def recomputed(
 ) -> Tensor:
     """Compute x W^T + bias for x (..., in_features); the backward pass recomputes what it needs.
 
-    Args:
-        spec: the structured matrix.
-        factors: one tensor per factor of `spec`, in its order.
-        x: input.
-        bias: (out_features,) or None.
-        plan: of the forward pass.
-        backward: plan to differentiate by. One that materialises goes by blocks of rows of the dense matrix, any other
-            by chunks of tokens.
+    It follows the plan `backward`: one that materialises goes by blocks of rows of the dense matrix, any other by
+    chunks of tokens.
     """
     result: Tensor = _Function.apply(spec, plan, backward, x, bias, *factors)
     return result
@@ -92,7 +86,7 @@ def _gradients(
     spec: Spec, x: Tensor, factors: Sequence[Tensor], grad_output: Tensor, needs_input_grad: bool,
     needs_factor_grad: Sequence[int], plan: Plan,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return the same as `contract.gradients`, without a graph."""
+    """Compute what `contract.gradients` does, without a graph."""
     if plan.materialises:
         return contract.gradients_by_rows(
             spec, x, factors, grad_output, needs_input_grad, needs_factor_grad, _rows(spec, len(x))

@@ -35,20 +35,12 @@ _SAMPLE = 5e-4  # s, of one
 
 @dataclass(frozen=True)
 class Key:
-    """Everything that decides how a layer runs.
+    """Everything that decides how a layer runs."""
 
-    Args:
-        rows: of the input, rounded up to a power of two.
-        dtype: of input and factors.
-        device: of input and factors.
-        native: whether the native kernel can run.
-        mode: of MODES.
-    """
-
-    rows: int
-    dtype: torch.dtype
-    device: torch.device
-    native: bool
+    rows: int  # of the input, rounded up to a power of two
+    dtype: torch.dtype  # of input and factors
+    device: torch.device  # of input and factors
+    native: bool  # whether the native kernel can run
     mode: Mode
 
 
@@ -81,7 +73,6 @@ class KeptDense:
         return self.name
 
     def derive(self, factors: Sequence[Tensor]) -> Tensor:
-        """Build what is kept."""
         return contract.to_dense(self.spec, factors)
 
     def __call__(self, x: Tensor, matrix: Any, bias: Tensor | None) -> Tensor:
@@ -113,7 +104,6 @@ class KeptOperands(_Planned):
         return self.plan.folds
 
     def derive(self, factors: Sequence[Tensor]) -> contract.Operands:
-        """Build what is kept."""
         return contract.lay_out(contract.merge_factors(self.spec, factors, self.plan), self.plan)
 
     def __call__(self, x: Tensor, operands: Any, bias: Tensor | None) -> Tensor:
@@ -143,25 +133,19 @@ class Autograd(_Planned):
 
 
 @dataclass(frozen=True)
-class Recomputed:
+class Recomputed(_Planned):
     """A plan by chunks of rows that saves the input only; the backward pass recomputes the activations.
 
     It goes by chunks of tokens, or by blocks of rows of the dense matrix if that is predicted to be faster.
     """
 
     keeps: ClassVar[None] = None
-    spec: Spec
-    plan: Plan
     backward: Plan
-    seconds: float
 
     @property
-    def name(self) -> str:
+    def name(self) -> str:  # type: ignore[override]
         """Which of the two."""
         return "recomputed by rows" if self.backward.materialises else "recomputed by tokens"
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.plan.summary}"
 
     def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         return recomputed(self.spec, factors, x, bias, self.plan, self.backward)
@@ -171,13 +155,7 @@ Way = Kernel | KeptDense | KeptOperands | Chunked | Autograd | Recomputed
 
 
 def ways(spec: Spec, key: Key, orders: Sequence[Order] = ("auto",)) -> list[Way]:
-    """List the ways that a layer may run, with the predicted seconds of a forward pass.
-
-    Args:
-        spec: the structured matrix.
-        key: what decides.
-        orders: of the plans; each gives a way.
-    """
+    """List the ways that a layer may run, one per order of its plan, with the predicted seconds of a forward pass."""
     machine, itemsize = machine_of(key.device), key.dtype.itemsize
     rows = min(key.rows, MOST_ROWS)
     scale = key.rows / rows
@@ -189,10 +167,8 @@ def ways(spec: Spec, key: Key, orders: Sequence[Order] = ("auto",)) -> list[Way]
         if not (folded and plan.materialises):  # that is the dense matrix, kept
             found.append(_planned(spec, plan, scale * seconds, key))
     if key.mode == FROZEN:
-        dense = (
-            planner.dense_seconds(spec.in_features, spec.out_features, rows, itemsize=itemsize, machine=machine)
-            + DENSE_SECONDS
-        )
+        sizes = spec.in_features, spec.out_features
+        dense = planner.dense_seconds(*sizes, rows, itemsize=itemsize, machine=machine) + DENSE_SECONDS
         found.append(KeptDense(spec, scale * dense))
     if key.native:
         chain = chain_of(spec)
@@ -201,13 +177,13 @@ def ways(spec: Spec, key: Key, orders: Sequence[Order] = ("auto",)) -> list[Way]
 
 
 def _planned(spec: Spec, plan: Plan, seconds: float, key: Key) -> Way:
-    """Return the way of a plan: memory and mode decide."""
+    """Wrap a plan in the way that the mode, and in training the memory, asks for."""
     if key.mode == FROZEN:
         return KeptOperands(spec, plan, seconds)
     if key.mode == EVAL:
         return Chunked(spec, plan, seconds)
     if _saves_much(spec, plan, key):
-        return Recomputed(spec, plan, backward_plan(spec, plan), seconds)
+        return Recomputed(spec, plan, seconds, backward_plan(spec, plan))
     return Autograd(spec, plan, seconds)
 
 
@@ -231,7 +207,7 @@ def derived(way: Way, factors: Sequence[Tensor]) -> Any:
 
 
 def fastest(found: Sequence[Way], x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Way:
-    """Measure ways in turn on this very input, gradients included where asked for; return that of the least median."""
+    """Time the ways in turn on this input, gradients included where asked for; return that of the least median."""
     leaves = [t for t in (x, bias, *factors) if t is not None and t.requires_grad]
 
     def call(way: Way, operands: Any) -> None:

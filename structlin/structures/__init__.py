@@ -1,5 +1,8 @@
 """All structures, and the names that a file with a structure of yours needs; importing this registers ours."""
 
+# Every layer takes in_features, out_features, bias, device and dtype as `StructuredLinear` does, and the fields of its
+# structure as keywords; the docstrings of the layers list the fields only.
+
 from structlin.equation import modes
 from structlin.equation.spec import Spec, equation
 from structlin.equation.structure import Family, Structure, register, registered, structure_class

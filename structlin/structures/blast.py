@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from structlin.equation import modes
 from structlin.equation.spec import Spec, equation
-from structlin.equation.structure import Structure, register
+from structlin.equation.structure import Structure, check_range, register
 from structlin.fitting import linalg
 from structlin.layers.linear import StructuredLinear, layer_of
 
@@ -34,44 +34,30 @@ class Blast(Structure):
 
     def resolve(self, in_features: int, out_features: int, weight: Tensor | None = None) -> Self:
         smaller = min(in_features, out_features)
-        if not 1 <= self.blocks <= smaller:
-            raise ValueError(
-                f"blocks={self.blocks} is outside 1..{smaller} for a {out_features} x {in_features} matrix; "
-                "use fewer blocks"
-            )
-        if not 1 <= self.rank <= smaller:
-            raise ValueError(f"rank={self.rank} is outside 1..{smaller}, the smaller side; use a smaller rank")
+        check_range("blocks", self.blocks, smaller, f" for a {out_features} x {in_features} matrix; use fewer blocks")
+        check_range("rank", self.rank, smaller, ", the smaller side; use a smaller rank")
         return self
 
-    def _sides(self, in_features: int, out_features: int) -> tuple[int, int]:
-        """Return rows and columns of a block, rounded up."""
-        return modes.split(out_features, self.blocks)[1], modes.split(in_features, self.blocks)[1]
-
     def spec(self, in_features: int, out_features: int) -> Spec:
-        rows, columns = self._sides(in_features, out_features)
+        rows, columns = modes.block_sides(self.blocks, in_features, out_features)
         sizes = {"o1": self.blocks, "o2": rows, "i1": self.blocks, "i2": columns, "r": self.rank}
         text = "i1 r i2, o1 i1 r, o1 o2 r -> o1 o2 i1 i2"
         return Spec(in_features, out_features, (equation(text, ("right", "coupling", "left"), sizes),))
 
     def decompose(self, weight: Tensor) -> list[Tensor]:
-        rows, columns = self._sides(weight.shape[1], weight.shape[0])
+        rows, columns = modes.block_sides(self.blocks, weight.shape[1], weight.shape[0])
         left, right = linalg.truncated_svd(weight, self.rank)  # (out, rank), (rank, in)
-        blocks = rearrange(linalg.pad_to(right, self.rank, self.blocks * columns), "r (q i) -> q r i", i=columns)
-        return linalg.balance(
-            [
-                blocks,
-                left.new_ones(self.blocks, self.blocks, self.rank),
-                rearrange(linalg.pad_to(left, self.blocks * rows, self.rank), "(p o) r -> p o r", o=rows),
-            ]
-        )
+        right = rearrange(linalg.pad_to(right, self.rank, self.blocks * columns), "r (q i) -> q r i", i=columns)
+        left = rearrange(linalg.pad_to(left, self.blocks * rows, self.rank), "(p o) r -> p o r", o=rows)
+        return linalg.balance([right, left.new_ones(self.blocks, self.blocks, self.rank), left])  # couplings of 1
 
     @classmethod
     def candidates(cls, in_features: int, out_features: int, budget: int) -> Iterator[Self]:
         # More blocks fit better, up to about the square root of the smaller side (results/structures_tried.md).
         most = 1 << (math.isqrt(min(in_features, out_features)).bit_length() - 1)
         for blocks in dict.fromkeys((most, max(1, most // 2))):
-            rows, columns = cls(blocks, 1)._sides(in_features, out_features)
-            rank = min(budget // (blocks * (rows + columns + blocks)), in_features, out_features)
+            sides = sum(modes.block_sides(blocks, in_features, out_features))
+            rank = min(budget // (blocks * (sides + blocks)), in_features, out_features)
             if rank >= 1:
                 yield cls(blocks=blocks, rank=rank)
 
@@ -83,13 +69,8 @@ class BlastLinear(StructuredLinear):
     Cost: rank (in + out + blocks^2) parameters, twice as many FLOPs per token.
 
     Args:
-        in_features: size of each input row; rounded up to a multiple of blocks.
-        out_features: size of each output row; likewise.
-        bias: learn an additive bias.
-        blocks: blocks per side, 1 <= blocks <= min(in_features, out_features).
+        blocks: blocks per side, 1 <= blocks <= min(in_features, out_features); the sizes are padded to a multiple.
         rank: 1 <= rank <= min(in_features, out_features), of every block; blocks in a row or column share factors.
-        device: of the parameters.
-        dtype: of the parameters.
     Raises:
         ValueError: if blocks or rank is out of range.
     Source: Lee, Kwon, Qu & Kim 2024, BLAST: block-level adaptive structured matrices for efficient deep neural network
@@ -100,15 +81,9 @@ class BlastLinear(StructuredLinear):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        blocks: int,
-        rank: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        self, in_features: int, out_features: int, bias: bool = True, *,
+        blocks: int, rank: int,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         structure = Blast(blocks=blocks, rank=rank)
         super().__init__(in_features, out_features, bias, structure=structure, device=device, dtype=dtype)

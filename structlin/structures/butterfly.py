@@ -19,25 +19,20 @@ from structlin.layers.linear import StructuredLinear, layer_of
 
 Digits = tuple[int, ...]
 
-_SPLITS = 4  # candidates that the budget search offers to the fit
+_SPLITS = 4  # candidates that the budget search passes on to the fit
 
 
 def chain_equation(digits: Sequence[int], in_modes: Digits, inner_modes: Digits, out_modes: Digits) -> Equation:
-    """Write a product of stages; each maps one digit of the state, by a block for every value of the other digits.
+    """Write a product of stages; stage s maps digits[s] (0: most significant), one block per value of the others.
 
-    Args:
-        digits: the digit (from 0, most significant first) that each stage maps, in order of application.
-        in_modes: sizes of the digits of the input.
-        inner_modes: sizes between the stages.
-        out_modes: sizes of the digits of the output.
-    Returns:
-        Equation whose factor `stage_s` has the other digits as leading modes, then the new and the old digit.
+    Factor `stage_s` has the other digits as leading modes, then the new and the old digit. A digit has its size of
+    `inner_modes` between its first and its last stage.
     """
     count = len(in_modes)
     current = [f"i{d + 1}" for d in range(count)]  # the mode that stands for each digit: i1, then m0, .., then o1
     sizes = dict(zip(current, in_modes, strict=True))
     terms = []
-    final = {digit: s for s, digit in enumerate(digits)}
+    final = {digit: s for s, digit in enumerate(digits)}  # the last stage of each digit
     for s, digit in enumerate(digits):
         last = final[digit] == s
         new = f"o{digit + 1}" if last else f"m{s}"
@@ -52,7 +47,7 @@ def chain_equation(digits: Sequence[int], in_modes: Digits, inner_modes: Digits,
 def digit_modes(
     size: int, other: int, radix: int | None, given: Digits | None, given_other: Digits | None
 ) -> Digits:  # fmt: skip
-    """Return the digits of one side: the given ones, or as many as the other side has."""
+    """Return the digits of one side: those given, else as many as given for the other side, else those of the radix."""
     if given is not None:
         if not given or min(given) < 1 or math.prod(given) < size:
             raise ValueError(
@@ -77,9 +72,22 @@ def both_modes(
     return found_in, found_out
 
 
+class DigitStructure(Structure):
+    """A structure whose stages map the digits of input and output."""
+
+    in_modes: Digits | None
+    out_modes: Digits | None
+
+    def digits(self) -> tuple[Digits, Digits]:
+        """Return output and input digits of a resolved structure."""
+        assert self.out_modes
+        assert self.in_modes
+        return self.out_modes, self.in_modes
+
+
 @register
 @dataclass(frozen=True)
-class Butterfly(Structure):
+class Butterfly(DigitStructure):
     """Butterfly matrices of mixed radix; the decomposition is the hierarchical projection, exact on true butterflies.
 
     The last digit (stride 1) is mapped first, as in Dao et al. 2020. `radix=2` is the classic butterfly; None takes two
@@ -95,15 +103,9 @@ class Butterfly(Structure):
         in_modes, out_modes = both_modes(in_features, out_features, self.radix, self.in_modes, self.out_modes)
         return type(self)(radix=self.radix, in_modes=in_modes, out_modes=out_modes)
 
-    def digits(self) -> tuple[Digits, Digits]:
-        """Return output and input digits of a resolved structure."""
-        assert self.out_modes
-        assert self.in_modes
-        return self.out_modes, self.in_modes
-
     def spec(self, in_features: int, out_features: int) -> Spec:
         out_modes, in_modes = self.digits()
-        order = range(len(in_modes) - 1, -1, -1)
+        order = range(len(in_modes))[::-1]
         return Spec(in_features, out_features, (chain_equation(order, in_modes, (), out_modes),))
 
     def decompose(self, weight: Tensor) -> list[Tensor]:
@@ -116,9 +118,9 @@ class Butterfly(Structure):
         # Two digits: the splits of the (barely padded) sizes with the most parameters within the budget.
         out_size, in_size = modes.padded(out_features, 2), modes.padded(in_features, 2)
         options = [
-            ((out_size // o1) * i1 * (o1 + in_size // i1), o1, i1)
-            for o1 in modes.divisors(out_size)
-            for i1 in modes.divisors(in_size)
+            (i1 * o2 * i2 + i1 * o1 * o2, o1, i1)  # parameters: stages (i1, o2, i2) and (o2, o1, i1)
+            for o1, o2 in modes.pairs(out_size)
+            for i1, i2 in modes.pairs(in_size)
         ]
         fitting = sorted(option for option in options if option[0] <= budget)
         for _, o1, i1 in fitting[-_SPLITS:]:
@@ -132,14 +134,9 @@ class ButterflyLinear(StructuredLinear):
     Cost: n sum(radices) parameters and twice as many FLOPs per token for a square layer of size n.
 
     Args:
-        in_features: size of each input row.
-        out_features: size of each output row.
-        bias: learn an additive bias.
         radix: size of the digits (mixed where it does not divide); None takes two digits near the square root.
         in_modes: the digits of the input, most significant first, product in_features or more; overrides radix.
         out_modes: the digits of the output, as many.
-        device: of the parameters.
-        dtype: of the parameters.
     Raises:
         ValueError: if radix is below 2, or modes do not cover the layer.
     Source: Dao et al. 2020, Kaleidoscope; Dao et al. 2019, Learning fast algorithms for linear transforms.
@@ -149,16 +146,9 @@ class ButterflyLinear(StructuredLinear):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        radix: int | None = None,
-        in_modes: Digits | None = None,
-        out_modes: Digits | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        self, in_features: int, out_features: int, bias: bool = True, *,
+        radix: int | None = None, in_modes: Digits | None = None, out_modes: Digits | None = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         structure = Butterfly(radix=radix, in_modes=in_modes, out_modes=out_modes)
         super().__init__(in_features, out_features, bias, structure=structure, device=device, dtype=dtype)

@@ -13,18 +13,18 @@ from typing_extensions import Self
 
 from structlin.equation import modes
 from structlin.equation.spec import Spec
-from structlin.equation.structure import Structure, register
+from structlin.equation.structure import register
 from structlin.fitting import linalg
 from structlin.layers.linear import StructuredLinear, layer_of
-from structlin.structures.butterfly import Digits, both_modes, chain_equation
+from structlin.structures.butterfly import Digits, DigitStructure, both_modes, chain_equation
 
 _SKEW = 8  # the largest ratio of two digits that the budget search tries
-_WIDTH = 3  # beyond it chains are hard to fit (benchmarks/results/optimisers.md)
+_WIDTH = 3  # longer chains are hard to fit (benchmarks/results/optimisers.md)
 
 
 @register
 @dataclass(frozen=True)
-class Kaleidoscope(Structure):
+class Kaleidoscope(DigitStructure):
     """K-matrices (B B*)^w_e with merged stages: digits are mapped in the order 1 .. k .. 1 .. k .. 1.
 
     B*'s last stage and B's first map the same digit, so they merge into one, as do neighbours across the powers: width
@@ -49,12 +49,6 @@ class Kaleidoscope(Structure):
         in_modes, out_modes = both_modes(in_features, out_features, self.radix, self.in_modes, self.out_modes)
         return type(self)(self.width, self.expansion, self.radix, in_modes, out_modes)
 
-    def digits(self) -> tuple[Digits, Digits]:
-        """Return output and input digits of a resolved structure."""
-        assert self.out_modes
-        assert self.in_modes
-        return self.out_modes, self.in_modes
-
     def stages(self) -> list[int]:
         """Return the digit that each stage maps, in order of application."""
         last = len(self.digits()[0]) - 1
@@ -78,8 +72,8 @@ class Kaleidoscope(Structure):
             return [stage.mT for stage in reversed(mirror.decompose(weight.mT))]
         dtype = linalg.working_dtype(weight)
         eq = self.spec(weight.shape[1], weight.shape[0]).equations[0]
-        shapes = [eq.shape(factor.modes) for factor in eq.factors]
-        before, last = shapes[: -len(in_modes)], shapes[-len(in_modes) :]
+        shapes = [eq.shape(factor.modes) for factor in eq.factors]  # (other digits, new, old)
+        before, last = shapes[: -len(in_modes)], shapes[-len(in_modes) :]  # the last stages, k .. 1, are a butterfly's
         identities = [torch.eye(*shape[-2:], dtype=dtype, device=weight.device).expand(shape) for shape in before]
         # The identities embed each input digit in its inner size, so project the weight embedded in the same way.
         inner = tuple(shape[-1] for shape in reversed(last))
@@ -91,33 +85,29 @@ class Kaleidoscope(Structure):
     @classmethod
     def candidates(cls, in_features: int, out_features: int, budget: int) -> Iterator[Self]:
         """Yield members over two digits: the most even digits and the largest size, for widths to 3, then for any."""
-        out_size, in_size = modes.padded(out_features, 2), modes.padded(in_features, 2)
-        pairs = [
-            cls(in_modes=(i1, in_size // i1), out_modes=(o1, out_size // o1))
-            for o1 in _splits(out_size)
-            for i1 in _splits(in_size)
-        ]
+        out_splits, in_splits = _splits(out_features), _splits(in_features)
+        pairs = [cls(in_modes=in_modes, out_modes=out_modes) for out_modes in out_splits for in_modes in in_splits]
         smallest = min(math.prod(pair.inner_modes()) for pair in pairs)  # no wider inside than needed
-        options = []
+        options = []  # (parameters, width, out_modes, in_modes)
         for pair in pairs:
             sizes = [replace(pair, width=w).spec(in_features, out_features).num_parameters for w in (1, 2)]
             if sizes[0] <= budget and math.prod(pair.inner_modes()) == smallest:
                 step = sizes[1] - sizes[0]  # parameters of a further power of B B*
                 widest = 1 + (budget - sizes[0]) // step
                 options += [(sizes[0] + (w - 1) * step, w, *pair.digits()) for w in {widest, min(widest, _WIDTH)}]
-        shallow = [option for option in options if option[1] <= _WIDTH]
+        options.sort(reverse=True)
         chosen = []
-        for some in (shallow, options):
-            chosen += (
-                [max(some, key=lambda option: (-max(option[2]) - max(option[3]), option)), max(some)] if some else []
-            )
-        for option in dict.fromkeys(chosen):
-            yield cls(width=option[1], in_modes=option[3], out_modes=option[2])
+        for some in ([option for option in options if option[1] <= _WIDTH], options):
+            if some:
+                chosen += [min(some, key=lambda option: max(option[2]) + max(option[3])), some[0]]
+        for _, width, out_modes, in_modes in dict.fromkeys(chosen):
+            yield cls(width=width, in_modes=in_modes, out_modes=out_modes)
 
 
-def _splits(size: int) -> list[int]:
-    """Return the first digits of splits size = first * second in which neither is much larger than the other."""
-    return [d for d in modes.divisors(size) if max(d, size // d) <= _SKEW * min(d, size // d)] or [1]
+def _splits(features: int) -> list[Digits]:
+    """Return the digit pairs of the padded size in which neither digit is much larger than the other."""
+    size = modes.padded(features, 2)
+    return [pair for pair in modes.pairs(size) if max(pair) <= _SKEW * min(pair)] or [(1, size)]
 
 
 @layer_of(Kaleidoscope)
@@ -128,16 +118,9 @@ class KaleidoscopeLinear(StructuredLinear):
     n = a b, and twice as many FLOPs per token.
 
     Args:
-        in_features: size of each input row.
-        out_features: size of each output row.
-        bias: learn an additive bias.
         width: the power of B B*.
         expansion: the factor by which the inner size exceeds the outer.
-        radix: size of the digits (mixed where it does not divide); None takes two digits near the square root.
-        in_modes: the digits of the input, most significant first, product in_features or more; overrides radix.
-        out_modes: the digits of the output, as many.
-        device: of the parameters.
-        dtype: of the parameters.
+        radix, in_modes, out_modes: as for `ButterflyLinear`.
     Raises:
         ValueError: if width or expansion is below 1, radix below 2, or modes do not cover the layer.
     Source: Dao et al. 2020, Kaleidoscope: an efficient, learnable representation for all structured linear maps.
@@ -150,19 +133,11 @@ class KaleidoscopeLinear(StructuredLinear):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        width: int = 1,
-        expansion: int = 1,
-        radix: int | None = None,
-        in_modes: Digits | None = None,
+        self, in_features: int, out_features: int, bias: bool = True, *,
+        width: int = 1, expansion: int = 1, radix: int | None = None, in_modes: Digits | None = None,
         out_modes: Digits | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         structure = Kaleidoscope(width, expansion, radix, in_modes, out_modes)
         super().__init__(in_features, out_features, bias, structure=structure, device=device, dtype=dtype)
 

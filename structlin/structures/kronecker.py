@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from structlin.equation import modes
 from structlin.equation.spec import Equation, Spec, equation
-from structlin.equation.structure import Structure, register
+from structlin.equation.structure import Structure, check_range, register
 from structlin.fitting import linalg
 from structlin.fitting.linalg import Shape
 from structlin.layers.linear import StructuredLinear, layer_of
@@ -22,7 +22,7 @@ def kronecker_equation(terms: int, shape: Shape, left: tuple[float, ...] | None 
     """Write W = sum_t left[t] (x) right[t], with constant left factors where given."""
     (o1, i1), (o2, i2) = shape
     sizes = {"t": terms, "o1": o1, "i1": i1, "o2": o2, "i2": i2}
-    constants = {"left": left} if left else None
+    constants = {"left": left} if left else None  # PHM fixes its algebra
     return equation("t o1 i1, t o2 i2 -> o1 o2 i1 i2", ("left", "right"), sizes, constants=constants)
 
 
@@ -46,12 +46,9 @@ def nearest(weight: Tensor, terms: int, shape: Shape) -> tuple[Tensor, Tensor]:
 
 
 def check_terms(name: str, terms: int, shape: Shape) -> None:
-    """Refuse a number of terms outside 1..max_terms."""
-    if not 1 <= terms <= max_terms(shape):
-        raise ValueError(
-            f"{name}={terms} is outside 1..{max_terms(shape)} for factor shapes {shape[0]} and {shape[1]}; "
-            "use fewer or more even factors"
-        )
+    """Raise ValueError for a number of terms outside 1..max_terms."""
+    why = f" for factor shapes {shape[0]} and {shape[1]}; use fewer or more even factors"
+    check_range(name, terms, max_terms(shape), why)
 
 
 @register
@@ -102,14 +99,9 @@ class KroneckerLinear(StructuredLinear):
     Cost: terms (o1 i1 + o2 i2) parameters, 2 terms min(i1 o2 (i2 + o1), o1 i2 (i1 + o2)) FLOPs per token.
 
     Args:
-        in_features: size of each input row.
-        out_features: size of each output row.
-        bias: learn an additive bias.
         terms: number of products, 1 <= terms <= min(o1 i1, o2 i2).
         shape: ((o1, i1), (o2, i2)) with o1 o2 >= out_features and i1 i2 >= in_features (surplus is padded); None
             takes sides near the square roots.
-        device: of the parameters.
-        dtype: of the parameters.
     Raises:
         ValueError: if shape is too small or terms out of range.
     Source: Van Loan & Pitsianis 1993, Approximation with Kronecker products.
@@ -119,15 +111,9 @@ class KroneckerLinear(StructuredLinear):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        terms: int = 1,
-        shape: Shape | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        self, in_features: int, out_features: int, bias: bool = True, *,
+        terms: int = 1, shape: Shape | None = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         structure = Kronecker(terms=terms, shape=shape)
         super().__init__(in_features, out_features, bias, structure=structure, device=device, dtype=dtype)

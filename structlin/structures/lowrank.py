@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from structlin.equation.spec import Spec, equation
-from structlin.equation.structure import Structure, register
+from structlin.equation.structure import Structure, check_range, register
 from structlin.fitting import linalg
 from structlin.layers.linear import StructuredLinear, layer_of
 
@@ -25,12 +25,8 @@ class LowRank(Structure):
     rank: int
 
     def resolve(self, in_features: int, out_features: int, weight: Tensor | None = None) -> Self:
-        largest = min(in_features, out_features)
-        if not 1 <= self.rank <= largest:
-            raise ValueError(
-                f"rank={self.rank} is outside 1..{largest} for a {out_features} x {in_features} matrix; "
-                "use a rank up to the smaller side"
-            )
+        why = f" for a {out_features} x {in_features} matrix; use a rank up to the smaller side"
+        check_range("rank", self.rank, min(in_features, out_features), why)
         return self
 
     def spec(self, in_features: int, out_features: int) -> Spec:
@@ -38,7 +34,7 @@ class LowRank(Structure):
         return Spec(in_features, out_features, (equation("o r, r i -> o i", ("left", "right"), sizes),))
 
     def decompose(self, weight: Tensor) -> tuple[Tensor, ...]:
-        return linalg.truncated_svd(weight, self.rank)
+        return linalg.truncated_svd(weight, self.rank)  # (out, rank), (rank, in)
 
     @classmethod
     def candidates(cls, in_features: int, out_features: int, budget: int) -> Iterator[Self]:
@@ -54,12 +50,7 @@ class LowRankLinear(StructuredLinear):
     Cost: rank (in + out) parameters, 2 rank (in + out) FLOPs per token.
 
     Args:
-        in_features: size of each input row.
-        out_features: size of each output row.
-        bias: learn an additive bias.
         rank: 1 <= rank <= min(in_features, out_features).
-        device: of the parameters.
-        dtype: of the parameters.
     Raises:
         ValueError: if rank is out of range.
     Source: Eckart & Young 1936 for `from_linear`.
@@ -69,13 +60,8 @@ class LowRankLinear(StructuredLinear):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
+        self, in_features: int, out_features: int, bias: bool = True, *,
         rank: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(in_features, out_features, bias, structure=LowRank(rank=rank), device=device, dtype=dtype)

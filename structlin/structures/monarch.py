@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from structlin.equation import modes
 from structlin.equation.spec import Spec, equation
-from structlin.equation.structure import Structure, register
+from structlin.equation.structure import Structure, check_range, register
 from structlin.fitting import linalg
 from structlin.layers.linear import StructuredLinear, layer_of
 
@@ -28,30 +28,20 @@ class Monarch(Structure):
     rank: int = 1
 
     def resolve(self, in_features: int, out_features: int, weight: Tensor | None = None) -> Self:
-        if not 1 <= self.blocks <= min(in_features, out_features):
-            raise ValueError(
-                f"blocks={self.blocks} is outside 1..{min(in_features, out_features)} for a "
-                f"{out_features} x {in_features} matrix; use fewer blocks"
-            )
-        largest = min(self._sides(in_features, out_features))
-        if not 1 <= self.rank <= largest:
-            raise ValueError(
-                f"rank={self.rank} is outside 1..{largest}, the smaller side of a block; use a smaller rank"
-            )
+        smaller = min(in_features, out_features)
+        check_range("blocks", self.blocks, smaller, f" for a {out_features} x {in_features} matrix; use fewer blocks")
+        largest = min(modes.block_sides(self.blocks, in_features, out_features))
+        check_range("rank", self.rank, largest, ", the smaller side of a block; use a smaller rank")
         return self
 
-    def _sides(self, in_features: int, out_features: int) -> tuple[int, int]:
-        """Return rows and columns of a block, rounded up."""
-        return modes.split(out_features, self.blocks)[1], modes.split(in_features, self.blocks)[1]
-
     def spec(self, in_features: int, out_features: int) -> Spec:
-        rows, columns = self._sides(in_features, out_features)
+        rows, columns = modes.block_sides(self.blocks, in_features, out_features)
         sizes = {"o1": self.blocks, "o2": rows, "i1": self.blocks, "i2": columns, "r": self.rank}
-        text = "i1 o1 r i2, o1 o2 i1 r -> o1 o2 i1 i2"
+        text = "i1 o1 r i2, o1 o2 i1 r -> o1 o2 i1 i2"  # right[q, p] maps block q of the input to (p, q, rank)
         return Spec(in_features, out_features, (equation(text, ("right", "left"), sizes),))
 
     def decompose(self, weight: Tensor) -> tuple[Tensor, ...]:
-        rows, columns = self._sides(weight.shape[1], weight.shape[0])
+        rows, columns = modes.block_sides(self.blocks, weight.shape[1], weight.shape[0])
         padded = linalg.pad_to(weight, self.blocks * rows, self.blocks * columns)
         grid = rearrange(padded, "(p o) (q i) -> p q o i", o=rows, i=columns)
         left, right = linalg.truncated_svd(grid, self.rank)  # (p, q, o, r), (p, q, r, i)
@@ -59,13 +49,12 @@ class Monarch(Structure):
 
     @classmethod
     def candidates(cls, in_features: int, out_features: int, budget: int) -> Iterator[Self]:
-        blocks = 2
-        while blocks <= min(in_features, out_features):
-            rows, columns = cls(blocks=blocks)._sides(in_features, out_features)
+        for power in range(1, min(in_features, out_features).bit_length()):
+            blocks = 2**power
+            rows, columns = modes.block_sides(blocks, in_features, out_features)
             rank = min(budget // (blocks**2 * (rows + columns)), rows, columns)
             if rank >= 1:
                 yield cls(blocks=blocks, rank=rank)
-            blocks *= 2
 
 
 @layer_of(Monarch)
@@ -75,13 +64,8 @@ class MonarchLinear(StructuredLinear):
     Cost: blocks rank (in + out) parameters, twice as many FLOPs per token.
 
     Args:
-        in_features: size of each input row; rounded up to a multiple of blocks.
-        out_features: size of each output row; likewise.
-        bias: learn an additive bias.
-        blocks: blocks per side, 1 <= blocks <= min(in_features, out_features).
+        blocks: blocks per side, 1 <= blocks <= min(in_features, out_features); the sizes are padded to a multiple.
         rank: rank of each block; 1 is the Monarch matrix of the paper (with blocks near the square root).
-        device: of the parameters.
-        dtype: of the parameters.
     Raises:
         ValueError: if blocks or rank is out of range.
     Source: Dao et al. 2022, Monarch; Qiu et al. 2024, Compute better spent (the rank bond).
@@ -91,15 +75,9 @@ class MonarchLinear(StructuredLinear):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        blocks: int,
-        rank: int = 1,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        self, in_features: int, out_features: int, bias: bool = True, *,
+        blocks: int, rank: int = 1,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         structure = Monarch(blocks=blocks, rank=rank)
         super().__init__(in_features, out_features, bias, structure=structure, device=device, dtype=dtype)

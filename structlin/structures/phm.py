@@ -56,12 +56,10 @@ class PHM(Structure):
         return (self.n, self.n), (modes.split(out_features, self.n)[1], modes.split(in_features, self.n)[1])
 
     def spec(self, in_features: int, out_features: int) -> Spec:
-        left = None
-        if self.algebra == "hamilton":
-            left = tuple(float(x) for matrix in HAMILTON for row in matrix for x in row)
-        return Spec(
-            in_features, out_features, (kronecker_equation(self.n, self.shape(in_features, out_features), left),)
-        )
+        fixed = tuple(float(x) for matrix in HAMILTON for row in matrix for x in row)
+        left = fixed if self.algebra == "hamilton" else None
+        eq = kronecker_equation(self.n, self.shape(in_features, out_features), left)
+        return Spec(in_features, out_features, (eq,))
 
     def decompose(self, weight: Tensor) -> tuple[Tensor, ...]:
         out_features, in_features = weight.shape
@@ -76,6 +74,7 @@ class PHM(Structure):
 
     @classmethod
     def candidates(cls, in_features: int, out_features: int, budget: int) -> Iterator[Self]:
+        # The right factors shrink as 1 / n: the first n within the budget is the largest member.
         for n in range(2, max(in_features, out_features) + 1):
             candidate = cls(n=n)
             if n > max_terms(candidate.shape(in_features, out_features)):
@@ -92,13 +91,8 @@ class PHMLinear(StructuredLinear):
     Cost: n^3 + in out / n parameters (in out / 4 for the quaternions), about as many FLOPs per token as dense.
 
     Args:
-        in_features: size of each input row; rounded up to a multiple of n.
-        out_features: size of each output row; likewise.
-        bias: learn an additive bias.
-        n: the dimension of the algebra.
+        n: the dimension of the algebra; the sizes are padded to a multiple.
         algebra: "learned" learns the left factors; "hamilton" fixes those of the quaternions (n = 4).
-        device: of the parameters.
-        dtype: of the parameters.
     Raises:
         ValueError: if n is below 1, exceeds the terms that any matrix needs, or is not 4 with the Hamilton product.
     Source: Zhang et al. 2021, Beyond fully-connected layers with quaternions; Parcollet et al. 2019.
@@ -108,16 +102,9 @@ class PHMLinear(StructuredLinear):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        n: int = 4,
-        algebra: str = "learned",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            in_features, out_features, bias, structure=PHM(n=n, algebra=algebra), device=device, dtype=dtype
-        )
+        self, in_features: int, out_features: int, bias: bool = True, *,
+        n: int = 4, algebra: str = "learned",
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        structure = PHM(n=n, algebra=algebra)
+        super().__init__(in_features, out_features, bias, structure=structure, device=device, dtype=dtype)

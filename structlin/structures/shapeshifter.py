@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from structlin.equation.spec import Spec, equation
-from structlin.equation.structure import Structure, register
+from structlin.equation.structure import Structure, check_range, register
 from structlin.fitting import linalg
 from structlin.layers.linear import StructuredLinear, layer_of
 from structlin.structures.kronecker import balanced_shape, check_terms, kronecker_equation, max_terms, nearest
@@ -38,18 +38,14 @@ class Shapeshifter(Structure):
             check_terms("rank", self.rank, balanced_shape(in_features, out_features))
             return self
         rows, columns = _reshaped(in_features, out_features)
-        if not 1 <= self.rank <= min(rows, columns):
-            raise ValueError(
-                f"rank={self.rank} is outside 1..{min(rows, columns)} for the weight read as {rows} x {columns}; "
-                "use a rank up to the smaller side"
-            )
+        why = f" for the weight read as {rows} x {columns}; use a rank up to the smaller side"
+        check_range("rank", self.rank, min(rows, columns), why)
         return self
 
     def spec(self, in_features: int, out_features: int) -> Spec:
         if self.order == "kron":
             eq = kronecker_equation(self.rank, balanced_shape(in_features, out_features))
-            return Spec(in_features, out_features, (eq,))
-        if out_features >= in_features:
+        elif out_features >= in_features:  # part of the rows moves to the columns
             o1, o2 = _square_split(out_features, in_features)
             sizes = {"o1": o1, "o2": o2, "r": self.rank, "i": in_features}
             eq = equation("o1 r, r o2 i -> o1 o2 i", ("left", "right"), sizes)
@@ -66,17 +62,15 @@ class Shapeshifter(Structure):
         eq = self.spec(in_features, out_features).equations[0]
         rows, columns = _reshaped(in_features, out_features)
         padded = linalg.pad_to(weight, eq.padded_out, eq.padded_in).reshape(rows, columns)
-        left, right = linalg.truncated_svd(padded, self.rank)
+        left, right = linalg.truncated_svd(padded, self.rank)  # (rows, rank), (rank, columns)
         return left.reshape(eq.shape(eq.factors[0].modes)), right.reshape(eq.shape(eq.factors[1].modes))
 
     @classmethod
     def candidates(cls, in_features: int, out_features: int, budget: int) -> Iterator[Self]:
         shape = balanced_shape(in_features, out_features)
-        rows, columns = _reshaped(in_features, out_features)
-        sizes = {
-            "kron": (sum(o * i for o, i in shape), max_terms(shape)),
-            "reshape": (rows + columns, min(rows, columns)),
-        }
+        sides = _reshaped(in_features, out_features)
+        # Parameters per rank, and the largest rank.
+        sizes = {"kron": (sum(o * i for o, i in shape), max_terms(shape)), "reshape": (sum(sides), min(sides))}
         for order, (size, largest) in sizes.items():
             rank = min(budget // size, largest)
             if rank >= 1:
@@ -84,7 +78,7 @@ class Shapeshifter(Structure):
 
 
 def _square_split(large: int, small: int) -> tuple[int, int]:
-    """Split the larger side, rest * moved >= large, so that moving a part to the other side makes the weight square."""
+    """Split the larger side into (rest, moved): with `moved` on the other side the weight is nearly square."""
     moved = max(round((large / small) ** 0.5), 1)
     return -(-large // moved), moved
 
@@ -104,14 +98,9 @@ class ShapeshifterLinear(StructuredLinear):
     Cost: about 2 rank sqrt(in out) parameters.
 
     Args:
-        in_features: size of each input row.
-        out_features: size of each output row.
-        bias: learn an additive bias.
         rank: 1 <= rank <= the smaller side of the reordered weight.
         order: "kron" reshapes and rearranges (Kronecker terms, all four sides near square roots); "reshape" only
             reshapes (for a square weight the truncated SVD).
-        device: of the parameters.
-        dtype: of the parameters.
     Raises:
         ValueError: if rank or order is out of range.
     Source: Panahi, Saeedi & Arodz 2021, Shapeshifter. The paper's code was never published: "kron" follows its
@@ -123,15 +112,9 @@ class ShapeshifterLinear(StructuredLinear):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        rank: int,
-        order: str = "kron",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        self, in_features: int, out_features: int, bias: bool = True, *,
+        rank: int, order: str = "kron",
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         structure = Shapeshifter(rank=rank, order=order)
         super().__init__(in_features, out_features, bias, structure=structure, device=device, dtype=dtype)

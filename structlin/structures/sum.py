@@ -18,10 +18,9 @@ from structlin.structures.blast import Blast
 from structlin.structures.kaleidoscope import Kaleidoscope
 from structlin.structures.lowrank import LowRank
 
-# Candidates of each family but the first that the budget search tries.
-_OPTIONS = 2
+_OPTIONS = 2  # candidates of each family but the first that the budget search tries
 # Least share of a budget that the search keeps for the first family. The exceptions are measured
-# (benchmarks/results/structures_tried.md): beside these, a small low rank is enough.
+# (benchmarks/results/structures_tried.md): beside these structures, a small low rank is enough.
 _SHARE = 0.5
 _SHARES: dict[tuple[Family, ...], float] = {(LowRank, Kaleidoscope): 0.1, (LowRank, Blast): 0.2}
 
@@ -56,7 +55,7 @@ class Sum(Structure):
 
     def decompose(self, weight: Tensor) -> list[Tensor]:
         factors: list[Tensor] = []
-        rest = weight
+        rest = weight  # residual of the parts so far
         for part in self.parts:
             found = [factor.to(weight.dtype) for factor in part.decompose(rest)]
             rest = rest - to_dense(part.spec(weight.shape[1], weight.shape[0]), found)
@@ -70,13 +69,9 @@ class Sum(Structure):
 
 @dataclass(frozen=True)
 class SumFamily:
-    """All sums of one member of each family, for `within` and `fit`; `sum_of` makes it.
+    """All sums of one member of each family, for `within` and `fit`; `sum_of` makes it."""
 
-    Args:
-        families: the summands, two or more. The first fills the budget that the others leave.
-    """
-
-    families: tuple[Family, ...]
+    families: tuple[Family, ...]  # two or more; the first fills the budget that the others leave
 
     @property
     def name(self) -> str:
@@ -155,12 +150,7 @@ class SumLinear(StructuredLinear):
     Cost: the sums of the parts' parameters and FLOPs.
 
     Args:
-        in_features: size of each input row.
-        out_features: size of each output row.
-        bias: learn an additive bias.
         parts: two or more structures, for example (LowRank(rank=20), Kaleidoscope(width=3)).
-        device: of the parameters.
-        dtype: of the parameters.
     Raises:
         ValueError: if there are fewer than two parts, or one does not fit the sizes.
     Source: sums of a low-rank and a structured matrix are common (robust PCA, LoRA). The joint fit that eliminates
@@ -172,14 +162,9 @@ class SumLinear(StructuredLinear):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
+        self, in_features: int, out_features: int, bias: bool = True, *,
         parts: Sequence[Structure],
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         structure = Sum(parts=tuple(parts))
         super().__init__(in_features, out_features, bias, structure=structure, device=device, dtype=dtype)

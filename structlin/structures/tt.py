@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,7 +14,7 @@ from typing_extensions import Self
 
 from structlin.equation import modes
 from structlin.equation.spec import Spec, equation
-from structlin.equation.structure import Structure, register
+from structlin.equation.structure import Structure, check_range, register
 from structlin.fitting import linalg
 from structlin.layers.linear import StructuredLinear, build, layer_of
 
@@ -125,8 +126,7 @@ def bond_maxima(out_modes: Sequence[int], in_modes: Sequence[int]) -> tuple[int,
 
 def _checked_ranks(rank: int | Sequence[int], maxima: tuple[int, ...]) -> tuple[int, ...]:
     if isinstance(rank, int):
-        if not 1 <= rank <= max(maxima):
-            raise ValueError(f"rank={rank} is outside 1..{max(maxima)}, the maximum over the bonds; use a smaller rank")
+        check_range("rank", rank, max(maxima), ", the maximum over the bonds; use a smaller rank")
         return tuple(min(rank, largest) for largest in maxima)
     ranks = tuple(rank)
     if len(ranks) != len(maxima) or any(not 1 <= r <= m for r, m in zip(ranks, maxima, strict=True)):
@@ -142,13 +142,9 @@ def _ranks_within(budget: int, out_modes: Sequence[int], in_modes: Sequence[int]
         bonds = (1, *ranks, 1)
         return sum(bonds[k] * o * i * bonds[k + 1] for k, (o, i) in enumerate(zip(out_modes, in_modes, strict=True)))
 
-    def largest(ranks_for: list[tuple[int, ...]]) -> tuple[int, ...] | None:
-        # Sizes ascend along the list: bisect for the last one that fits.
-        lo, hi = 0, len(ranks_for)
-        while lo < hi:
-            middle = (lo + hi) // 2
-            lo, hi = (middle + 1, hi) if size(ranks_for[middle]) <= budget else (lo, middle)
-        return ranks_for[lo - 1] if lo else None
+    def largest(options: list[tuple[int, ...]]) -> tuple[int, ...] | None:
+        fitting = bisect_right(options, budget, key=size)  # sizes ascend along the list
+        return options[fitting - 1] if fitting else None
 
     ranks = largest([tuple(min(r, m) for m in maxima) for r in range(1, max(maxima) + 1)])
     for k, maximum in enumerate(maxima):
@@ -164,16 +160,11 @@ class TTLinear(StructuredLinear):
     Cost: sum_k r_k-1 o_k i_k r_k parameters; the FLOPs per token are those of the plan (`layer.plan(tokens=1)`).
 
     Args:
-        in_features: size of each input row.
-        out_features: size of each output row.
-        bias: learn an additive bias.
         rank: one number (lowered to the maximum at each bond), or one per bond.
         in_modes: d whole numbers whose product is in_features or more (surplus is padded); None takes balanced ones.
         out_modes: d whole numbers, likewise.
         cores: d, if no modes are given.
         tolerance: relative Frobenius error allowed, in place of rank; for `from_linear` only.
-        device: of the parameters.
-        dtype: of the parameters.
     Raises:
         ValueError: if modes do not cover the layer or a rank is out of range.
     Source: Novikov et al. 2015, Tensorizing Neural Networks; Oseledets 2011 for TT-SVD and rounding.
@@ -183,19 +174,11 @@ class TTLinear(StructuredLinear):
     """
 
     def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        rank: int | tuple[int, ...] | None = None,
-        in_modes: tuple[int, ...] | None = None,
-        out_modes: tuple[int, ...] | None = None,
-        cores: int = 3,
-        tolerance: float | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        self, in_features: int, out_features: int, bias: bool = True, *,
+        rank: int | tuple[int, ...] | None = None, in_modes: tuple[int, ...] | None = None,
+        out_modes: tuple[int, ...] | None = None, cores: int = 3, tolerance: float | None = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         structure = TensorTrain(rank=rank, in_modes=in_modes, out_modes=out_modes, cores=cores, tolerance=tolerance)
         super().__init__(in_features, out_features, bias, structure=structure, device=device, dtype=dtype)
 

@@ -467,7 +467,11 @@ def failing_saves() -> dict[str, tuple[Callable[[], nn.Module], dict, str]]:
         "lazy": (lambda: nn.LazyLinear(2), {}, "tensor 'weight' is not initialised; run the model once"),
         "extra state": (lambda: Extra(2, 2), {}, r"state_dict and parameters differ in \['_extra_state'\]; only plain"),
         "parametrised": (parametrised, {}, r"layer '0': tensor '0\.left' is missing; LowRank\(rank=1\) needs"),
-        "further parameter": (with_attribute("scale", nn.Parameter(torch.ones(1))), {}, r"\['scale'\] are unexpected"),
+        "further parameter": (
+            with_attribute("scale", nn.Parameter(torch.ones(1))),
+            {},
+            r"tensor '0\.scale' is unexpected",
+        ),
         "mixed dtypes": (with_attribute("bias", half), {}, r"'0\.bias' .* is torch.bfloat16 \(4,\), expected torch.fl"),
         "float8": (lambda: small().to(torch.float8_e5m2), {}, "dtype 'float8_e5m2'; expected one of"),
         "sparse": (sparse, {}, "tensor 's' is torch.float32, torch.sparse_coo; expected a dense tensor of one of"),
@@ -476,9 +480,9 @@ def failing_saves() -> dict[str, tuple[Callable[[], nn.Module], dict, str]]:
         "metadata": (
             small,
             {"metadata": {"a": {1, 2}}},
-            "cannot be written as JSON: Object of type set.*; use numbers",
+            "cannot be written as JSON; use numbers.*: TypeError: Object of type set",
         ),
-        "nan metadata": (small, {"metadata": {"a": float("nan")}}, "cannot be written as JSON: Out of range float"),
+        "nan metadata": (small, {"metadata": {"a": float("nan")}}, "cannot be written as JSON; .*Out of range float"),
         "shard size": (small, {"max_shard_bytes": 0}, "max_shard_bytes=0 is below 1; it is a number of bytes"),
     }
 
@@ -817,7 +821,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "layer no object": (field_edit("layers", "0", value=3), "layer '0': found int, expected an object with"),
     "unknown kind": (layer_edit("0", kind="magic"), "layer '0': kind 'magic' is not registered.*or use one of"),
     "bias text": (layer_edit("0", bias="yes"), "layer '0': bias is str, expected bool"),
-    "bias missing": (layer_edit("0", bias=False), r"layer '0': tensors \['bias'\] are unexpected"),
+    "bias missing": (layer_edit("0", bias=False), r"layer '0': tensor '0\.bias' is unexpected"),
     "negative size": (layer_edit("0", in_features=-8), "layer '0': in_features=-8; expected 1 to 2147483647"),
     "huge size": (layer_edit("0", out_features=2**40), "layer '0': out_features=1099511627776; expected 1 to"),
     "layer dtype": (layer_edit("0", dtype="int8"), "layer '0': dtype 'int8'; expected one of"),
@@ -848,7 +852,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "absolute shard": (field_edit("shards", "/etc/passwd", value=""), "shard name '/etc/passwd'; expected a plain"),
     "backslash shard": (field_edit("shards", "..\\m.safetensors", value=""), r"shard name '\.\.\\\\m\.safetensors'"),
     "zero byte": (field_edit("shards", "model.safetensors\0", value=""), "shard name 'model.safetensors.x00'"),
-    "hash": (flip_data, r"model.safetensors: sha256 .*, expected .*; the file was changed, copy it again"),
+    "hash": (flip_data, r"model.safetensors: sha256 .*, expected .*; copy the file again"),
     "truncated": (lambda p: os.truncate(p / "model.safetensors", 900), "model.safetensors: cannot be read"),
     "empty": (lambda p: os.truncate(p / "model.safetensors", 0), "model.safetensors: cannot be read"),
     "header dtype": (
@@ -862,7 +866,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "header shape": (raw_header(lambda h: h["3.weight"].update(shape=[2**40, 2**40])), "cannot be read: .*[oO]verflow"),
     "header offsets": (raw_header(lambda h: h["3.weight"].update(data_offsets=[0, 8])), "cannot be read: .*[oO]ffset"),
     "missing factor": (pop("0.left"), r"layer '0': tensor '0\.left' is missing; Kronecker.* needs \['bias', 'left'"),
-    "extra factor": (put("0.x", torch.zeros(2)), r"layer '0': tensors \['x'\] are unexpected"),
+    "extra factor": (put("0.x", torch.zeros(2)), r"layer '0': tensor '0\.x' is unexpected"),
     "factor shape": (put("0.left", torch.zeros(1, 2, 4)), r"'0\.left' .* \(1, 2, 4\), expected"),
     "factor dtype": (put("0.left", torch.zeros(2, 2, 4).half()), "is torch.float16 .*, expected"),
     "missing tensor": (pop("3.bias"), r"tensors \['3\.bias'\] \(1 in all\) of the skeleton are not in the checkpoint"),

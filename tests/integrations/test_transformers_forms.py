@@ -66,7 +66,8 @@ def test_a_model_is_the_same_after_a_save_and_load_and_fails_without_the_plug_in
     torch.testing.assert_close(dense(IDS).logits, logits, atol=1e-5, rtol=1e-4)
     dense.save_pretrained(tmp_path / "dense")
     code = (
-        f"import torch\nfrom transformers import {name}\nm = {name}.from_pretrained({str(tmp_path / 'dense')!r}).eval()\n"
+        f"import torch\nfrom transformers import {name}\n"
+        f"m = {name}.from_pretrained({str(tmp_path / 'dense')!r}).eval()\n"
         f"torch.save(m(torch.arange(1, 9)[None]).logits, {str(tmp_path / 'logits')!r})"
     )
     subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -19,16 +19,8 @@ def gradients(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Differentiate `apply` with a graph, so that the gradients can be differentiated again.
 
-    Args:
-        spec: the structured matrix.
-        x: input, shape (tokens, in_features).
-        factors: one tensor per factor of `spec`, in its order.
-        grad_output: gradient of the output, shape (tokens, out_features).
-        needs_input_grad: whether to return the gradient of x.
-        needs_factor_grad: positions of the factors whose gradients to return.
-        plan: a plan of `spec`.
     Returns:
-        The gradient of x if needed, then those of the factors at `needs_factor_grad`.
+        The gradient of x if needed, then those of the factors at the positions `needs_factor_grad`.
     """
     leaves = [x] * needs_input_grad + [factors[k] for k in needs_factor_grad]
     return torch.autograd.grad(apply(spec, factors, x, plan), leaves, grad_output, create_graph=True)
@@ -39,12 +31,6 @@ class Pullback:
 
     Where every operand is a view of a factor, its gradient is added up in a view of that factor's gradient. Otherwise
     gradients of operands are added up and go back through merges and copies once, at the end.
-
-    Args:
-        spec: the structured matrix.
-        factors: one tensor per factor of `spec`, in its order.
-        needs_factor_grad: positions of the factors whose gradients are needed.
-        plan: a plan of `spec`.
     """
 
     def __init__(self, spec: Spec, factors: Sequence[Tensor], needs_factor_grad: Sequence[int], plan: Plan) -> None:
@@ -53,15 +39,7 @@ class Pullback:
         self._parts = [_Part(eq_plan, part) for (_, part), eq_plan in zip(spec.split(leaves), plan.parts, strict=True)]
 
     def __call__(self, x: Tensor, grad_output: Tensor, needs_input_grad: bool) -> Tensor | None:
-        """Add the factors' gradients for some rows.
-
-        Args:
-            x: input, shape (tokens, in_features).
-            grad_output: gradient of the output, shape (tokens, out_features).
-            needs_input_grad: whether to return the gradient of x.
-        Returns:
-            The gradient of x if needed, else None.
-        """
+        """Add the factors' gradients for rows x and grad_output (tokens, ..); return the gradient of x if needed."""
         total = None
         for part in self._parts:
             eq = part.plan.equation
@@ -93,16 +71,15 @@ class _Part:
         self._totals = [_zeros(leaf) if leaf.requires_grad else None for leaf in leaves]
         self._merged: list[Tensor] = []
         views = self._views()
+        with torch.enable_grad():
+            slots = merged(plan.merges, leaves)
+            operands = [read(slots[step.factor], step.factor_view) for step in plan.steps]
+        self.operands = [operand.detach() for operand in operands]
         if views is None:
-            self._totals = []
-            with torch.enable_grad():
-                slots = merged(plan.merges, leaves)
-                self._merged = [read(slots[step.factor], step.factor_view) for step in plan.steps]
-            self.operands = [operand.detach() for operand in self._merged]
-            self.sums = [_zeros(operand) if operand.requires_grad else None for operand in self._merged]
+            self._totals, self._merged = [], operands
+            self.sums = [_zeros(operand) if operand.requires_grad else None for operand in operands]
         else:
             self.sums = views
-            self.operands = [read(leaves[step.factor].detach(), step.factor_view) for step in plan.steps]
 
     def _views(self) -> list[Tensor | None] | None:
         """Return the views of `_totals` that match the operands, or None if an operand is not a view of a factor."""
@@ -130,11 +107,8 @@ def _pull(
     plan: EquationPlan, operands: Sequence[Tensor], x: Tensor, grad_output: Tensor, sums: Sequence[Tensor | None],
     needs_input_grad: bool,
 ) -> Tensor | None:  # fmt: skip
-    """Add to the sums of one equation and return the gradient of x, if needed.
-
-    The first loop runs the plan again and keeps the activations that each product reads; the second goes back.
-    """
-    value, shapes, stacks = x, [], []
+    """Add to the sums of one equation and return the gradient of x, if needed: run the plan again, then go back."""
+    value, shapes, stacks = x, [], []  # of the activations that each product reads
     for step, operand in zip(plan.steps, operands, strict=True):
         shapes.append(value.shape)
         stacks.append(_straight(read(value, step.view)))

@@ -20,17 +20,11 @@ from structlin.runtime.contract.forward import to_dense
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive rows of the matrix of one equation: one index of each leading output mode, a range of the next.
+    """Consecutive rows of the matrix of one equation: one index of each leading output mode, a range of the next."""
 
-    Args:
-        spec: the equation restricted to these rows.
-        start: the first row.
-        ranges: (start, stop) of the restricted modes, by name.
-    """
-
-    spec: Spec
-    start: int
-    ranges: Mapping[str, tuple[int, int]]
+    spec: Spec  # the equation restricted to these rows
+    start: int  # the first row
+    ranges: Mapping[str, tuple[int, int]]  # (start, stop) of the restricted modes, by name
 
     @property
     def rows(self) -> slice:
@@ -76,7 +70,7 @@ def gradients_by_rows(
     spec: Spec, x: Tensor, factors: Sequence[Tensor], grad_output: Tensor, needs_input_grad: bool,
     needs_factor_grad: Sequence[int], most: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Differentiate y = x W^T without a graph, `most` rows of W at a time; Args and Returns as in `gradients`."""
+    """Differentiate y = x W^T without a graph, `most` rows of W at a time; returns what `gradients` does."""
     sums = [torch.zeros_like(factor) if k in needs_factor_grad else None for k, factor in enumerate(factors)]
     grad_input = torch.zeros_like(x) if needs_input_grad else None
     for (eq, part), (_, totals) in zip(spec.split(factors), spec.split(sums), strict=True):

@@ -16,16 +16,7 @@ Operands = list[list[Tensor]]  # one list per equation, one tensor per step of i
 
 
 def apply(spec: Spec, factors: Sequence[Tensor], x: Tensor, plan: Plan) -> Tensor:
-    """Multiply an input by the structured matrix: y = x W^T.
-
-    Args:
-        spec: the structured matrix.
-        factors: one tensor per factor of `spec`, in its order.
-        x: input, shape (tokens, in_features).
-        plan: a plan of `spec`, made for any number of tokens.
-    Returns:
-        Output, shape (tokens, out_features); it may be a view of a temporary.
-    """
+    """Compute y = x W^T, (tokens, in_features) -> (tokens, out_features); y may be a view of a temporary."""
     return run(spec, merge_factors(spec, factors, plan), x, plan)
 
 
@@ -66,16 +57,7 @@ def run(spec: Spec, operands: Operands, x: Tensor, plan: Plan) -> Tensor:
 
 
 def to_dense(spec: Spec, factors: Sequence[Tensor]) -> Tensor:
-    """Build the dense matrix (differentiable).
-
-    Cost: memory of the dense matrix, and the FLOPs of merging all factors.
-
-    Args:
-        spec: the structured matrix.
-        factors: one tensor per factor of `spec`, in its order.
-    Returns:
-        W, shape (out_features, in_features).
-    """
+    """Build the dense matrix W (out_features, in_features), differentiable; the FLOPs are those of all merges."""
     total = None
     for eq, part in spec.split(factors):
         merges, view = _merges(eq)
@@ -100,7 +82,7 @@ def merged(merges: Sequence[Merge], factors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def contracted(plan: EquationPlan, operands: Sequence[Tensor], x: Tensor) -> Tensor:
-    """Do all steps of a plan: (tokens, padded_in) -> (tokens, padded_out)."""
+    """Run the steps of a plan: (tokens, padded_in) -> (tokens, padded_out)."""
     value = x
     for step, operand in zip(plan.steps, operands, strict=True):
         stack = read(value, step.view)  # (rows, columns), or (batch, rows, columns)

@@ -21,18 +21,14 @@ from structlin.runtime.planner import Machine
 
 
 class Chain:
-    """The program of a structured matrix for the native kernel.
-
-    Args:
-        spec: the structured matrix.
-    """
+    """A structured matrix as the native kernel runs it."""
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
 
     @cached_property
     def program(self) -> Tensor:
-        """The program, written when first needed."""
+        """The kernel's program (int32), written on first use."""
         table = torch.tensor(program(self.spec), dtype=torch.int32, device="cpu")
         SPECS[table] = self.spec
         return table
@@ -40,7 +36,7 @@ class Chain:
     def seconds(self, tokens: int, *, itemsize: int = 4, machine: Machine) -> float:
         """Predict the time of a forward pass in s."""
         if tokens <= NATIVE_ROWS:
-            # Each token takes its arithmetic or one pass over the factors, whichever is longer.
+            # Each token takes the longer of its arithmetic and one pass over the factors.
             rates = planner.NATIVE_FEW
             read = itemsize * self.spec.num_parameters / rates.bandwidth
             return machine.native_few * (tokens * max(cost(self.spec, few=True).seconds, read) + rates.op)
@@ -52,35 +48,37 @@ class Chain:
         return machine.native * (flops / rates.flops + moved / rates.bandwidth + rates.op)
 
     def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        """Compute x W^T + bias for x of shape (..., in_features), all tensors such as `suits` says."""
+        """Compute x W^T + bias for x of shape (..., in_features); the tensors must pass `suits`."""
         return native.chain(x, tuple(factors), bias, self.program, self.spec.out_features)
 
     def known(self, parameters: tuple[Tensor | None, ...]) -> native.Known:
-        """What to run a layer with these parameters by; for no number of rows yet."""
+        """Return the record by which calls.cpp recognises a layer with these parameters; it allows no rows yet."""
         names = (*(factor.name for factor in self.spec.factors), "bias")
         sizes = self.spec.in_features, self.spec.out_features
         return native.Known(names, parameters, set(), set(), self.program, *sizes)
 
     def traces(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether code that torch.compile is tracing may call `traced` for these."""
+        """Return whether code under torch.compile may call `traced` with these tensors."""
         return self._prepare() and plain(tensors) and suits(tensors)
 
     def traced(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-        """Compute the same in code that torch.compile is tracing, after `traces` has said yes."""
+        """Compute x W^T + bias as a node of torch.compile's graph; only if `traces` returned True."""
         result: Tensor = torch.ops.structlin.chain(x, factors, bias, self.program, self.spec.out_features)
         return result
 
     @constant
     def _prepare(self) -> bool:
-        """Write the program before tracing comes to it: it shall be an input of the graph, not computed there."""
-        exporting = getattr(torch.compiler, "is_exporting", bool)()  # from torch 2.7 on; what is exported has no kernel
+        """Write the program before it is traced, so that it becomes an input of the graph, not a computation in it."""
+        exporting = getattr(
+            torch.compiler, "is_exporting", bool
+        )()  # torch 2.7 or later; exports must not need the kernel
         return not exporting and unobserved() and len(self.program) > 0
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return chain_of, (self.spec,)  # copies have the same program
+        return chain_of, (self.spec,)  # copies share the program
 
 
 @lru_cache(maxsize=1024)
 def chain_of(spec: Spec) -> Chain:
-    """Return the program of a spec, written once."""
+    """Return the one chain of a spec."""
     return Chain(spec)

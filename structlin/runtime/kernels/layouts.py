@@ -18,7 +18,7 @@ _State = tuple[float, Modes, Any]  # seconds, layout, and the links so far as ne
 
 @dataclass(frozen=True)
 class Link:
-    """One factor of a chain, absorbed, with the layouts of the activations before and after it."""
+    """One absorbed factor, with the layouts of the activations before and after it."""
 
     absorbed: Absorption
     before: Modes
@@ -26,7 +26,7 @@ class Link:
 
     @property
     def outer(self) -> Modes:
-        """The modes of the activations that stay, in their layout, those that the factor holds too first."""
+        """The modes of the activations that stay, in their layout: first those that the factor holds too."""
         absorbed = self.absorbed
         return tuple(sorted(absorbed.batch + absorbed.free, key=lambda m: (m in absorbed.free, self.before.index(m))))
 
@@ -38,17 +38,14 @@ class Link:
         return eq.numel(tuple(takewhile(lambda mode: mode in self.absorbed.free, (mode for mode, _ in same))))
 
     def in_order(self, eq: Equation) -> bool:
-        """Return whether the kernel can read the factor as it is stored.
-
-        Its innermost modes have to be those that are summed, or a batch mode.
-        """
+        """Return whether the kernel reads the factor as stored: its last modes are those summed, or a batch mode."""
         modes, summed = eq.factors[self.absorbed.factor].modes, self.absorbed.summed
         return modes[len(modes) - len(summed) :] == summed or modes[-1] in self.absorbed.batch
 
     def cost(self, eq: Equation) -> Cost:
         """Count the cost for one token."""
         absorbed, flops = self.absorbed, self.absorbed.flops(eq)
-        if self.run(eq) >= SHARED_RUN:
+        if self.run(eq) >= SHARED_RUN:  # vectors run along outer indices
             return Cost(flops, flops, 0, 0, 0)
         vectors = eq.numel(absorbed.kept) * (-(-eq.numel(absorbed.summed) // LANES) + 2)
         entries = 0 if self.in_order(eq) else eq.numel(eq.factors[absorbed.factor].modes)
@@ -56,21 +53,13 @@ class Link:
 
 
 class Cost(NamedTuple):
-    """The cost of a chain for one token.
+    """The cost of a chain for one token."""
 
-    Args:
-        flops: of all stages.
-        shared: FLOPs of the stages whose vectors run along outer indices that share a block of the factor.
-        vectors: in all other stages: vectors of the factors' rows, and two for each sum across lanes.
-        turned: entries of factors that have to be gathered into order, those of large factors counted FAR times.
-        moved: entries of input and output that are copied into another layout.
-    """
-
-    flops: int
-    shared: int
-    vectors: int
-    turned: int
-    moved: int
+    flops: int  # of all stages
+    shared: int  # FLOPs of the stages whose vectors run along outer indices that share a block of the factor
+    vectors: int  # in all other stages: vectors of the factors' rows, and two for each sum across lanes
+    turned: int  # entries of factors that are gathered into order first; those of large factors count FAR times
+    moved: int  # entries of input and output that are copied into another layout
 
     @property
     def seconds(self) -> float:
@@ -81,16 +70,12 @@ class Cost(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def links(spec: Spec, few: bool) -> tuple[tuple[Link, ...], ...]:
-    """Choose the chain of each equation.
+    """Choose the chain of each equation, for tiles of tokens or (`few`) for single tokens.
 
-    Tiles of tokens are fast in any layout, because their vectors run over tokens; a layout in which the next sum runs
-    over neighbours serves the caches best. Vectors of a single token run over modes, so its layouts are searched: on
-    trains of rank 4 that takes a third to a half of the time in the tiles' layouts. A single equation may also permute
-    its input and output; several equations share theirs, in natural order.
-
-    Args:
-        spec: the structured matrix.
-        few: for single tokens.
+    Tiles are fast in any layout, because their vectors run over tokens; summing over neighbours suits the caches best.
+    Vectors of a single token run over modes, so its layouts are searched: a tensor train of rank 4 then takes a third
+    to a half of the time that it takes in the tiles' layouts. A single equation may also permute its input and output;
+    several equations share theirs, in natural order.
     """
     return tuple(_cheaper(eq, few, len(spec.equations) == 1) for eq in spec.equations)
 
@@ -115,7 +100,7 @@ def _sum(costs: Iterable[Cost]) -> Cost:
 
 
 def _cheaper(eq: Equation, few: bool, alone: bool) -> tuple[Link, ...]:
-    """Take the direction with fewer FLOPs; where they nearly tie, the one with fewer factors to gather into order."""
+    """Take the direction with fewer FLOPs; where they nearly tie, the one that gathers fewer entries into order."""
     numbers = range(len(eq.factors))
     both = [eq.absorb(order) for order in (numbers, numbers[::-1])]
     if few:
@@ -129,7 +114,7 @@ def _cheaper(eq: Equation, few: bool, alone: bool) -> tuple[Link, ...]:
 
 
 def _as_read(eq: Equation, absorbed: Sequence[Absorption]) -> tuple[Link, ...]:
-    """Lay out activations so that the next sum runs over neighbours."""
+    """Lay out the activations so that the next sum runs over neighbours."""
     inner = (_read_by(eq, one, following) for one, following in pairwise(absorbed))
     return tuple(
         Link(one, *around) for one, around in zip(absorbed, pairwise([eq.inputs, *inner, eq.outputs]), strict=True)
@@ -137,7 +122,7 @@ def _as_read(eq: Equation, absorbed: Sequence[Absorption]) -> tuple[Link, ...]:
 
 
 def _read_by(eq: Equation, absorbed: Absorption, following: Absorption) -> Modes:
-    """Put innermost what the next factor reads along: the modes that it sums, in its order, or its last batch mode."""
+    """Move the modes along which the next factor is read to the innermost place: its summed modes, or a batch mode."""
     final = eq.factors[following.factor].modes[-1]
     innermost = (final,) if final in following.batch else following.summed
     return tuple(mode for mode in absorbed.kept if mode not in innermost) + innermost
@@ -146,16 +131,7 @@ def _read_by(eq: Equation, absorbed: Absorption, following: Absorption) -> Modes
 def _in_place(absorbed: Absorption, before: Modes) -> Modes:
     """Put the new modes where the first of the summed ones stood: the modes behind stay contiguous."""
     place = min(before.index(mode) for mode in absorbed.summed)
-    ahead, behind = (
-        [mode for mode in part if mode not in absorbed.summed] for part in (before[:place], before[place:])
-    )
-    return (*ahead, *absorbed.new, *behind)
-
-
-def _as_summed(eq: Equation, absorbed: Sequence[Absorption]) -> Modes:
-    """Put the input's modes into the order in which they are summed."""
-    when = {mode: step for step, one in enumerate(absorbed) for mode in one.summed}
-    return tuple(sorted(eq.inputs, key=lambda mode: when.get(mode, len(absorbed))))
+    return (*before[:place], *absorbed.new, *(mode for mode in before[place:] if mode not in absorbed.summed))
 
 
 def _searched(eq: Equation, absorbed: Sequence[Absorption], alone: bool) -> tuple[Link, ...]:
@@ -164,7 +140,9 @@ def _searched(eq: Equation, absorbed: Sequence[Absorption], alone: bool) -> tupl
     Two layouts are tried after each factor: the one that the next factor reads along (`_read_by`), and the one that
     keeps runs of untouched modes contiguous (`_in_place`), so that vectors can run along them.
     """
-    first = [eq.inputs, _as_summed(eq, absorbed)] if alone else [eq.inputs]
+    when = {mode: step for step, one in enumerate(absorbed) for mode in one.summed}
+    as_summed = tuple(sorted(eq.inputs, key=lambda mode: when.get(mode, len(absorbed))))
+    first = [eq.inputs, as_summed] if alone else [eq.inputs]
     states: list[_State] = [(_moved(eq, eq.inputs, layout).seconds, layout, None) for layout in first]
     for one, following in zip_longest(absorbed, absorbed[1:]):
         found: list[_State] = []
@@ -180,8 +158,7 @@ def _searched(eq: Equation, absorbed: Sequence[Absorption], alone: bool) -> tupl
         for state in sorted(found, key=lambda state: state[0]):
             best.setdefault(state[1], state)
         states = list(best.values())[:_BEAM]
-    links = []
-    rest = states[0][2]
+    links, rest = [], states[0][2]
     while rest:
         link, rest = rest
         links.append(link)

@@ -1,4 +1,4 @@
-"""Build and load the native kernel: C++, compiled once for each machine and version of torch."""
+"""Build and load the native kernel: C++, compiled once per CPU, Python and torch version."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from structlin.runtime.machines import cache_folder, processor
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("chain.cpp", "calls.cpp"))
 HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
-MODULE = "structlin_chain"  # what the library is to Python, where it was built with Python's headers
-SWITCH = "STRUCTLIN_KERNELS"  # "off": not used; "build": built when first needed; else: used where it is built
+MODULE = "structlin_chain"  # name of the extension module, if built with Python's headers
+SWITCH = "STRUCTLIN_KERNELS"  # environment variable: "off" disables, "build" builds on first use, else use if built
 
 
 def build() -> Path:
-    """Compile the native kernel for this CPU and this torch, into the user's cache; 10 to 20 s, once.
+    """Compile the native kernel for this CPU and torch version into the user's cache: 10 to 20 s, once.
 
-    From then on structured layers in float32 and bfloat16 on a CPU run by it, in this process and later ones. Set the
-    environment variable STRUCTLIN_KERNELS to `off` to do without, or to `build` to have this done when first needed;
-    $CXXFLAGS is passed on.
+    Structured layers in float32 and bfloat16 on a CPU then use it, in this process and later ones. The environment
+    variable STRUCTLIN_KERNELS=off disables the kernel, STRUCTLIN_KERNELS=build builds it on first use. The compiler
+    gets $CXXFLAGS.
 
     Returns:
         The library's path: under $STRUCTLIN_CACHE, else $XDG_CACHE_HOME/structlin, else ~/.cache/structlin.
     Raises:
-        RuntimeError: if there is no C++ compiler ($CXX, else c++), or it fails, with what it says.
+        RuntimeError: if no C++ compiler is found ($CXX, else c++) or it fails; the message quotes its output.
     """
     target = _path()
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # same file system: `replace` is atomic
             made = Path(folder) / target.name
             _compile(made)
             made.replace(target)
@@ -55,53 +55,43 @@ def build() -> Path:
 
 @constant
 def available() -> bool:
-    """Whether the native kernel is built, loads, and is not switched off."""
+    """Return whether the native kernel is built, loads, and is not disabled by STRUCTLIN_KERNELS=off."""
     if _State.usable is None:
         _State.usable = _load(os.environ.get(SWITCH, ""))
     return _State.usable
 
 
 def chain(x: Tensor, factors: tuple[Tensor, ...], bias: Tensor | None, program: Tensor, out_features: int) -> Tensor:
-    """Call the operator `structlin::chain`, the quickest way."""
+    """Call the operator `structlin::chain`; as an extension module this skips torch's dispatch from Python."""
     result: Tensor = _State.calls.chain(x, factors, bias, program, out_features)
     return result
 
 
 class Known(NamedTuple):
-    """Everything that `recall` in calls.cpp checks before it runs a layer without a return to Python.
+    """Everything that `recall` in calls.cpp checks before it runs a layer without returning to Python."""
 
-    Args:
-        names: of the parameters: the factors, then the bias.
-        seen: the parameters, all such as `suits` says.
-        constant: numbers of rows for which the kernel is the fastest way where no factor's gradient is asked for.
-        learned: the same where one is.
-        program: of the kernel.
-        in_features: size of each input row.
-        out_features: size of each output row.
-    """
-
-    names: tuple[str, ...]
-    seen: tuple[Tensor | None, ...]
-    constant: set[int]
-    learned: set[int]
+    names: tuple[str, ...]  # of the parameters: the factors, then the bias
+    seen: tuple[Tensor | None, ...]  # these parameters; they passed `suits`
+    constant: set[int]  # numbers of rows for which the kernel is the fastest way if no factor needs a gradient
+    learned: set[int]  # the same if a factor needs one
     program: Tensor
     in_features: int
     out_features: int
 
 
 def shortcut(known: Known) -> Callable[[Tensor, dict[str, Any]], Tensor | None] | None:
-    """Return a function of (input, parameters) that runs a layer in one call, or gives None if `Execution` must decide.
+    """Return a function of (input, parameters) that runs a layer in one call; None if built without Python's headers.
 
-    None if the library was built without Python's headers.
+    The function returns None where `Execution` must decide.
     """
     recall = getattr(_State.calls, "recall", None)
     return partial(recall, known) if recall else None
 
 
 class _State:
-    usable: bool | None = None  # not found out yet
-    library: torch.library.Library | None = None  # what torch was told of the kernel, while this is kept
-    calls: Any = None  # what Python may call of it
+    usable: bool | None = None  # None: not checked yet
+    library: torch.library.Library | None = None  # registrations in torch; they end when this object is freed
+    calls: Any = None  # module (or torch.ops namespace) with the compiled functions
 
 
 def _load(switch: str) -> bool:
@@ -136,31 +126,26 @@ def _open(path: Path) -> Any:
 
 
 def _headers() -> Path | None:
-    """Where Python's headers are, if they are installed."""
+    """Return the folder of Python's headers, None if they are not installed."""
     folder = Path(sysconfig.get_path("include"))
     return folder if (folder / "Python.h").exists() else None
 
 
 def _loaded() -> bool:
+    """Return whether this process has loaded the library: a second load would register the operators twice."""
     return hasattr(torch.ops.structlin, "chain")
 
 
-def _compiler() -> str:
-    found = shutil.which(os.environ.get("CXX", "c++"))
-    if found is None:
-        raise RuntimeError("the native kernel needs a C++ compiler; install one, or set $CXX; layers work without it")
-    return found
-
-
 def _flags() -> tuple[list[str], list[str]]:
-    """Flags to compile by, and to link by."""
+    """Return the compiler's and the linker's flags."""
     root = Path(torch.__file__).parent
     mac = platform.system() == "Darwin"
     tune = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     folders = [root / "include", root / "include/torch/csrc/api/include", _headers()]
     include = [f"-isystem{folder}" for folder in folders if folder]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    # at::parallel_for is compiled here. Linking goes without -fopenmp: the runtime must be torch's own, not a second.
+    # at::parallel_for is a template that needs -fopenmp when compiled; linked with it, a second OpenMP runtime would
+    # load beside torch's own.
     threads = [] if mac else ["-fopenmp"]
     own = os.environ.get("CXXFLAGS", "").split()
     libraries = ["-lc10", "-ltorch_cpu", *(["-ltorch_python"] if _headers() else [])]
@@ -169,7 +154,7 @@ def _flags() -> tuple[list[str], list[str]]:
 
 
 def _path() -> Path:
-    """Where the library of this source, torch and CPU is or would be."""
+    """Return where the library belongs; its name hashes everything that the binary depends on."""
     flags, link = _flags()
     sources = [source.read_text(encoding="utf-8") for source in (*SOURCES, *HEADERS)]
     facts = [*sources, torch.__version__, platform.python_version(), processor(), *flags, *link]
@@ -184,8 +169,11 @@ def _compile(target: Path) -> None:
 
 
 def _run(*arguments: list[str]) -> None:
-    """Call the compiler several times at once."""
-    commands = [[_compiler(), *given] for given in arguments]
+    """Run the compiler once per argument list, in parallel."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        raise RuntimeError("the native kernel needs a C++ compiler; install one, or set $CXX; layers work without it")
+    commands = [[compiler, *given] for given in arguments]
     running = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for command in commands]
     said = [process.communicate()[1] for process in running]
     for process, command, errors in zip(running, commands, said, strict=True):

@@ -1,4 +1,4 @@
-"""What torch must know of the kernel's operators beyond what the kernel says: shapes, and second derivatives."""
+"""Register for the kernel's operators what C++ leaves out: fake implementations (shapes) and second derivatives."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from structlin.equation.spec import Spec
 from structlin.runtime import contract, planner
 from structlin.runtime.machines import machine_of
 
-# Program tensor -> spec. The operator's schema takes tensors, not a Spec, so that its double backward finds the spec by
-# the identity of the program. In compiled code that tensor may be another one: hence the error below.
+# Program tensor -> spec. An operator takes tensors but no Spec, so the double backward looks the spec up by the
+# identity of the program tensor. Compiled code may pass a copy of it: hence the error below.
 SPECS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def register() -> torch.library.Library:
-    """Tell torch, once the kernel is loaded; what is returned must be kept."""
+    """Register with torch once the kernel is loaded; the registrations last as long as the returned object."""
     library = torch.library.Library("structlin", "FRAGMENT")
     library.impl("chain_differentiable_backward", _differentiable_backward, "CompositeImplicitAutograd")
     torch.library.register_fake("structlin::chain", _chain, lib=library)
@@ -39,12 +39,12 @@ def _chain_backward(
 def _differentiable_backward(
     dy: Tensor, x: Tensor, factors: Sequence[Tensor], program: Tensor, input_gradient: bool, wanted: Sequence[int]
 ) -> list[Tensor]:
-    """The same gradients as `chain_backward` through `contract`, with their graph."""
+    """Compute the gradients of `chain_backward` by `contract`, with a graph."""
     spec: Spec | None = SPECS.get(program)
     if spec is None:
         raise RuntimeError(
-            "the native kernel has no second derivatives inside of compiled code; compile without it "
-            "(STRUCTLIN_KERNELS=off), or do not compile what create_graph=True goes through"
+            "the native kernel has no second derivatives in compiled code; set STRUCTLIN_KERNELS=off, or leave the "
+            "code that create_graph=True differentiates uncompiled"
         )
     rows, slopes = x.reshape(-1, spec.in_features), dy.reshape(-1, spec.out_features)
     machine = machine_of(x.device)

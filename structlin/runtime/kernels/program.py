@@ -76,21 +76,13 @@ class Stage:
     For outer indices i and rows j, summed over columns q:
     b[b_outer(i) + b_row(j)] += sum_q w[w_outer(i) + w_row(j) + w_column(q)] a[a_outer(i) + a_column(q)].
     Outer indices run over the modes that stay (batch and free), rows over the new ones, columns over those summed.
-
-    Args:
-        factor: index of w.
-        source: buffer of a.
-        target: buffer of b.
-        accumulates: add to b instead of overwriting it.
-        shared: length of the runs of outer indices that share their block of w and are contiguous in a and b.
-        tables: the offsets.
     """
 
-    factor: int
-    source: int
-    target: int
-    accumulates: bool
-    shared: int
+    factor: int  # index of w
+    source: int  # buffer of a
+    target: int  # buffer of b
+    accumulates: bool  # add to b instead of overwriting it
+    shared: int  # length of the runs of outer indices that share their block of w and are contiguous in a and b
     tables: Tables
 
     @property
@@ -179,14 +171,7 @@ def _program(spec: Spec, few: bool, other: int) -> tuple[int, ...]:
 
 
 def _stages(eq: Equation, chain: Sequence[Link], first: int, adds: bool) -> Iterator[Stage]:
-    """Write the stages of a chain.
-
-    Args:
-        eq: the equation.
-        chain: its links.
-        first: index of the equation's first factor in the spec.
-        adds: add to the output, which an equation before has written.
-    """
+    """Write the stages of a chain; `first` is the index of its first factor, `adds` keeps what the output holds."""
     source = INPUT
     for step, link in enumerate(chain):
         last = step == len(chain) - 1

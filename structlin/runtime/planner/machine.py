@@ -10,40 +10,22 @@ from structlin.runtime import costs
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates of a machine, from which the planner predicts the times of products and copies.
+    """Rates of a machine (FLOP/s, B/s, s, B), from which the planner predicts the times of products and copies."""
 
-    Args:
-        name: shown in plans.
-        flops: rate of large float32 matrix products, in FLOP/s (a multiply and an add are 2).
-        bandwidth: of operands in a cache, in B/s.
-        op: fixed cost of an operation, Python included, in s.
-        half_flops: rate in two-byte dtypes, in FLOP/s; None: as in float32.
-        half_op: extra cost of an operation in two-byte dtypes, in s.
-        far_bandwidth: of operands beyond the last cache, in B/s; None: `bandwidth`.
-        cache: size of the last cache, in B.
-        core_cache: size of the cache next to a core, in B; a chunk's activations should fit.
-        copy_bandwidth: of copies into another layout that separate neighbours, bytes read and written, in B/s; None:
-            `bandwidth`.
-        transpose_bandwidth: of copies that transpose a matrix, in B/s; None: `copy_bandwidth`.
-        native: time of the native kernel for tiles of tokens / time predicted by its own record.
-        native_few: the same ratio for a few tokens.
-        tile: rows and columns of a product are rounded up to multiples of this; 0 for a CPU, where `thinness` applies.
-    """
-
-    name: str
-    flops: float
-    bandwidth: float
-    op: float
-    half_flops: float | None = None
-    half_op: float = 0.0
-    far_bandwidth: float | None = None
-    cache: float = math.inf
-    core_cache: float = math.inf
-    copy_bandwidth: float | None = None
-    transpose_bandwidth: float | None = None
-    native: float = 1.0
-    native_few: float = 1.0
-    tile: int = 0
+    name: str  # shown in plans
+    flops: float  # rate of large float32 products; a multiply and an add are 2
+    bandwidth: float  # of operands in a cache
+    op: float  # fixed cost of an operation, Python included
+    half_flops: float | None = None  # rate in two-byte dtypes; None: as in float32
+    half_op: float = 0.0  # extra cost of an operation in two-byte dtypes
+    far_bandwidth: float | None = None  # of operands beyond the last cache; None: `bandwidth`
+    cache: float = math.inf  # size of the last cache
+    core_cache: float = math.inf  # size of the cache next to a core; a chunk's activations should fit
+    copy_bandwidth: float | None = None  # of layout copies that separate neighbours, read + written; None: `bandwidth`
+    transpose_bandwidth: float | None = None  # of copies that transpose a matrix; None: `copy_bandwidth`
+    native: float = 1.0  # time of the native kernel for tiles of tokens / time predicted by its own record
+    native_few: float = 1.0  # the same ratio for a few tokens
+    tile: int = 0  # rows and columns of a product are rounded up to multiples; 0: a CPU, where `thinness` applies
 
     def product(self, batch: int, rows: int, summed: int, columns: int, itemsize: int) -> float:
         """Predict the time of a product (batch, rows, summed) x (batch, summed, columns) in s.
@@ -63,22 +45,13 @@ class Machine:
         return max(flops * slower / rate, nbytes / self._bandwidth(nbytes)) + self.op + half * self.half_op
 
     def copy(self, entries: float, itemsize: int, *, run: int = 1, axes: int = 3) -> float:
-        """Predict the time of a copy into another layout, in s.
-
-        Two-byte entries take as long as float32.
-
-        Args:
-            entries: number of entries.
-            itemsize: bytes per entry.
-            run: entries that stay neighbours.
-            axes: axes that change places; two make a transposition.
-        """
+        """Predict the time of a copy in s: `run` entries stay neighbours, `axes` axes change places."""
         rate = self.copy_bandwidth or self.bandwidth
         if run * itemsize >= costs.LINE:
             rate = self.bandwidth
-        elif axes == 2:
+        elif axes == 2:  # a transposition
             rate = self.transpose_bandwidth or rate
-        return 2 * entries * max(itemsize, 4) / rate + self.op
+        return 2 * entries * max(itemsize, 4) / rate + self.op  # two-byte entries take as long as float32
 
     def _bandwidth(self, nbytes: float) -> float:
         return self.bandwidth if nbytes <= self.cache else self.far_bandwidth or self.bandwidth

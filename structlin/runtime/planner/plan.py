@@ -19,18 +19,12 @@ class View:
     """How to read a tensor as a matrix (rows, columns) or a stack of matrices (batch, rows, columns).
 
     Three steps, each left out where it is None: reshape to `modes`, permute by `axes`, reshape to `shape`.
-
-    Args:
-        modes: shape that separates the axes to be permuted.
-        axes: their new order.
-        shape: shape of the matrix or stack.
-        copy: whether the layout in memory changes.
     """
 
-    modes: Shape | None
-    axes: tuple[int, ...] | None
-    shape: Shape | None
-    copy: bool
+    modes: Shape | None  # separates the axes to be permuted
+    axes: tuple[int, ...] | None  # their new order
+    shape: Shape | None  # of the matrix or stack
+    copy: bool  # whether the layout in memory changes
 
 
 @dataclass(frozen=True)
@@ -45,44 +39,26 @@ class Cost:
 
 @dataclass(frozen=True)
 class Merge:
-    """A product of two factors, or of results of earlier merges.
-
-    Args:
-        left: slot of the left operand: factors come first, then the results of merges in order.
-        right: slot of the right operand.
-        left_view: how to read the left operand.
-        right_view: how to read the right operand.
-        shared: the left operand is one matrix, multiplied with every matrix of the stack on the right.
-        cost: cost of this product.
-    """
+    """A product of two slots: the factors come first, then the results of merges in order."""
 
     left: int
     right: int
     left_view: View
     right_view: View
-    shared: bool
+    shared: bool  # the left operand is one matrix, multiplied with every matrix of the stack on the right
     cost: Cost
 
 
 @dataclass(frozen=True)
 class Step:
-    """A product of the activations with a factor or merged factors.
+    """A product of the activations with a factor or merged factors."""
 
-    Args:
-        factor: slot of the factor, as in `Merge`.
-        factor_view: how to read the factor.
-        view: how to read the activations.
-        swapped: the factor is the left operand.
-        shared: the factor is one matrix, multiplied with every matrix of the stack of activations.
-        cost: cost for the planned number of tokens.
-    """
-
-    factor: int
+    factor: int  # slot, as in `Merge`
     factor_view: View
-    view: View
-    swapped: bool
-    shared: bool
-    cost: Cost
+    view: View  # of the activations
+    swapped: bool  # the factor is the left operand
+    shared: bool  # the factor is one matrix, multiplied with every matrix of the stack of activations
+    cost: Cost  # for the planned number of tokens
 
 
 @dataclass(frozen=True)
@@ -90,32 +66,19 @@ class EquationPlan:
     """A contraction of one equation with an input of `tokens` rows; prints itself as a table.
 
     `flops`, `nbytes` and `seconds` hold for `tokens` rows; merges and steps hold for any number of rows.
-
-    Args:
-        equation: the equation.
-        tokens: rows planned for.
-        itemsize: bytes per element.
-        machine: the record that predicted the time.
-        folded: the factors are constant, so that they are merged and copied once, beforehand; costs leave this out.
-        merges: products of factors only.
-        steps: products with the activations.
-        result: how to read the last product as (tokens, outputs).
-        inner: entries per token of all activations between input and output, copies included.
-        widest: entries per token of the largest of these, or of an output that is copied into order.
-        seconds: predicted time.
     """
 
     equation: Equation
-    tokens: int
-    itemsize: int
-    machine: Machine
-    folded: bool
-    merges: tuple[Merge, ...]
-    steps: tuple[Step, ...]
-    result: View
-    inner: int
-    widest: int
-    seconds: float
+    tokens: int  # rows planned for
+    itemsize: int  # bytes per element
+    machine: Machine  # predicted the time
+    folded: bool  # the factors are constant: merged and copied once, beforehand; costs leave this out
+    merges: tuple[Merge, ...]  # products of factors only
+    steps: tuple[Step, ...]  # products with the activations
+    result: View  # how to read the last product as (tokens, outputs)
+    inner: int  # entries per token of all activations between input and output, copies included
+    widest: int  # entries per token of the largest of these, or of an output that is copied into order
+    seconds: float  # predicted
 
     @property
     def counted(self) -> tuple[Cost, ...]:

@@ -16,31 +16,18 @@ Groups = tuple[Modes, Modes, Modes]  # an operand read as a stack: modes of (bat
 
 @dataclass(frozen=True)
 class Product:
-    """One way to multiply two operands.
+    """One way to multiply two operands."""
 
-    Args:
-        left: layout of the left operand.
-        right: layout of the right operand.
-        left_groups: how to read the left operand, (batch, rows, summed).
-        right_groups: how to read the right operand, (batch, summed, columns).
-        swapped: the factor is the left operand, the activations are the right one.
-        broadcast: the left operand is one matrix for the whole batch.
-        out: layout of the result.
-        copies: whether reading the left, and the right, copies it into another layout.
-        cost: FLOPs, bytes and operations.
-        seconds: predicted time.
-    """
-
-    left: Modes
+    left: Modes  # layout of the left operand
     right: Modes
-    left_groups: Groups
-    right_groups: Groups
-    swapped: bool
-    broadcast: bool
-    out: Modes
-    copies: tuple[bool, bool]
+    left_groups: Groups  # how to read the left operand: (batch, rows, summed)
+    right_groups: Groups  # (batch, summed, columns)
+    swapped: bool  # the factor is the left operand, the activations are the right one
+    broadcast: bool  # the left operand is one matrix for the whole batch
+    out: Modes  # layout of the result
+    copies: tuple[bool, bool]  # whether reading the left, and the right, copies it into another layout
     cost: Cost
-    seconds: float
+    seconds: float  # predicted
 
     @property
     def sides(self) -> tuple[tuple[Modes, Groups, bool], tuple[Modes, Groups, bool]]:
@@ -50,31 +37,16 @@ class Product:
 
 @dataclass(frozen=True)
 class Merged:
-    """Neighbouring factors contracted with one another.
+    """Neighbouring factors contracted with one another."""
 
-    Args:
-        modes: layout of the result.
-        seconds: predicted time, 0 where `folded`.
-        middle: index of the factor that the right half begins with.
-        product: of the two halves; None for a single factor.
-    """
-
-    modes: Modes
-    seconds: float = 0.0
-    middle: int = 0
-    product: Product | None = None
+    modes: Modes  # layout of the result
+    seconds: float = 0.0  # predicted; 0 where folded
+    middle: int = 0  # index of the factor that the right half begins with
+    product: Product | None = None  # of the two halves; None for a single factor
 
 
 class Products:
-    """The products of one equation for one number of tokens.
-
-    Args:
-        eq: the equation.
-        tokens: rows of the input.
-        itemsize: bytes per element.
-        machine: cost record.
-        folded: copies of factors cost nothing; see `EquationPlan`.
-    """
+    """The products of one equation for one number of tokens; if folded, copies of factors cost nothing."""
 
     def __init__(self, eq: Equation, tokens: int, itemsize: int, machine: Machine, folded: bool) -> None:
         self.itemsize = itemsize

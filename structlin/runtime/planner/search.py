@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Literal
 
@@ -29,17 +29,11 @@ _LENGTH = 6  # neighbours that longer chains merge at most, unless all of them
 
 @dataclass(frozen=True)
 class _State:
-    """A partial plan.
+    """A partial plan."""
 
-    Args:
-        modes: layout of the activations.
-        absorbed: for each operand so far: its factors lo..hi-1 and the product.
-        cost: predicted time so far, in s.
-    """
-
-    modes: Modes
-    absorbed: tuple[tuple[int, int, Product], ...]
-    cost: float
+    modes: Modes  # layout of the activations
+    absorbed: tuple[tuple[int, int, Product], ...]  # for each operand so far: its factors lo..hi-1 and the product
+    cost: float  # predicted time so far, in s
 
 
 class _Search:
@@ -63,7 +57,8 @@ class _Search:
         if hi - lo == 1:
             return Merged(self.eq.factors[lo].modes)
         if (lo, hi) not in self.known:
-            middle = self.middle(lo, hi)
+            # The optimal split in short chains, halves in long ones.
+            middle = self.splits[lo, hi] if self.count <= _CHAIN else (lo + hi) // 2
             left, right = self.merged(lo, middle), self.merged(middle, hi)
             options = self.products.ways(left.modes, right.modes, self.outside(lo, hi))
             best = min(options, key=lambda option: option.seconds)
@@ -75,10 +70,6 @@ class _Search:
         """Return the modes that the merged factors lo..hi-1 must keep: those that something outside needs."""
         others = (*self.eq.factors[:lo], *self.eq.factors[hi:])
         return self.external.union(*(factor.modes for factor in others))
-
-    def middle(self, lo: int, hi: int) -> int:
-        """Return where to split the factors lo..hi-1 for merging: the optimum in short chains, half in long ones."""
-        return self.splits[lo, hi] if self.count <= _CHAIN else (lo + hi) // 2
 
     @cached_property
     def splits(self) -> dict[tuple[int, int], int]:
@@ -135,10 +126,8 @@ class _Search:
     def finished(self, state: _State) -> _State:
         """Add the cost of copying the result into (tokens, outputs) order."""
         ordered = (TOKENS, *self.eq.outputs)
-        if state.modes == ordered:
-            return state
-        copy = self.products.copy(state.modes, ordered)
-        return _State(state.modes, state.absorbed, state.cost + copy)
+        copy = 0.0 if state.modes == ordered else self.products.copy(state.modes, ordered)
+        return replace(state, cost=state.cost + copy)
 
     def plan(self, state: _State) -> EquationPlan:
         """Write a finished state as a plan."""
@@ -173,18 +162,12 @@ def _best(states: list[_State]) -> list[_State]:
 def find_plan(
     spec: Spec, tokens: int, *, machine: Machine, itemsize: int = 4, order: Order = "auto", folded: bool = False
 ) -> Plan:  # fmt: skip
-    """Search for the plan with the least predicted time.
+    """Search for the plan with the least predicted time; it is valid for any number of tokens, its costs for `tokens`.
 
     Args:
-        spec: the structured matrix.
-        tokens: rows of the input.
-        machine: cost record of the machine that will run the plan (`runtime.machines.machine_of`).
-        itemsize: bytes per element.
         order: "auto" searches; "forward" and "backward" absorb one factor at a time, beginning with the first or the
             last; "materialise" builds the dense matrix first.
         folded: the factors are constant; see `EquationPlan`.
-    Returns:
-        A Plan, valid for any number of tokens, with costs for `tokens`.
     Raises:
         ValueError: if order is unknown.
     Example:
@@ -221,14 +204,7 @@ def _find(eq: Equation, tokens: int, itemsize: int, machine: Machine, order: Ord
 
 @lru_cache(maxsize=1024)
 def merge_plan(eq: Equation, *, machine: Machine) -> tuple[tuple[Merge, ...], View]:
-    """Plan the dense matrix of an equation.
-
-    Args:
-        eq: the equation.
-        machine: cost record, which decides the order of merges and the layouts between them.
-    Returns:
-        Merges of all factors, and how to read the last result as (outputs, inputs).
-    """
+    """Plan the dense matrix of an equation: merges of all factors, and how to read the last as (outputs, inputs)."""
     writer = Writer(eq, _Search(eq, 1, 4, machine, folded=False).merged)
     view = writer.dense()
     return tuple(writer.merges), view
@@ -237,10 +213,8 @@ def merge_plan(eq: Equation, *, machine: Machine) -> tuple[tuple[Merge, ...], Vi
 @lru_cache(maxsize=1024)
 def flops_per_token(spec: Spec) -> int:
     """Count the FLOPs for one token, one factor at a time, in the cheaper direction of each equation."""
-    return sum(
-        min(_flops(eq, range(len(eq.factors))), _flops(eq, range(len(eq.factors))[::-1])) for eq in spec.equations
-    )
-
-
-def _flops(eq: Equation, order: Sequence[int]) -> int:
-    return sum(absorption.flops(eq) for absorption in eq.absorb(order))
+    total = 0
+    for eq in spec.equations:
+        forward = range(len(eq.factors))
+        total += min(sum(one.flops(eq) for one in eq.absorb(order)) for order in (forward, forward[::-1]))
+    return total

@@ -10,17 +10,12 @@ from structlin.runtime.planner.products import Groups, Merged, Product, blocks
 
 
 class Writer:
-    """Gives each factor of an equation, and each result of a merge, a slot with a known shape.
-
-    Args:
-        eq: the equation.
-        merged: returns how to merge the factors lo..hi-1.
-    """
+    """Give each factor of an equation, and each result of a merge, a slot with a known shape."""
 
     def __init__(self, eq: Equation, merged: Callable[[int, int], Merged]) -> None:
         self.eq = eq
-        self.merged = merged
-        self.shapes = [self.encoded(factor.modes) for factor in eq.factors]
+        self.merged = merged  # says how to merge the factors lo..hi-1
+        self.shapes: list[Shape] = [eq.shape(factor.modes) for factor in eq.factors]
         self.merges: list[Merge] = []
 
     def merge(self, lo: int, hi: int) -> int:
@@ -32,9 +27,7 @@ class Writer:
         left, right = (b, a) if merged.product.swapped else (a, b)
         left_side, right_side = merged.product.sides
         left_view, right_view = self.view(*left_side, self.shapes[left]), self.view(*right_side, self.shapes[right])
-        self.merges.append(
-            Merge(left, right, left_view, right_view, merged.product.broadcast, merged.product.cost)
-        )  # fmt: skip
+        self.merges.append(Merge(left, right, left_view, right_view, merged.product.broadcast, merged.product.cost))
         self.shapes.append(self.shape_of(merged.product))
         return len(self.shapes) - 1
 
@@ -72,9 +65,6 @@ class Writer:
     def stacked(self, groups: Groups) -> Shape:
         shape = tuple(self.extent(group) for group in groups)
         return shape if groups[0] else shape[1:]
-
-    def encoded(self, modes: Modes) -> tuple[int, ...]:
-        return tuple(self.extent((mode,)) for mode in modes)
 
     def extent(self, modes: Modes) -> int:
         return -1 if TOKENS in modes else self.eq.numel(modes)
