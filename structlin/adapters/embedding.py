@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from structlin.adapters.adapter import Adapter, shell_of
 from structlin.layers.embedding import StructuredEmbedding
 from structlin.layers.linear import StructuredLinear
 
-_PROBED_ROWS = 5
+_PROBED_ROWS = 16
 
 
 class Embedding(Adapter):
-    """Tables whose rows are looked up: the table is the weight of a linear map from columns to rows.
+    """`nn.Embedding`: its table is the weight of a linear map from columns to rows.
 
-    A probe tells whether a subclass multiplies the rows by a number, as Gemma's does.
+    A probe on random rows tells whether a subclass looks rows up and multiplies them by one number (Gemma, Bart).
     """
 
     on_request = True
 
     def recognise(self, module: nn.Module) -> bool:
-        """Whether the module looks rows up, perhaps scaled."""
-        return isinstance(module, nn.Embedding) and not module._modules and _scale(module) is not None
+        """Whether the module looks rows up, and perhaps scales them."""
+        return isinstance(module, nn.Embedding) and _scale(module) is not None
 
     def reason(self, module: nn.Module) -> str | None:
         """Refuse tables that lookups write into, and sparse gradients."""
@@ -40,9 +42,11 @@ class Embedding(Adapter):
     def open(self, module: nn.Module) -> nn.Module:
         """Return a `StructuredEmbedding` of a dense linear map."""
         assert isinstance(module, nn.Embedding)
+        scale = _scale(module)
+        assert scale is not None
         linear = nn.Linear(module.embedding_dim, module.num_embeddings, bias=False, device="meta")
         linear.weight = module.weight
-        opened = StructuredEmbedding(linear, module.padding_idx, scale=_scale(module) or 1.0)
+        opened = StructuredEmbedding(linear, module.padding_idx, scale=scale.number, round_scale=scale.rounded)
         return opened.train(module.training)
 
     def close(self, opened: nn.Module, shell: nn.Module) -> nn.Module:
@@ -50,34 +54,61 @@ class Embedding(Adapter):
         assert isinstance(opened, StructuredEmbedding)
         linear = opened.linear
         shell.weight = (linear.to_linear() if isinstance(linear, StructuredLinear) else linear).weight
+        for name, buffer in _unknown(shell).items():
+            shell._buffers[name] = torch.full_like(buffer, opened.scale, device=linear.weight.device)
         return shell
 
 
-def _scale(module: nn.Embedding) -> float | None:
-    """Return the number by which a module multiplies its rows, None if it does anything else with them."""
-    if type(module) is nn.Embedding:
-        return 1.0
-    if "forward" in vars(module):
+class _Scale(NamedTuple):
+    """What multiplies the rows, and whether it is rounded to their dtype first."""
+
+    number: float
+    rounded: bool
+
+
+def _scale(module: nn.Embedding) -> _Scale | None:
+    """Return the scale of the rows, None if the module does anything else."""
+    if type(module).forward is nn.Embedding.forward and "forward" not in vars(module):
+        return _Scale(1.0, False)
+    if set(module._parameters) != {"weight"} or module._modules or module.weight.ndim != 2:
         return None
     copy = shell_of(module).eval()
-    generator = torch.Generator().manual_seed(0)
-    table = torch.randn(_PROBED_ROWS, 1, generator=generator).repeat(1, module.embedding_dim)
-    table[0] = 1  # its row is the scale, to the last bit
-    copy.weight = nn.Parameter(table)
     copy.padding_idx = None
-    ids = torch.arange(_PROBED_ROWS)[None]
-    for name, value in copy._buffers.items():  # the scale, which may be on the meta device with the table
-        if value is not None and value.is_meta:
-            attribute = getattr(module, f"scalar_{name}", None)
-            if attribute is None:
-                return None
-            copy._buffers[name] = torch.tensor(attribute)
+    unknown = _unknown(module)
+    for name, buffer in module._buffers.items():
+        if name not in unknown:
+            copy._buffers[name] = buffer if buffer is None else buffer.cpu()
+        elif isinstance(number := getattr(module, f"scalar_{name}", None), (int, float)):
+            copy._buffers[name] = torch.full_like(unknown[name], number, device="cpu")  # transformers keeps both
+        else:
+            return None
+    ids = torch.tensor([[3, 0, 7], [7, _PROBED_ROWS - 1, 1]])
+    table = torch.rand(_PROBED_ROWS, module.embedding_dim, generator=torch.Generator().manual_seed(0)) + 0.5
+    plain = [F.embedding(ids, table.to(dtype)) for dtype in (torch.float64, torch.bfloat16)]
+    probed = (_probe(copy, ids, table.to(rows.dtype)) for rows in plain)
+    found = [rows for rows in probed if rows is not None and rows.shape == plain[0].shape]
+    if len(found) < len(plain):
+        return None
+    number = (found[0] / plain[0]).median().item()
+    for rounded in (True, False):  # the two differ in bfloat16
+        factors = [torch.tensor(number).to(rows.dtype) if rounded else number for rows in plain]
+        pairs = zip(found, plain, factors, (1e-6, 0.0), strict=True)
+        if all(torch.allclose(rows, one * factor, rtol=rtol, atol=0) for rows, one, factor, rtol in pairs):
+            return _Scale(number, rounded)
+    return None
+
+
+def _unknown(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that are on the meta device."""
+    return {name: value for name, value in module._buffers.items() if value is not None and value.is_meta}
+
+
+def _probe(copy: nn.Embedding, ids: Tensor, table: Tensor) -> Tensor | None:
+    """Look rows up by the module's own forward; an error means that it is not called like an embedding."""
+    copy._parameters["weight"] = nn.Parameter(table)
     try:
-        with torch.no_grad(), torch.device("cpu"):
+        with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
             found = copy(ids)
-    except Exception:  # it takes more than ids
+    except Exception:  # whatever it is
         return None
-    if not isinstance(found, Tensor) or found.shape != (1, *table.shape):
-        return None
-    scale = found[0, 0, 0].item()
-    return scale if torch.allclose(found[0].float(), scale * table, rtol=1e-5) else None
+    return found if isinstance(found, Tensor) and found.dtype == table.dtype else None

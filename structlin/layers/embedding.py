@@ -23,7 +23,8 @@ class StructuredEmbedding(nn.Module):
     Args:
         linear: the layer that holds the table, often the output layer; a dense `nn.Linear` does too.
         padding_idx: row that gets no gradient, as in `nn.Embedding`; negative ones count from the end.
-        scale: number that multiplies the rows, rounded to their dtype (Gemma's `embed_scale`).
+        scale: number that multiplies the rows.
+        round_scale: round it to the dtype of the rows first, as Gemma does.
     Raises:
         ValueError: if padding_idx is no row of the table.
     Example:
@@ -33,16 +34,17 @@ class StructuredEmbedding(nn.Module):
     """
 
     def __init__(
-        self, linear: StructuredLinear | nn.Linear, padding_idx: int | None = None, *, scale: float = 1.0
-    ) -> None:
+        self, linear: StructuredLinear | nn.Linear, padding_idx: int | None = None, *, scale: float = 1.0,
+        round_scale: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         rows = linear.out_features
         if padding_idx is not None and not -rows <= padding_idx < rows:
             raise ValueError(f"padding_idx={padding_idx} is no row of the table; use {-rows} to {rows - 1}, or None")
         self.linear = linear
-        self.padding_idx = padding_idx if padding_idx is None else padding_idx % rows
-        self.scale = scale
         self.num_embeddings = rows  # an attribute: transformers assigns it
+        self.padding_idx = padding_idx if padding_idx is None else padding_idx % rows
+        self.scale, self.round_scale = scale, round_scale
 
     @property
     def embedding_dim(self) -> int:
@@ -65,23 +67,28 @@ class StructuredEmbedding(nn.Module):
         """
         if ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"ids are {ids.dtype}; look rows up by torch.int32 or torch.int64")
-        if isinstance(self.linear, nn.Linear):
-            return self._scaled(F.embedding(ids, self.linear.weight, self.padding_idx))
-        factors = self.linear.factors
+        rows = self._rows(ids, self.linear) if isinstance(self.linear, StructuredLinear) else self._dense_rows(ids)
+        if self.scale == 1:
+            return rows
+        rounded = torch.full((), self.scale, dtype=rows.dtype, device=rows.device) if self.round_scale else self.scale
+        return rows * rounded
+
+    def _dense_rows(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.linear.weight, self.padding_idx)
+
+    def _rows(self, ids: Tensor, linear: StructuredLinear) -> Tensor:
+        factors = linear.factors
         device = factors[0].device.type
         # As in nn.Embedding, the rows have the dtype of the table under autocast too.
         with torch.autocast(device if torch.amp.is_autocast_available(device) else "cpu", enabled=False):
             try:
-                rows = contract.look_up(self.linear.spec, factors, ids.reshape(-1))
+                rows = contract.look_up(linear.spec, factors, ids.reshape(-1))
             except IndexError as error:
-                raise IndexError(f"an id lies outside 0 to {self.num_embeddings - 1}, the rows of the table") from error
-        rows = rows.reshape(*ids.shape, self.embedding_dim)
+                raise IndexError(f"an id lies outside 0 to {linear.out_features - 1}, the rows of the table") from error
+        rows = rows.reshape(*ids.shape, linear.in_features)
         if self.padding_idx is not None and rows.requires_grad:
             rows = torch.where((ids == self.padding_idx).unsqueeze(-1), rows.detach(), rows)
-        return self._scaled(rows)
-
-    def _scaled(self, rows: Tensor) -> Tensor:
-        return rows if self.scale == 1 else rows * torch.full((), self.scale, dtype=rows.dtype, device=rows.device)
+        return rows
 
     def extra_repr(self) -> str:
         """Sizes of the table, padding row and scale."""

@@ -151,15 +151,27 @@ def test_compiles_in_one_graph(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scale_is_rounded_to_the_dtype_as_in_gemma(dtype):
-    linear = LowRankLinear(16, 20, rank=3, dtype=dtype)
-    embedding = StructuredEmbedding(linear, scale=2048**0.5)
-    ids = torch.arange(20)
-    assert torch.equal(embedding(ids), StructuredEmbedding(linear)(ids) * torch.tensor(2048**0.5).to(dtype))
+@pytest.mark.parametrize("dense", [True, False])
+def test_scale_multiplies_the_rows(dtype, dense):
+    linear, scale = LowRankLinear(16, 20, rank=3, dtype=dtype), 2048**0.5
+    linear = linear.to_linear() if dense else linear
+    ids, rows = torch.arange(20), StructuredEmbedding(linear)(torch.arange(20))
+    embedding, rounded = (StructuredEmbedding(linear, scale=scale, round_scale=flag) for flag in (False, True))
+    assert torch.equal(embedding(ids), rows * scale)
+    assert torch.equal(rounded(ids), rows * torch.tensor(scale).to(dtype))
+    assert torch.equal(embedding(ids), rounded(ids)) == (dtype == torch.float32)
     assert "scale=45.2548" in repr(embedding)
-    for other in (copy.deepcopy(embedding), pickle.loads(pickle.dumps(embedding))):
-        assert torch.equal(other(ids), embedding(ids))
+    for other in (copy.deepcopy(rounded), pickle.loads(pickle.dumps(rounded))):
+        assert torch.equal(other(ids), rounded(ids))
     assert embedding.state_dict().keys() == StructuredEmbedding(linear).state_dict().keys()
+
+
+def test_a_dense_table_is_looked_up_as_by_nn_embedding():
+    linear = torch.nn.Linear(16, 20, bias=False)
+    rows = StructuredEmbedding(linear, -1)(torch.arange(20))
+    assert torch.equal(rows, linear.weight)
+    rows.sum().backward()
+    assert torch.equal(linear.weight.grad.sum(1), torch.tensor([16.0] * 19 + [0.0]))
 
 
 def test_negative_padding_counts_from_the_end():
