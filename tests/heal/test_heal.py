@@ -62,6 +62,7 @@ def pair():
     torch.manual_seed(0)
     teacher = Net()
     student = copy.deepcopy(teacher)
+    compress_model(student, "lowrank", ratio=0.5)
     return student, teacher
 
 
