@@ -96,3 +96,29 @@ def test_experts_equal_their_dense_twin_in_every_implementation(implementation, 
     twin.set_experts_implementation(implementation)
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
     assert (twin(IDS).logits - found).norm() <= tolerance * found.norm()
+
+
+@pytest.mark.parametrize("settings", [{}, {"allocation": "global"}, {"sequential": True}])
+def test_experts_are_fitted_to_the_tokens_routed_to_them(settings):
+    model = mixtral()
+    data = [{"input_ids": torch.randint(0, 100, (4, 16))} for _ in range(6)]
+    statistics = structlin.collect_statistics(model, data)
+    counts = [statistics.tokens[f"model.layers.0.mlp.experts.gate_up[{k}]"] for k in range(4)]
+    assert sum(counts) == 6 * 4 * 16 * 2  # two experts for each token
+    report = structlin.compress_model(model, "lowrank", ratio=0.5, calibration=data, **settings)
+    experts = [row for row in report.layers if "experts" in row.name]
+    assert [row.count for row in experts] == [4] * 4
+    assert all(row.output_error < 0.9 * row.error for row in experts)
+    assert all(row.called for row in experts)
+
+
+def test_an_expert_that_saw_no_token_is_fitted_to_the_inputs_of_all():
+    from structlin.compress.data import Data
+    from structlin.compress.statistics import Statistics
+
+    seen = torch.diag(torch.tensor([4.0, 1.0]))
+    data = Data(Statistics({"a[0]": seen, "a[1]": torch.zeros(2, 2)}, {"a[0]": 8, "a[1]": 0}), shrinkage=0.0)
+    (busy, _), (starved, _) = data.expert_grams(["a[0]", "a[1]"])
+    for root in (busy, starved):
+        gram = root.rows.mT @ root.rows if root.rows.shape[0] == 2 else root.rows @ root.rows.mT
+        torch.testing.assert_close(gram / gram[1, 1], seen)
