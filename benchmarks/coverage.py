@@ -73,6 +73,8 @@ def config_of(name: str) -> Any:
         ffn = {"ffn_hidden_size": 10752, "moe_num_experts": 16, "moe_top_k": 4}
         attention = {"kv_n_heads": 8, "rope_theta": 5e5, "clip_qkv": 8}
         return cls(d_model=6144, n_heads=48, n_layers=40, attn_config=attention, ffn_config=ffn)
+    if name == "BloomForCausalLM":  # the defaults are small: these are the sizes of bloom-560m
+        return cls(vocab_size=250880, hidden_size=1024, n_layer=24, n_head=16)
     return cls()
 
 

@@ -19,6 +19,8 @@ INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 OWN = re.compile(f"{re.escape(MANIFEST)}|{re.escape(INDEX)}|{SHARD.pattern}")
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
+
 JSON_BYTES = 64 * 2**20
 JSON_DEPTH = 32
 
@@ -89,9 +91,30 @@ def readable(directory: Path) -> Path:
     previous = _sibling(target, "previous")
     if not target.exists() and previous.is_dir():
         return previous
+    if not target.is_dir() and HUB_ID.fullmatch(str(directory)):
+        return _in_hub_cache(str(directory))
     if not target.is_dir():
         raise CheckpointError(f"{directory}: no such directory; expected one written by structlin.save")
     return target
+
+
+def _in_hub_cache(name: str) -> Path:
+    """Return the snapshot of a repository in the cache of the Hugging Face hub: nothing is downloaded."""
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    cache = Path(os.environ.get("HF_HUB_CACHE", home / "hub")) / f"models--{name.replace('/', '--')}"
+    with explaining(f"{name}: no such directory, nor in the cache {cache}; run hf download {name}", OSError):
+        revision = (cache / "refs" / "main").read_text("utf-8").strip()
+    snapshot = cache / "snapshots" / plain_part(revision)
+    if not snapshot.is_dir():
+        raise CheckpointError(f"{name}: the cache {cache} has no snapshot {revision}; run hf download {name}")
+    return snapshot
+
+
+def plain_part(name: str) -> str:
+    """Refuse a name that could lead out of its directory."""
+    if not re.fullmatch(r"[\w.-]+", name) or name in (".", ".."):
+        raise CheckpointError(f"{name!r} is no name of a directory")
+    return name
 
 
 def _sibling(target: Path, what: str) -> Path:

@@ -130,7 +130,7 @@ def load(
         skeleton: the dense model of the same architecture, with values or built under `torch.device("meta")`; it may
             hold structured layers already. It is changed in place, or not at all if anything fails.
         directory: as written by `save`, or by `save_pretrained` with `structlin.hf` (such a folder has no hashes); its
-            files may be links, as in the cache of the Hugging Face hub.
+            files may be links. An id such as "owner/name" is looked up in the cache of the Hugging Face hub.
         device: of all tensors; None keeps the device of each, and the CPU replaces meta.
         dtype: of all floating tensors; None takes stored ones as they are. Complex and integer tensors keep theirs.
         check_hashes: compare the sha256 of every file, which finds flipped bits.

@@ -73,7 +73,7 @@ class Compression:
         exclude: patterns of layers that stay dense, whatever the rules say.
         budget: what the ratio counts: "parameters", "bytes", or "flops" per token.
         allocation: "uniform" gives each layer the ratio. "global" gives more to layers where a parameter lowers the
-            error of the model's outputs more, if held-back batches confirm it (see `decide.allocate`).
+            error of the model's outputs more, if held-back batches confirm it (see `allocate.allocate`).
         tied: "skip" leaves a weight that an embedding shares dense; "replace" compresses it for all of its users.
         skip_last: leave the output layer dense unless a rule names it.
         refine: refinement steps of each fit; None takes the structure's default.

@@ -176,3 +176,27 @@ def test_names_of_the_file_lead_nowhere_else(saved: Path, tmp_path: Path) -> Non
     (saved / "structlin.json").write_text(text.replace('"model.safetensors"', '"../model.safetensors"'))
     with pytest.raises(structlin.CheckpointError, match="expected a plain name"):
         structlin.load(Model("dense"), saved)
+
+
+def test_an_id_of_the_hub_is_read_from_the_cache(
+    original: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--me--small"
+    blobs = structlin.save(original, repository / "blobs")
+    snapshot = repository / "snapshots" / "abc123"
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(os.path.relpath(file, snapshot))
+    with pytest.raises(structlin.CheckpointError, match=r"me/small: no such directory, nor in the cache .*hf download"):
+        structlin.load(Model("dense"), "me/small")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc123\n")
+    loaded = structlin.load(Model("dense").eval(), "me/small")
+    ids = torch.arange(8)
+    assert torch.equal(loaded(ids), original(ids))
+    assert len(structlin.verify("me/small").layers) == 1
+    for wrong in ("../blobs", "..", "def456"):
+        (repository / "refs" / "main").write_text(wrong)
+        with pytest.raises(structlin.CheckpointError, match=r"is no name of a directory|has no snapshot"):
+            structlin.verify("me/small")

@@ -12,8 +12,9 @@ from torch import nn
 import structlin
 from structlin import collect_statistics, compress_model, plan_compression
 from structlin.compress import fit_layers, workers
+from structlin.compress.allocate import Share, allocate
 from structlin.compress.data import Data
-from structlin.compress.decide import Share, allocate, round_up_ranks
+from structlin.compress.decide import round_up_ranks
 from structlin.compress.evaluate import Evaluator
 from structlin.compress.observe import replaced
 from structlin.compress.plan import PlanEntry, fingerprint
