@@ -23,6 +23,7 @@ from structlin.checkpoint._manifest import Checkpoint
 from structlin.checkpoint.table import METHOD, read_table, replace_layers, replaced_weights, table_of
 from structlin.compress.commit import after_swap, to_dense_
 from structlin.integrations import _names as names
+from structlin.layers.attention import StructuredMultiheadAttention
 from structlin.layers.factored import Factored
 
 
@@ -88,8 +89,8 @@ class StructlinQuantizer(HfQuantizer):
         limit = max((size for parameter in model.parameters() for size in parameter.shape), default=1)
         replace_layers(model, names.fitted(self.quantization_config.table(limit), model))
         for module in model.modules():
-            # The initialisation of a module may reach into attention that it holds; its own tensors are in the file.
-            if any(vars(child).get("origin") and not isinstance(child, Factored) for child in module.children()):
+            # The initialisation of a module may reach into attention that it holds, as in Siglip.
+            if any(isinstance(child, StructuredMultiheadAttention) for child in module.children()):
                 module._is_hf_initialized = True
         state = model.state_dict()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
