@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -151,6 +151,8 @@ def find_targets(model: nn.Module, *, tied: str = "skip") -> list[Target]:
         groups[id(user.leaf) if weight is None or packed else id(weight)].append((user, reason))
         order.setdefault(user.leaf, len(order))
     targets = [_target(found, owners, tied) for found in groups.values()]
+    mixtures = {(names[t.users[0].module][0], t.linear.num_experts) for t in targets if t.stacked}
+    targets = [replace(t, reason=_router_reason(t, mixtures)) if t.reason is None else t for t in targets]
     return sorted(targets, key=lambda target: order[target.linear])
 
 
@@ -270,6 +272,15 @@ def _kind_reason(weight: Tensor) -> str | None:
     """Return why a weight cannot be read as a plain matrix, None if it can."""
     if type(weight) is not nn.Parameter or weight.dtype not in FLOATS:
         return f"its weight is a {type(weight).__name__} of {weight.dtype}, quantised or of an unknown kind"
+    return None
+
+
+def _router_reason(target: Target, mixtures: set[tuple[str, int]]) -> str | None:
+    """Return why a map beside fused experts with an output for each of them stays dense, None for any other."""
+    for experts, count in mixtures:
+        beside = f"{experts.rpartition('.')[0]}."
+        if not target.stacked and target.linear.out_features == count and target.name.startswith(beside):
+            return f"it routes tokens to {experts}: small, and every error of it sends tokens elsewhere"
     return None
 
 

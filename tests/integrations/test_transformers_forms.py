@@ -122,3 +122,12 @@ def test_an_expert_that_saw_no_token_is_fitted_to_the_inputs_of_all():
     for root in (busy, starved):
         gram = root.rows.mT @ root.rows if root.rows.shape[0] == 2 else root.rows @ root.rows.mT
         torch.testing.assert_close(gram / gram[1, 1], seen)
+
+
+def test_routers_stay_dense():
+    experts = mixtral().model.layers[0].mlp.experts
+    block = torch.nn.ModuleDict({"gate": torch.nn.Linear(64, 4), "experts": experts, "other": torch.nn.Linear(64, 64)})
+    report = structlin.compress_model(block, "lowrank", ratio=0.9, skip_last=False)
+    reasons = {row.name: row.reason for row in report.layers}
+    assert "it routes tokens to experts" in reasons.pop("gate")
+    assert reasons == {"experts.gate_up": None, "experts.down": None, "other": None}
