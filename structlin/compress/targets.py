@@ -278,7 +278,8 @@ def _kind_reason(weight: Tensor) -> str | None:
 def _router_reason(target: Target, mixtures: set[tuple[str, int]]) -> str | None:
     """Return why a map beside fused experts with an output for each of them stays dense, None for any other."""
     for experts, count in mixtures:
-        beside = f"{experts.rpartition('.')[0]}."
+        parent = experts.rpartition(".")[0]
+        beside = f"{parent}." if parent else ""
         if not target.stacked and target.linear.out_features == count and target.name.startswith(beside):
             return f"it routes tokens to {experts}: small, and every error of it sends tokens elsewhere"
     return None
