@@ -160,7 +160,7 @@ def _repair(target: Path) -> None:
 
 def _keep_foreign(target: Path, fresh: Path) -> None:
     def own(folder: str, names: list[str]) -> set[str]:
-        return {name for name in names if Path(folder) == target and OWN.fullmatch(name)}
+        return {name for name in names if Path(folder) == target and (OWN.fullmatch(name) or (fresh / name).exists())}
 
     shutil.copytree(target, fresh, symlinks=True, ignore=own, copy_function=_link_or_copy, dirs_exist_ok=True)
 

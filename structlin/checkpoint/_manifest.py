@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +19,7 @@ from structlin.equation.structure import Structure, hyperparameters, registered
 FORMAT_VERSION = 1
 FIELDS = {
     "format_version": int, "structlin_version": str, "layers": dict, "shared_layers": dict, "aliases": dict,
-    "complex": list, "shards": dict, "metadata": dict,
+    "complex": list, "sentinels": list, "shards": dict, "metadata": dict,
 }  # fmt: skip
 STRUCTURE_FIELDS = {"kind": str, "hyperparameters": dict}
 LAYER_FIELDS = STRUCTURE_FIELDS | {"in_features": int, "out_features": int, "bias": bool, "dtype": str}
@@ -33,6 +34,8 @@ LAYER_DTYPES = {
 # seconds for a chain of MOST_FACTORS, and grows with a high power of the length.
 SMALL = 1024
 MOST_FACTORS = 128
+# A tensor that stands for a weight that a layer replaced: transformers finds it to be of the wrong shape.
+MOST_IN_SENTINEL = 2
 
 
 @dataclass(frozen=True)
@@ -126,8 +129,13 @@ def read(directory: Path) -> Checkpoint:
     """
     document = read_json(directory, MANIFEST)
     where = str(directory / MANIFEST)
+    if isinstance(document, dict):
+        document.setdefault("sentinels", [])  # files written before have none
     check_document(document, FIELDS, where)
     tensors = read_headers(directory, list(document["shards"]), set(document["complex"]))
+    for name in document["sentinels"]:
+        if (sentinel := tensors.pop(name, None)) is None or math.prod(sentinel.shape) > MOST_IN_SENTINEL:
+            raise CheckpointError(f"{where}: sentinel {name!r}: expected a stored tensor of a number or two")
     limit = max((size for stored in tensors.values() for size in stored.shape), default=1)
     same = {key: document[key] for key in ("shared_layers", "aliases", "shards", "metadata", "structlin_version")}
     checkpoint = Checkpoint(directory, tensors, decoded_layers(document, limit), **same)
@@ -142,7 +150,7 @@ def check_document(document: Any, fields: Mapping[str, type], where: str) -> Non
     if type(found) is not int or found != FORMAT_VERSION:
         raise CheckpointError(f"{where}: format_version {found!r}; this structlin reads {FORMAT_VERSION}, update it")
     _check_fields(document, fields, where)
-    for key in {"shared_layers", "aliases", "shards", "complex"} & set(fields):
+    for key in {"shared_layers", "aliases", "shards", "complex", "sentinels"} & set(fields):
         values = document[key].values() if fields[key] is dict else document[key]
         if wrong := [value for value in values if not isinstance(value, str)]:
             raise CheckpointError(f"{where}: {key}: found {type(wrong[0]).__name__}, expected a string")

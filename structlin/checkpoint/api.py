@@ -60,7 +60,10 @@ def save(
     """Write the parameters and persistent buffers of a model, and the structures of its structured layers.
 
     A new directory is written beside the old one and takes its name, so that a crash leaves a complete checkpoint: the
-    old or the new. Other files in the directory (`config.json`, a tokenizer) stay. One process may write at a time.
+    old or the new. Other files in the directory (a tokenizer, say) stay. One process may write at a time.
+
+    The `config.json` of a model of transformers is written too: `from_pretrained` loads the folder where `structlin.hf`
+    is imported, and fails where it is not.
 
     Tied parameters (one object under several names) and shared modules are stored once and stay tied. Distinct
     parameters that share memory are stored separately. Non-persistent buffers are not stored.
@@ -98,14 +101,21 @@ def save(
         raise CheckpointError(f"state_dict and parameters differ in {different[:5]}; only plain tensors are stored")
     if _gather(stored):
         return Path(directory)
+    sentinels: dict[str, Tensor] = {}
+    if callable(getattr(getattr(model, "config", None), "save_pretrained", None)):
+        # transformers, which could load the folder by its config, is to fail where structlin.hf is not imported.
+        shapes = table.replaced_weights(model, layers)
+        sentinels = {name: torch.full(shape, torch.nan) for name, shape in shapes.items() if name not in stored}
     with _directory.replacing(Path(directory)) as fresh:
-        shards = tensors.write_shards(fresh, stored, max_shard_bytes)
+        shards = tensors.write_shards(fresh, {**stored, **sentinels}, max_shard_bytes)
+        table.write_config(model, fresh)
         _manifest.write(
             fresh,
             layers={name: _skeleton.described(layer) for name, layer in layers.items()},
             shared_layers=shared_layers,
             aliases=aliases,
             complex=[name for name, tensor in stored.items() if tensor.is_complex()],
+            sentinels=list(sentinels),
             shards=shards,
             metadata={**(metadata or {}), **({"compression": compression.to_record()} if compression else {})},
         )

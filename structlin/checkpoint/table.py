@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,20 @@ def table_of(model: nn.Module) -> dict[str, Any]:
         shared_layers=shared,
         aliases={name: first for name, first in further.items() if first in structured},
     )
+
+
+def write_config(model: nn.Module, directory: Path) -> None:
+    """Write the config of a model of transformers with the table of its structured layers; other models have none."""
+    config: Any = getattr(model, "config", None)
+    if not callable(getattr(config, "save_pretrained", None)):
+        return
+    config.save_pretrained(directory)
+    record = json.loads((directory / CONFIG).read_text("utf-8"))
+    record["architectures"] = record.get("architectures") or [type(model).__name__]
+    table = table_of(model)
+    if table["layers"]:
+        record["quantization_config"] = {**table, "quant_method": METHOD}
+    (directory / CONFIG).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
 
 
 def read_table(document: Any, limit: int, where: str) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -131,3 +132,47 @@ def test_routers_stay_dense():
     reasons = {row.name: row.reason for row in report.layers}
     assert "it routes tokens to experts" in reasons.pop("gate")
     assert reasons == {"experts.gate_up": None, "experts.down": None, "other": None}
+
+
+@pytest.mark.parametrize("make", [gpt2, mixtral])
+def test_a_folder_of_structlin_save_has_its_config_and_loads_either_way(make, tmp_path):
+    model, out = make(), tmp_path / "out"
+    dense = structlin.save(model, out)
+    logits = model(IDS).logits
+    assert torch.equal(type(model).from_pretrained(dense).eval()(IDS).logits, logits)
+    structlin.compress_model(model, "lowrank", ratio=0.5)
+    logits = model(IDS).logits
+    structlin.save(model, out)
+    assert torch.equal(structlin.load(make(), out)(IDS).logits, logits)
+    assert torch.equal(type(model).from_pretrained(out).eval()(IDS).logits, logits)
+    name = type(model).__name__
+    code = f"from transformers import {name}; {name}.from_pretrained({str(out)!r})"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.returncode == 1
+    assert "ignore_mismatched_sizes" in found.stderr
+
+
+def test_the_config_has_the_table_where_the_plug_in_was_not_imported(tmp_path):
+    code = (
+        "import structlin, transformers\n"
+        "sizes = dict(n_embd=64, n_layer=1, n_head=4, vocab_size=100, n_positions=64)\n"
+        "model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))\n"
+        "structlin.compress_model(model, 'lowrank', ratio=0.5)\n"
+        f"structlin.save(model, {str(tmp_path / 'out')!r})\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(loaded.transformer.h[0].mlp.c_fc).__name__ == "LowRankLinear"
+
+
+def test_sentinels_that_are_not_stored_are_refused(tmp_path):
+    model, out = gpt2(), tmp_path / "out"
+    structlin.compress_model(model, "lowrank", ratio=0.5)
+    structlin.save(model, out)
+    file = out / "structlin.json"
+    for name in ("nothing", "transformer.wte.weight"):
+        record = json.loads(file.read_text())
+        file.write_text(json.dumps(record | {"sentinels": [name]}))
+        with pytest.raises(structlin.CheckpointError, match=f"sentinel '{name}': expected a stored tensor"):
+            structlin.verify(out)
+        file.write_text(json.dumps(record))
