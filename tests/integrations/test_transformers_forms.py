@@ -16,6 +16,8 @@ transformers = pytest.importorskip("transformers")
 import structlin.hf  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:transformers", "ignore::FutureWarning:transformers")
+# Of a process without the plug-in; 5.0 raises the second where it converts weights.
+REFUSALS = ("ignore_mismatched_sizes", "issues during automatic conversion of the weights")
 IDS = torch.arange(1, 9)[None]
 
 
@@ -62,7 +64,7 @@ def test_a_model_is_the_same_after_a_save_and_load_and_fails_without_the_plug_in
     code = f"from transformers import {name}; {name}.from_pretrained({str(tmp_path / 'out')!r})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.returncode == 1
-    assert "ignore_mismatched_sizes" in found.stderr
+    assert any(text in found.stderr for text in REFUSALS)
     dense = loaded.dequantize()
     torch.testing.assert_close(dense(IDS).logits, logits, atol=1e-5, rtol=1e-4)
     dense.save_pretrained(tmp_path / "dense")
@@ -83,7 +85,9 @@ def test_structlin_reads_the_folder_of_gpt2_and_says_where_names_are_converted(t
     loaded = structlin.load(gpt2(), tmp_path / "gpt2")
     assert type(loaded.transformer.h[0].attn.c_attn).__name__ == "LowRankLinear"
     assert len(structlin.verify(tmp_path / "gpt2").layers) == 8
-    with pytest.raises(structlin.CheckpointError, match="use from_pretrained with structlin"):
+    with pytest.raises(
+        structlin.CheckpointError, match=r"use from_pretrained with structlin|of the skeleton are not in the checkpoint"
+    ):
         structlin.load(mixtral(), tmp_path / "mixtral")
 
 
@@ -149,7 +153,7 @@ def test_a_folder_of_structlin_save_has_its_config_and_loads_either_way(make, tm
     code = f"from transformers import {name}; {name}.from_pretrained({str(out)!r})"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert found.returncode == 1
-    assert "ignore_mismatched_sizes" in found.stderr
+    assert any(text in found.stderr for text in REFUSALS)
 
 
 def test_the_config_has_the_table_where_the_plug_in_was_not_imported(tmp_path):
