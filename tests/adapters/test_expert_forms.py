@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from expert_forms import EXPERTS, FEATURES, TOYS, K, Squared, make
 from torch import nn
 
 import structlin
@@ -13,7 +14,6 @@ from structlin.adapters import adapter_of
 from structlin.layers.expert_linear import StructuredExpertLinear
 from structlin.layers.experts import StructuredExperts
 from structlin.testing import assert_close
-from tests.layers.test_experts import EXPERTS, FEATURES, TOYS, K, Squared, make
 
 
 class Mixture(nn.Module):
