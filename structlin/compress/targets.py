@@ -302,7 +302,7 @@ def declared_output(model: nn.Module) -> nn.Module | None:
     getter = getattr(model, "get_output_embeddings", None)
     try:
         return getter() if callable(getter) else None
-    except NotImplementedError:
+    except NotImplementedError:  # transformers' own answer of models whose embeddings are not tokens
         return None
 
 
