@@ -1,140 +1,237 @@
-"""Divide a global budget among layers: ranks go where a parameter lowers the error of the model's outputs most."""
+"""Divide a global budget among layers: several divisions are tried on held-back batches, and the best is taken."""
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from structlin.compress.config import Choice
 from structlin.compress.data import Data
+from structlin.compress.plan import PlanEntry
+from structlin.compress.report import Outcome
 from structlin.compress.targets import Target
-from structlin.fitting.fit import fit
-from structlin.fitting.objective import make_objective
-from structlin.layers.linear import from_fit
-from structlin.structures import LowRank
+from structlin.fitting.objective import Objective, make_objective
 
 # How far the model's outputs move when modules answer in place of others (old -> new).
 Distance = Callable[[Mapping[nn.Module, nn.Module]], float]
 
-# A layer's ratio stays between these multiples of the given one, and below 1: the model of the errors is local.
-LEAST, MOST, CEILING = 0.4, 1.8, 0.95
+# What a layer gets: to be sized, or why it stays dense, or the entry of a plan.
+Wanted = Choice | str | PlanEntry
+
+LEAST, CEILING = 0.1, 0.95  # ratios lie between these, or are 1: the layer stays dense
+SLOPES = (-0.4, -0.2, 0.2, 0.4)  # of the ratio over depth: relative change from the middle to the end
 # The squared output error of the sums in "auto" falls like that of low rank to this power
-# (benchmarks/results/structures_tried.md); with low rank itself the exponent hardly changes the allocation.
+# (benchmarks/results/structures_tried.md).
 EXPONENT = 1.5
 
 
 @dataclass(frozen=True)
 class Share:
-    """One layer's part of the budget: the ratio that it gets when all get the same."""
+    """One layer's part of the budget.
+
+    Args:
+        target: the layer.
+        ratio: that it gets when all get the same.
+        exponent: of the squared error of its structure as a power of that of low rank.
+    """
 
     target: Target
     ratio: float
+    exponent: float = EXPONENT
+
+    @property
+    def name(self) -> str:
+        """Of the layer."""
+        return self.target.name
+
+    @property
+    def size(self) -> int:
+        """Entries of the weight."""
+        return int(self.target.linear.weight.numel())
+
+
+@dataclass
+class Purse:
+    """A budget that layers share: what one cannot use, those after it get.
+
+    Args:
+        ratios: what each layer is to keep, by name; layers without one do not take part.
+        spare: parameters left over so far.
+    """
+
+    ratios: Mapping[str, float]
+    spare: float = 0.0
+
+    def choice(self, target: Target, choice: Wanted, count: int) -> Wanted:
+        """Return a choice with its ratio from the budget; `count` layers share what is left over."""
+        ratio = self.ratios.get(target.name)
+        if ratio is None or not isinstance(choice, Choice):
+            return choice
+        if ratio >= 1:
+            return "the allocation leaves it dense"
+        size = target.linear.weight.numel()
+        return replace(choice, ratio=min(max(ratio + self.spare / count / size, 1e-9), 1.0))
+
+    def settle(self, outcomes: Sequence[Outcome]) -> None:
+        """Take the parameters of compressed layers from the budget."""
+        compressed = [outcome.entry for outcome in outcomes if outcome.entry.structure]
+        self.spare += sum(
+            self.ratios[entry.name] * entry.parameters_before - entry.parameters_after
+            for entry in compressed
+            if entry.name in self.ratios
+        )
 
 
 def allocate(shares: Sequence[Share], data: Data, distance: Distance) -> dict[str, float]:
     """Find a ratio for each layer, with the same number of parameters in all as the given ratios keep.
 
-    Each layer alone is replaced by its whitened low-rank approximation: how much the model's outputs change per unit of
-    relative error is the layer's sensitivity s. Where the statistics hold output Grams (of a loss gradient), those
-    take its place. Then rank after rank goes to the layer where a parameter lowers sum_layers s (1 - energy kept)^1.5
-    most. Both allocations are tried from end to end on held-back batches with low rank everywhere; the given ratios
-    win unless the new ones are better. A layer without any effect on the outputs keeps its given ratio: its module may
-    never be called, its weight read by other code.
+    Tried are the given ratios, slopes over depth, and (where the statistics hold output Grams) the division that has
+    the least sum of the layers' errors in the metric of the loss, whole and half of the way. In each trial every layer
+    answers by its best low-rank approximation of that size, whose error is scaled down to what its structure leaves.
+    The first of the best trials wins, so that no division is taken that moves the outputs more than the given one.
 
-    Time: a forward pass over the held-back batches for each layer, and an eigenproblem of its smaller side.
+    Time: a forward pass over the held-back batches for each of at most seven trials, and one eigenproblem for each
+    layer's smaller side. Source: LEMS, for trials from end to end and for layers that stay dense.
 
     Args:
-        shares: the layers and their ratios.
+        shares: the layers and their ratios, in the order in which they run.
         data: with the Grams.
         distance: see `Distance`; the model keeps its modules.
     Returns:
-        The ratios by name.
+        The ratios by name; 1 for a layer that stays dense.
     """
-    given = {share.target.name: share.ratio for share in shares}
+    given = {share.name: share.ratio for share in shares}
     if len(given) < 2:
         return given
-    curves = {share.target.name: _curve(share.target, data) for share in shares}
-    uniform = {share.target.name: _answers(share.target, share.ratio, data) for share in shares}
-    weights: dict[str, float] = {}
-    for share in shares:
-        name = share.target.name
-        if data.statistics is not None and name in data.statistics.output_grams:
-            weights[name] = _loss_energy(share.target, data)
-        else:
-            lost = curves[name][min(_rank(share.target, share.ratio), len(curves[name]) - 1)].item()
-            weights[name] = distance(uniform[name]) / max(lost, 1e-12)
-    felt = [share for share in shares if weights[share.target.name] > 0]
-    if len(felt) < 2:
-        return given
-    found = given | _filled(felt, curves, weights)
-    other = [_answers(share.target, found[share.target.name], data) for share in felt]
-    before, after = (
-        distance({old: new for answers in each for old, new in answers.items()}) for each in (uniform.values(), other)
-    )
-    return found if after < before else given
+    curves = {share.name: _Curve.of(share, data) for share in shares}
+
+    def moved(ratios: Mapping[str, float]) -> float:
+        answers = [curves[share.name].answers(ratios[share.name]) for share in shares]
+        return distance({old: new for each in answers for old, new in each.items()})
+
+    return min(_divisions(shares, curves, data, given), key=moved)
 
 
-def _answers(target: Target, ratio: float, data: Data) -> dict[nn.Module, nn.Module]:
-    """Return the whitened low-rank approximation of a layer for each module that uses its weight."""
-    gram, output_gram = data.grams(target.name)
-    weight = target.linear.weight
-    found = fit(weight, LowRank(_rank(target, ratio)), gram=gram, output_gram=output_gram, refine=0)
-    proxy = from_fit(found, target.linear)
-    return dict.fromkeys(target.leaves, proxy)
+def _divisions(
+    shares: Sequence[Share], curves: Mapping[str, _Curve], data: Data, given: Mapping[str, float]
+) -> Iterator[dict[str, float]]:
+    yield dict(given)
+    last = len(shares) - 1
+    for slope in SLOPES:
+        yield _scaled(shares, {s.name: s.ratio * (1 + slope * (2 * k / last - 1)) for k, s in enumerate(shares)})
+    metrics = {} if data.statistics is None else data.statistics.output_grams
+    weights = {share.name: _loss_energy(share.target, data) for share in shares if share.name in metrics}
+    # A layer without any effect keeps its ratio: its module may never be called, its weight read by other code.
+    felt = [share for share in shares if weights.get(share.name, 0) > 0]
+    if len(felt) > 1:
+        found = dict(given) | _least_error(felt, curves, weights)
+        yield found
+        yield _scaled(shares, {name: (ratio + given[name]) / 2 for name, ratio in found.items()})
 
 
-def _rank(target: Target, ratio: float) -> int:
-    linear = target.linear
-    most = min(linear.in_features, linear.out_features)
-    return max(1, min(most, int(ratio * linear.weight.numel() / (linear.in_features + linear.out_features))))
+# Divisions -----------------------------------------------------------------------------------------------------------
 
 
-def _curve(target: Target, data: Data) -> Tensor:
-    """Return the share of the output energy that a low-rank approximation of rank 0, 1, 2, .. loses."""
-    objective, _ = make_objective(target.linear.weight, *data.grams(target.name))
-    rows = objective.targets
-    smaller = rows.mH @ rows if rows.shape[0] >= rows.shape[1] else rows @ rows.mH
-    energy = torch.linalg.eigvalsh(smaller).clamp_min(0)  # ascending
-    tails = torch.cat([energy.cumsum(0).flip(0), energy.new_zeros(1)])
-    return (tails / tails[0].clamp_min(1e-300)).cpu()
+def _scaled(shares: Sequence[Share], ratios: Mapping[str, float]) -> dict[str, float]:
+    """Multiply ratios by a common factor, within their limits, so that they spend the budget."""
+    budget = sum(share.ratio * share.size for share in shares)
+
+    def clipped(factor: float) -> dict[str, float]:
+        limits = {s.name: (min(LEAST, s.ratio), max(CEILING, s.ratio)) for s in shares}
+        return {n: min(max(factor * ratios[n], least), most) for n, (least, most) in limits.items()}
+
+    return _bisected(clipped, shares, budget, 0.1, 10.0)
+
+
+def _least_error(
+    shares: Sequence[Share], curves: Mapping[str, _Curve], weights: Mapping[str, float]
+) -> dict[str, float]:  # fmt: skip
+    """Minimise the sum of weighted errors: at a price of a parameter, every layer takes what costs least in all."""
+    steps = torch.cat([torch.arange(LEAST, CEILING + 1e-6, 0.025, dtype=torch.float64), torch.ones(1).double()])
+    errors = {s.name: torch.tensor([weights[s.name] * curves[s.name].error(r) for r in steps.tolist()]) for s in shares}
+    budget = sum(share.ratio * share.size for share in shares)
+
+    def at(cheapness: float) -> dict[str, float]:
+        price = 1 / cheapness
+        return {s.name: steps[(errors[s.name] + price * s.size * steps).argmin()].item() for s in shares}
+
+    scale = sum(s.size for s in shares) / max(sum(weights.values()), 1e-300)
+    return _bisected(at, shares, budget, 1e-9 * scale, 1e9 * scale)
+
+
+def _bisected(
+    at: Callable[[float], dict[str, float]], shares: Sequence[Share], budget: float, low: float, high: float
+) -> dict[str, float]:
+    """Return `at(x)` for the largest x, between limits on a logarithmic scale, that stays within the budget."""
+    for _ in range(60):
+        middle = (low * high) ** 0.5
+        found = at(middle)
+        spent = sum(found[share.name] * share.size for share in shares)
+        low, high = (middle, high) if spent <= budget * (1 + 1e-9) else (low, middle)
+    return at(low)
 
 
 def _loss_energy(target: Target, data: Data) -> float:
     """Return tr(H W G W^H), the energy of the outputs in the metric of the loss, per token."""
     statistics = data.statistics
     assert statistics is not None
-    gram, metric = statistics.grams[target.name], statistics.output_grams[target.name]
+    gram, metric = statistics.grams[target.name], statistics.metric(target.name)
+    assert metric is not None
     weight = target.linear.weight.detach().to(gram.dtype)
     outputs = weight @ gram @ weight.mH
     total = (torch.diagonal(outputs) * metric).sum() if metric.ndim == 1 else (outputs * metric.mT).sum()
     return total.real.item() / max(statistics.tokens[target.name], 1)
 
 
-def _filled(shares: Sequence[Share], curves: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, float]:
-    """Hand out ranks greedily until the budget is spent, which is optimal for convex curves."""
-    sizes = {share.target.name: share.target.linear.weight.numel() for share in shares}
-    steps = {s.target.name: s.target.linear.in_features + s.target.linear.out_features for s in shares}
-    budget = sum(share.ratio * sizes[share.target.name] for share in shares)
-    ranks = {share.target.name: _rank(share.target, LEAST * share.ratio) for share in shares}
-    most = {s.target.name: min(CEILING, MOST * s.ratio) * sizes[s.target.name] / steps[s.target.name] for s in shares}
-    costs = {name: weights[name] * (curves[name] ** EXPONENT) for name in ranks}
+# Low rank in place of any structure ----------------------------------------------------------------------------------
 
-    def gain(name: str) -> float:
-        rank = ranks[name]
-        last = len(costs[name]) - 1
-        return (costs[name][min(rank, last)] - costs[name][min(rank + 1, last)]).item() / steps[name]
 
-    spent = sum(ranks[name] * steps[name] for name in ranks)
-    queue = [(-gain(name), name) for name in ranks]
-    heapq.heapify(queue)
-    while queue:
-        _, name = heapq.heappop(queue)
-        if ranks[name] + 1 <= most[name] and spent + steps[name] <= budget:
-            ranks[name] += 1
-            spent += steps[name]
-            heapq.heappush(queue, (-gain(name), name))
-    spare = (budget - spent) / len(ranks)
-    return {n: min(CEILING, (ranks[n] * steps[n] + spare) / sizes[n]) for n in ranks}
+@dataclass(frozen=True)
+class _Curve:
+    """The errors of a layer's low-rank approximations of all ranks, from one decomposition of its outputs."""
+
+    share: Share
+    objective: Objective
+    scale: float
+    vectors: Tensor  # orthonormal columns in the coordinates of the outputs, by ascending energy
+    tails: Tensor  # share of the squared error that rank 0, 1, 2, .. leaves
+
+    @classmethod
+    def of(cls, share: Share, data: Data) -> _Curve:
+        objective, scale = make_objective(share.target.linear.weight, *data.grams(share.name))
+        rows = objective.targets
+        if rows.shape[0] >= rows.shape[1]:
+            energy, vectors = torch.linalg.eigh(rows.mH @ rows)
+        else:
+            energy, left = torch.linalg.eigh(rows @ rows.mH)
+            vectors = rows.mH @ left
+            vectors = vectors / torch.linalg.vector_norm(vectors, dim=0).clamp_min(1e-300)
+        energy = energy.clamp_min(0)
+        tails = torch.cat([energy.cumsum(0).flip(0), energy.new_zeros(1)])
+        return cls(share, objective, scale, vectors, (tails / tails[0].clamp_min(1e-300)).cpu())
+
+    def error(self, ratio: float) -> float:
+        """Return the squared relative error that the structure is expected to leave at a ratio."""
+        return 0.0 if ratio >= 1 else self.tails[self._rank(ratio)].item() ** self.share.exponent
+
+    def answers(self, ratio: float) -> dict[nn.Module, nn.Module]:
+        """Return what answers for each module that uses the weight; nothing where it stays dense."""
+        if ratio >= 1:
+            return {}
+        rank, linear = self._rank(ratio), self.share.target.linear
+        left, right = self.objective.low_rank(self.objective.weight, self.vectors[:, self.vectors.shape[1] - rank :])
+        missing = (self.objective.weight - left @ right) * self.scale
+        tail = self.tails[rank].item()
+        proxy = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        weight = linear.weight.detach() - (missing * tail ** ((self.share.exponent - 1) / 2)).to(linear.weight)
+        proxy.weight, proxy.bias = nn.Parameter(weight, requires_grad=False), linear.bias
+        return dict.fromkeys(self.share.target.leaves, proxy.eval())
+
+    def _rank(self, ratio: float) -> int:
+        linear = self.share.target.linear
+        return max(
+            1, min(len(self.tails) - 1, int(ratio * self.share.size / (linear.in_features + linear.out_features)))
+        )

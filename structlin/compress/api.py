@@ -9,12 +9,14 @@ from torch import nn
 
 from structlin.batches import Forward
 from structlin.compress import pipeline
+from structlin.compress.blocks import Patched
 from structlin.compress.config import Compression, Value, with_settings
 from structlin.compress.data import Data
 from structlin.compress.evaluate import Evaluate, Evaluator
 from structlin.compress.plan import CompressionPlan
 from structlin.compress.report import Report
 from structlin.compress.statistics import Statistics
+from structlin.compress.targets import openings
 
 Calibration = Statistics | Iterable[Any]
 
@@ -112,8 +114,9 @@ def plan_compression(
     config = with_settings(structure, settings, "plan_compression")
     data = Data.gather(calibration, validation, forward, config.held_back)
     found = pipeline.observe(pipeline.find(model, config, data, bool(data.held_back)))
-    evaluator = pipeline.evaluator_of(found, None) if config.allocation == "global" else None
-    return pipeline.plan(found, evaluator, progress)
+    ratios = pipeline.divide(found, pipeline.evaluator_of(found, None))
+    patched = Patched(model, openings(found.targets))
+    return pipeline.planned(found, pipeline.work(found, ratios, patched, False, progress)[0])
 
 
 def check_model(model: object) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from structlin.batches import Forward, copied, device_of, evaluating, run, to_device
+from structlin.batches import Forward, copied, device_of, evaluating, pick, run, to_device, unmasked
+from structlin.compress.blocks import Pass, Patched, model_passes, model_runs
 from structlin.compress.config import Mask, check_mask
 from structlin.compress.observe import OutputSearch, hooked, replaced, run_until
 from structlin.compress.statistics import Statistics
@@ -20,13 +21,15 @@ from structlin.compress.targets import Target, find_targets, module_names, openi
 
 Loss = Callable[[Any, Any], Tensor]
 
+FULL = 4096  # outputs up to which output="auto" keeps the full matrix
+
 
 @dataclass(frozen=True)
 class Collecting:
     """How statistics are collected; checked when made.
 
     Args:
-        output: "full" for (out, out) output Grams, "diagonal" for their diagonals.
+        output: "full" for (out, out) output Grams, "diagonal" for their diagonals; "auto" is full up to 4096 outputs.
         dtype: torch.float32 or torch.float64, of the sums and of the products in them, for models of any dtype. Complex
             layers take its complex counterpart.
         mask: which tokens count. "auto" takes a 2-D `attention_mask` of a mapping, shape (b, t), for inputs of shape
@@ -34,6 +37,8 @@ class Collecting:
             takes all rows. None takes all rows. A callable(batch) returns a mask of zeros and ones for inputs whose
             leading axes have its shape, or None.
         tied: "skip" or "replace", as in `Compression`.
+        clip: limit on the norm of a token's output gradient in multiples of the batch's mean, and the reciprocal of the
+            least one; None takes all gradients as they are.
     Raises:
         ValueError: if an option is out of range.
     """
@@ -42,13 +47,20 @@ class Collecting:
     dtype: torch.dtype = torch.float32
     mask: Mask = "auto"
     tied: str = "skip"
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype={self.dtype} is too narrow for sums; use torch.float32 or torch.float64")
         check_mask(self.mask)
-        if self.output not in ("full", "diagonal"):
-            raise ValueError(f"output={self.output!r} is unknown; use 'full' or 'diagonal'")
+        if self.output not in ("full", "diagonal", "auto"):
+            raise ValueError(f"output={self.output!r} is unknown; use 'full', 'diagonal' or 'auto'")
+        if self.clip is not None and not self.clip >= 1:
+            raise ValueError(f"clip={self.clip} is below 1; give a multiple of the mean norm, or None")
+
+    def diagonal(self, out_features: int) -> bool:
+        """Whether the output Gram of so many outputs is its diagonal only."""
+        return self.output == "diagonal" or (self.output == "auto" and out_features > FULL)
 
 
 def collect_statistics(
@@ -122,24 +134,26 @@ def collect(
         torch.set_grad_enabled(loss is not None),
     ):
         if loss is not None:
-            diagonal = how.output == "diagonal"
             output_grams = {
-                name: zeros(t, t.linear.out_features, how.dtype, diagonal) for t in targets for name in t.parts
+                name: zeros(t, size, how.dtype, how.diagonal(size))
+                for t in targets
+                for size in (t.linear.out_features,)
+                for name in t.parts
             }
         for given in batches:
             batch = given if forward else to_device(given, device_of(model))
             keep = _mask_of(how.mask, batch)
             outputs: list[tuple[str, GradientEdge]] = []
-            give: Callable[[Any, Tensor], Tensor] | None = None if loss is None else partial(_watch, outputs)
-            if search and search.open:
-                give = search.note
+            watchers: list[Callable[[Any, Tensor], Tensor]] = [search.note] if search and search.open else []
+            watchers += [partial(_watch, outputs)] if loss is not None else []
+            give = partial(_through, watchers) if watchers else None
             with hooked(leaves, partial(sums.add, keep=keep), give):
                 result = run(model, copied(batch), forward)
             if search and search.open:
                 search.settle(result)
             sums.settle()
             if loss is not None:
-                _add_gradients(output_grams, outputs, loss(result, batch), keep)
+                _add_gradients(output_grams, outputs, loss(result, batch), keep, how.clip)
         (grams,), tokens = sums.result(targets, 1)
     return Statistics(grams, tokens, output_grams)
 
@@ -177,7 +191,7 @@ def statistics_by_layer(
     size = 0
     for target in _chosen(model, names, how.tied):
         square, outs = target.linear.in_features**2, target.linear.out_features
-        entries = square + (0 if loss is None else outs if how.output == "diagonal" else outs**2)
+        entries = square + (0 if loss is None else outs if how.diagonal(outs) else outs**2)
         nbytes = entries * scalar(target, how.dtype).itemsize * len(target.parts)
         if not groups or size + nbytes > max_bytes:
             groups.append([])
@@ -221,44 +235,36 @@ def collect_shifted(
         ValueError: if `swaps` has a module that the model has not, or a layer gets other numbers of inputs from the two
             models; or see `collect_statistics`.
     """
-    targets = _chosen(model, names, "replace")
-    return collect_behind(model, targets, batches, swaps, forward, Collecting(**options), openings(targets))
-
-
-def collect_behind(
-    model: nn.Module,
-    targets: Sequence[Target],
-    batches: Iterable[Any],
-    swaps: Mapping[nn.Module, nn.Module],
-    forward: Forward | None,
-    how: Collecting,
-    opened: Mapping[nn.Module, nn.Module],
-) -> Statistics:
-    """Collect the shifted statistics of targets that are found already, with `opened` modules answering.
-
-    See `collect_shifted`.
-    """
-    label: dict[nn.Module, str] = {leaf: target.name for target in targets for leaf in target.leaves}
-    watched = {linear: linear for linear in label}
+    targets, how = _chosen(model, names, "replace"), Collecting(**options)
+    opened = openings(targets)
     owned, known = module_names(model), {leaf for part in opened.values() for leaf in part.modules()}
     for module in swaps:
         if module not in owned and module not in known:
             raise ValueError(
                 f"swaps has a {type(module).__name__} that is not a module of the model; take it from there"
             )
+    batches = list(batches)
+    patched = Patched(model, opened, dict(swaps))
+    passes = model_passes(patched, model_runs(model, batches, forward), masks_of(how.mask, batches))
+    return collect_behind(targets, passes, how)
+
+
+def collect_behind(targets: Sequence[Target], passes: Sequence[Pass], how: Collecting) -> Statistics:
+    """Collect the shifted statistics of targets that are found already; see `collect_shifted`.
+
+    Args:
+        targets: in the part of the model that the passes run.
+        passes: see `Pass`.
+        how: dtype of the sums.
+    """
+    label: dict[nn.Module, str] = {leaf: target.name for target in targets for leaf in target.leaves}
+    watched = {linear: linear for linear in label}
     sums, stop = Sums(how.dtype), False
-    with (
-        evaluating(model, *opened.values(), *swaps.values()),
-        replaced(opened),
-        torch.inference_mode(False),
-        torch.no_grad(),
-    ):
-        for number, given in enumerate(batches):
-            batch = given if forward else to_device(given, device_of(model))
-            held = Held(_mask_of(how.mask, batch), how.dtype)
-            run_until(model, batch, forward, watched, held.add, stop)
-            with replaced(swaps):
-                run_until(model, batch, forward, watched, partial(_pair, sums, held, label), stop)
+    with torch.no_grad():
+        for number, each in enumerate(passes):
+            held = Held(each.keep, how.dtype)
+            run_until(each.dense, watched, held.add, stop)
+            run_until(each.drifted, watched, partial(_pair, sums, held, label), stop)
             sums.settle()
             for linear, name in label.items():
                 if len(held.rows[linear]) != held.taken[linear]:
@@ -280,6 +286,28 @@ def _pair(sums: Sums, held: Held, label: Mapping[nn.Module, str], linear: nn.Mod
 # Gradients -----------------------------------------------------------------------------------------------------------
 
 
+def _through(watchers: Sequence[Callable[[Any, Tensor], Tensor]], name: Any, y: Tensor) -> Tensor:
+    for watch in watchers:
+        y = watch(name, y)
+    return y
+
+
+def sampled_loss(output: Any, batch: Any) -> Tensor:
+    """Draw the loss whose gradients make the metric of a model's outputs, without labels.
+
+    Logits: the cross-entropy of classes drawn from the model's own distribution, whose gradients' second moment is the
+    Fisher information. Other outputs y: sum y r with normal random numbers r, which gives the Gauss-Newton
+    metric of the squared error. Source: Martens & Grosse 2015.
+    """
+    kind, y = pick(output)
+    y = unmasked(y, batch)
+    if kind == "logits" and y.shape[-1] > 1:
+        rows = y.flatten(0, -2).float()
+        return nn.functional.cross_entropy(rows, rows.detach().softmax(-1).multinomial(1)[:, 0], reduction="sum")
+    drawn = (y * torch.randn_like(y.detach()).conj()).sum()
+    return drawn.real if y.is_complex() else drawn
+
+
 def _watch(outputs: list[tuple[str, GradientEdge]], name: str, y: Tensor) -> Tensor:
     """Record the gradient edge of y and pass a clone on.
 
@@ -293,7 +321,11 @@ def _watch(outputs: list[tuple[str, GradientEdge]], name: str, y: Tensor) -> Ten
 
 
 def _add_gradients(
-    grams: dict[str, Tensor], outputs: Sequence[tuple[str, GradientEdge]], loss: Tensor, keep: Tensor | None
+    grams: dict[str, Tensor],
+    outputs: Sequence[tuple[str, GradientEdge]],
+    loss: Tensor,
+    keep: Tensor | None,
+    clip: float | None,
 ) -> None:
     if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad and not loss.is_complex()):
         raise ValueError("loss must return a real scalar tensor that depends on the model's output differentiably")
@@ -302,7 +334,15 @@ def _add_gradients(
     for (name, _), gradient in zip(outputs, gradients, strict=True):
         if gradient is not None:
             with plainly(gradient.device):
-                _add_gradient(name, grams[name], as_rows(gradient, keep, grams[name].dtype.to_real()))
+                rows = as_rows(gradient, keep, grams[name].dtype.to_real())
+                _add_gradient(name, grams[name], rows if clip is None else _clipped(rows, clip))
+
+
+def _clipped(rows: Tensor, clip: float) -> Tensor:
+    """Scale the rows to norms between 1 / clip and clip times their mean: a few tokens must not rule the metric."""
+    norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    mean = norms.mean()
+    return rows * (norms.clamp(mean / clip, mean * clip) / norms.clamp_min(torch.finfo(norms.dtype).tiny))
 
 
 def _add_gradient(name: str, total: Tensor, rows: Tensor) -> None:
@@ -317,6 +357,11 @@ def keys_of(target: Target) -> str | tuple[str, ...]:
 
 
 # Arguments -----------------------------------------------------------------------------------------------------------
+
+
+def masks_of(mask: Mask, batches: Iterable[Any]) -> list[Tensor | None]:
+    """Return the mask of each batch."""
+    return [_mask_of(mask, batch) for batch in batches]
 
 
 def _mask_of(mask: Mask, batch: Any) -> Tensor | None:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from fnmatch import fnmatchcase
+from types import NoneType
 from typing import Any, get_args
 
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from structlin.structures import Blast, Kaleidoscope, LowRank, family, sum_of
 # were best in benchmarks/results/structures_tried.md.
 AUTO: Families = (LowRank, sum_of(LowRank, Kaleidoscope), sum_of(LowRank, Blast))
 
-ALLOCATIONS = ("uniform", "global")
+ALLOCATIONS = ("auto", "uniform", "global")
 TIES = ("skip", "replace")
 VERSION = 1
 # Keywords that users of other libraries try -> what to write here.
@@ -72,13 +73,20 @@ class Compression:
             expression after `re:`, or a predicate(name, module). The first match wins.
         exclude: patterns of layers that stay dense, whatever the rules say.
         budget: what the ratio counts: "parameters", "bytes", or "flops" per token.
-        allocation: "uniform" gives each layer the ratio. "global" gives more to layers where a parameter lowers the
-            error of the model's outputs more, if held-back batches confirm it (see `allocate.allocate`).
+        allocation: "uniform" gives each layer the ratio. "global" gives all of them together that ratio: of several
+            divisions the one that held-back batches like best (see `allocate.allocate`). "auto" is global where there
+            are such batches.
         tied: "skip" leaves a weight that an embedding shares dense; "replace" compresses it for all of its users.
         skip_last: leave the output layer dense unless a rule names it.
         refine: refinement steps of each fit; None takes the structure's default.
-        sequential: fit each layer to the inputs that the compressed layers before it produce, towards the original
-            outputs. Needs calibration as batches; each group of layers with the same input runs all of them twice.
+        output_metric: weigh errors at a layer's outputs by what they do to the model's outputs, where batches are given
+            and gradients reach the layers (see `calibrate.sampled_loss`).
+        sequential: fit each layer to the inputs that the compressed layers before it produce, a quarter of the way
+            towards the original outputs. None: where calibration is given as batches, which it needs.
+        block_epochs: passes over the batches in which all parameters of a block are refined together, towards the dense
+            block's outputs; 0 leaves that out. None: 10, where calibration is given as batches.
+        blocks: globs, each naming the blocks of one chain, such as ["model.layers.*"]; None finds them, and an empty
+            list takes the whole model as one block.
         require_speedup: leave a layer dense unless its replacement, frozen and timed on this machine, is faster for one
             sentence's and for one batch's number of rows (`speed.TOKENS`).
         mask: which tokens count in calibration, see `collect_statistics`.
@@ -100,11 +108,14 @@ class Compression:
     rules: Rules = field(default_factory=dict)
     exclude: Sequence[str] = ()
     budget: Budget = "parameters"
-    allocation: str = "uniform"
+    allocation: str = "auto"
     tied: str = "skip"
     skip_last: bool = True
     refine: int | None = None
-    sequential: bool = False
+    output_metric: bool = True
+    sequential: bool | None = None
+    block_epochs: int | None = None
+    blocks: Sequence[str] | None = None
     require_speedup: bool = False
     mask: Mask = "auto"
     held_back: float = 0.1
@@ -115,11 +126,12 @@ class Compression:
         for name, allowed in (("budget", get_args(Budget)), ("allocation", ALLOCATIONS), ("tied", TIES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use {_either(allowed)}")
-        for name in ("skip_last", "sequential", "require_speedup"):
-            if not isinstance(getattr(self, name), bool):
+        for name in ("skip_last", "output_metric", "sequential", "require_speedup"):
+            if not isinstance(getattr(self, name), bool | (NoneType if name == "sequential" else bool)):
                 raise TypeError(f"{name}={getattr(self, name)!r}; use True or False")
-        if self.refine is not None:
-            _check_count("refine", self.refine)
+        for name in ("refine", "block_epochs"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
         _check_count("seed", self.seed)
         check_mask(self.mask)
         if not 0 < self.held_back < 1:
@@ -130,6 +142,9 @@ class Compression:
             raise TypeError(f"rules is a {type(self.rules).__name__}; give a mapping of patterns to structures")
         if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
             raise TypeError(f"exclude={self.exclude!r}; give a list of patterns, such as ['*.classifier']")
+        if isinstance(self.blocks, str) or not all(isinstance(pattern, str) for pattern in self.blocks or ()):
+            raise TypeError(f"blocks={self.blocks!r}; give a list of patterns, such as ['model.layers.*']")
+        object.__setattr__(self, "blocks", None if self.blocks is None else tuple(self.blocks))
         object.__setattr__(self, "exclude", tuple(self.exclude))
         object.__setattr__(self, "rules", dict(self.rules))  # the caller's may change
         self.choices()  # reading the rules checks them

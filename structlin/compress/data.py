@@ -78,10 +78,10 @@ class Data:
         pooled = torch.stack([known.grams[name] for name in names]).sum(0) / tokens
         mixed = {name: known.grams[name] + len(pooled) * pooled for name in names}
         roots = Statistics(mixed, known.tokens)
-        return [(roots.root(name, self.shrinkage), known.output_grams.get(name)) for name in names]
+        return [(roots.root(name, self.shrinkage), known.metric(name)) for name in names]
 
     def grams(self, name: str) -> tuple[GramRoot | None, Tensor | None]:
         """Return the square root of a layer's input Gram and its output Gram, None where unknown."""
         if self.statistics is None or not self.statistics.tokens.get(name):
             return None, None
-        return self.statistics.root(name, self.shrinkage), self.statistics.output_grams.get(name)
+        return self.statistics.root(name, self.shrinkage), self.statistics.metric(name)

@@ -5,51 +5,33 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from structlin.compress.allocate import Purse, Wanted
+from structlin.compress.blocks import Part, Patched
 from structlin.compress.commit import count_hooks, replacements
-from structlin.compress.config import Choice
+from structlin.compress.config import Choice, Compression
 from structlin.compress.data import Data
 from structlin.compress.plan import PlanEntry, dense_entry, fingerprint
-from structlin.compress.report import LayerReport
+from structlin.compress.report import LayerReport, Outcome
+from structlin.compress.sequential import Aim, shifted
+from structlin.compress.speed import only_faster
 from structlin.compress.targets import Target
 from structlin.compress.workers import each
 from structlin.equation.structure import Structure, show
 from structlin.fitting.budget import Budget, NoMemberError, within
 from structlin.fitting.fit import Fit, fit, relative_error
-from structlin.fitting.objective import GramRoot
 from structlin.layers.expert_linear import StructuredExpertLinear
-from structlin.layers.linear import StructuredLinear, from_fit
+from structlin.layers.linear import from_fit
 from structlin.runtime.contract import to_dense
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The result of one target.
-
-    Args:
-        target: the weight and its users.
-        row: of the report.
-        modules: old module -> new module; empty where the layer stays dense.
-    """
-
-    target: Target
-    row: LayerReport
-    modules: Mapping[nn.Module, nn.Module]
-
-    @property
-    def layer(self) -> StructuredLinear | None:
-        """The structured layer, None where the layer stays dense."""
-        return next((module for module in self.modules.values() if isinstance(module, StructuredLinear)), None)
-
 
 # Sizes ---------------------------------------------------------------------------------------------------------------
 
 
-def size_layer(target: Target, choice: Choice | str, data: Data, budget: Budget) -> PlanEntry:
+def size_layer(target: Target, choice: Choice | str, data: Data, budget: Budget, aim: Aim | None = None) -> PlanEntry:
     """Fix the sizes of a layer's structure, by real fits where a ratio leaves several, or say why it stays dense.
 
     Args:
@@ -57,6 +39,7 @@ def size_layer(target: Target, choice: Choice | str, data: Data, budget: Budget)
         choice: what it gets, or the reason why it stays dense.
         data: with the Grams.
         budget: what the choice's ratio counts.
+        aim: what to approximate instead of the weight.
     Raises:
         ValueError: naming the layer, if a fit fails.
     """
@@ -64,7 +47,7 @@ def size_layer(target: Target, choice: Choice | str, data: Data, budget: Budget)
     if isinstance(choice, str):
         return dense
     try:
-        entry = _sized(dense, target.linear.weight, choice, data, budget)
+        entry = _sized(dense, target.linear.weight, choice, data, budget, aim)
     except Exception as error:
         raise _named(target.name, error) from error
     if entry.structure is not None and entry.parameters_after >= entry.parameters_before:
@@ -75,7 +58,9 @@ def size_layer(target: Target, choice: Choice | str, data: Data, budget: Budget)
     return replace(entry, refine=choice.refine) if entry.structure else entry
 
 
-def _sized(dense: PlanEntry, weight: Tensor, choice: Choice, data: Data, budget: Budget) -> PlanEntry:
+def _sized(
+    dense: PlanEntry, weight: Tensor, choice: Choice, data: Data, budget: Budget, aim: Aim | None
+) -> PlanEntry:  # fmt: skip
     sizes = dense.in_features, dense.out_features
     stacked = weight.ndim == 3
     sample = weight[0] if stacked else weight  # sizes are found on one matrix of a stack
@@ -92,8 +77,9 @@ def _sized(dense: PlanEntry, weight: Tensor, choice: Choice, data: Data, budget:
                 return replace(dense, structure=options[0])
         names = [f"{dense.name}[{k}]" for k in range(dense.count)]
         gram, output_gram = data.expert_grams(names)[0] if stacked else data.grams(dense.name)
+        wanted, gram = aim or (sample, gram)
         found = fit(
-            sample, choice.structure, ratio=choice.ratio, gram=gram, output_gram=output_gram, refine=choice.refine,
+            wanted, choice.structure, ratio=choice.ratio, gram=gram, output_gram=output_gram, refine=choice.refine,
             budget=budget,
         )  # fmt: skip
     except NoMemberError as error:
@@ -103,77 +89,84 @@ def _sized(dense: PlanEntry, weight: Tensor, choice: Choice, data: Data, budget:
 
 # Fits ----------------------------------------------------------------------------------------------------------------
 
-Aim = tuple[Tensor, GramRoot | None]  # what a fit approximates, and the square root of the Gram of its inputs
 
-
-def fit_all(
-    entries: Sequence[PlanEntry], targets: Sequence[Target], data: Data, progress: bool | None
-) -> list[Outcome]:
-    """Fit every layer to the inputs that it has in the dense model; fits that the plan holds are taken as they are."""
-
-    def work(pair: tuple[PlanEntry, Target]) -> Outcome:
-        entry, target = pair
-        return fit_layer(entry, target, data, None)
-
-    return list(each(work, list(zip(entries, targets, strict=True)), progress, "compress"))
-
-
-def fit_in_turn(
-    entries: Sequence[PlanEntry],
-    targets: Sequence[Target],
-    data: Data,
-    aims_of: Callable[[Sequence[Target], Mapping[nn.Module, nn.Module]], Mapping[str, Aim]],
-    advance: Callable[[], None],
-) -> list[Outcome]:
-    """Fit group after group of layers with the same inputs, each behind the compressed ones before it.
+def fit_part(
+    part: Part, choices: Mapping[str, Wanted], purse: Purse, data: Data, config: Compression,
+    patched: Patched, advance: Callable[..., None],
+) -> list[Outcome]:  # fmt: skip
+    """Fit the layers of a part; with passes group after group of the same inputs, each behind those before it.
 
     Args:
-        entries: of the plan.
-        targets: the layers, in the same order.
-        data: with statistics, which tell the groups.
-        aims_of: a function of (group, replacements so far) that returns the weights to approximate and their Grams.
-        advance: called after each group.
+        part: see `Part`.
+        choices: what each layer gets, by name: to be sized, or the entry of a plan.
+        purse: the budget.
+        data: with the Grams.
+        config: the settings.
+        patched: the model; the new layers go into it.
+        advance: called after each layer, with a text.
     """
-    assert data.statistics is not None
-    by_name = {entry.name: entry for entry in entries}
+    shift = bool(part.passes) and config.sequential is not False
+    grams = {} if data.statistics is None else data.statistics.grams
+    result: list[Outcome] = []
+    for group in _groups(part.targets, grams) if shift or purse.ratios else [part.targets]:
+        wanted = {t.name: purse.choice(t, choices[t.name], len(group)) for t in group}
+        behind = [t for t in group if shift and _is_fitted(wanted[t.name]) and t.name in grams]
+        aims = shifted(behind, part.passes, data.shrinkage) if behind else {}
+
+        def work(target: Target, wanted: Mapping[str, Wanted] = wanted, aims: Mapping[str, Aim] = aims) -> Outcome:
+            aim, choice = aims.get(target.name), wanted[target.name]
+            entry = choice if isinstance(choice, PlanEntry) else size_layer(target, choice, data, config.budget, aim)
+            # A plan's fits are to the inputs of the dense model.
+            known = None if choice is entry and aim is not None else entry.fit_of(target.linear.weight)
+            return fit_layer(entry, target, data, aim, known)
+
+        found = []
+        for outcome in each(work, group, False, ""):
+            found.append(outcome)
+            error = outcome.row.output_error if outcome.row.output_error is not None else outcome.row.error
+            advance(1, outcome.target.name + ("" if error is None else f" {error:.3f}"))
+        purse.settle(found)
+        if config.require_speedup:
+            found = only_faster(found)
+        for outcome in found:
+            patched.swaps.update(outcome.modules)
+        result += found
+    return result
+
+
+def _groups(targets: Sequence[Target], grams: Mapping[str, Tensor]) -> list[list[Target]]:
+    """Put layers with the same inputs together: they share one Gram, which the statistics keep alive.
+
+    A stack of experts and a table stand alone: behind compressed layers other experts are chosen, and a table has no
+    inputs.
+    """
     groups: dict[int, list[Target]] = {}
     for target in targets:
-        if by_name[target.name].structure:
-            # Layers with the same inputs share one Gram, which the statistics keep alive. A stack of experts and a
-            # table stand alone: behind compressed layers other experts are chosen, and a table has no inputs.
-            gram = data.statistics.grams.get(target.name)
-            groups.setdefault(id(target if gram is None else gram), []).append(target)
-    outcomes: dict[str, Outcome] = {}
-    modules: dict[nn.Module, nn.Module] = {}
-    for group in groups.values():
-        aims = aims_of(group, modules) if group[0].name in data.statistics.grams else {}
-
-        def work(target: Target, aims: Mapping[str, Aim] = aims) -> Outcome:
-            return fit_layer(by_name[target.name], target, data, aims.get(target.name))
-
-        for outcome in each(work, group, False, ""):
-            outcomes[outcome.target.name] = outcome
-            modules |= outcome.modules
-        advance()
-    return [outcomes.get(t.name) or Outcome(t, stays_dense(by_name[t.name]), {}) for t in targets]
+        groups.setdefault(id(grams.get(target.name, target)), []).append(target)
+    return list(groups.values())
 
 
-def fit_layer(entry: PlanEntry, target: Target, data: Data, aim: Aim | None) -> Outcome:
-    """Fit one layer, unless the plan holds its fit, and build what replaces each module that uses the weight.
+def _is_fitted(choice: Wanted) -> bool:
+    return choice.structure is not None if isinstance(choice, PlanEntry) else isinstance(choice, Choice)
+
+
+def fit_layer(entry: PlanEntry, target: Target, data: Data, aim: Aim | None, known: Fit | None) -> Outcome:
+    """Fit one layer, unless its fit is known, and build what replaces each module that uses the weight.
 
     Args:
         entry: of the plan.
         target: the layer.
         data: with the Grams.
         aim: what to approximate instead of the weight.
+        known: the fit.
     Raises:
         ValueError: naming the layer, or RuntimeError where the error is of another kind.
     """
     if entry.structure is None:
-        return Outcome(target, stays_dense(entry), {})
+        return Outcome(target, entry, stays_dense(entry), {})
     start = time.perf_counter()
     try:
-        fits = _fit_stack(entry, target, data) if target.stacked else [_fit(entry, target, data, aim)]
+        fits = _fit_stack(entry, target, data) if target.stacked else [_fit(entry, target, data, aim, known)]
         layer: Any = (
             StructuredExpertLinear.from_fits(fits, target.linear)
             if target.stacked
@@ -190,18 +183,17 @@ def fit_layer(entry: PlanEntry, target: Target, data: Data, aim: Aim | None) -> 
         seconds=time.perf_counter() - start, hooks=count_hooks(target), called=None if target.on_request else called,
         itemsize=target.linear.weight.element_size(),
     )  # fmt: skip
-    return Outcome(target, row, modules)
+    return Outcome(target, entry, row, modules)
 
 
-def _fit(entry: PlanEntry, target: Target, data: Data, aim: Aim | None) -> Fit:
+def _fit(entry: PlanEntry, target: Target, data: Data, aim: Aim | None, known: Fit | None) -> Fit:
     assert entry.structure is not None
     weight = target.linear.weight
-    if aim is None and (known := entry.fit_of(weight)):
-        return known
-    gram, output_gram = data.grams(entry.name)
-    wanted, gram = (weight, gram) if aim is None else aim
-    found = fit(wanted, entry.structure, gram=gram, output_gram=output_gram, refine=entry.refine)
-    return found if aim is None else _of_weight(found, weight)
+    if known is None:
+        gram, output_gram = data.grams(entry.name)
+        wanted, gram = (weight, gram) if aim is None else aim
+        known = fit(wanted, entry.structure, gram=gram, output_gram=output_gram, refine=entry.refine)
+    return known if aim is None else _of_weight(known, weight)
 
 
 def _fit_stack(entry: PlanEntry, target: Target, data: Data) -> list[Fit]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from structlin.batches import Forward, copied, pick, run
+from structlin.batches import pick
 
 K = TypeVar("K")
 
@@ -97,12 +97,7 @@ class OutputSearch:
 
 
 def run_until(
-    model: nn.Module,
-    batch: Any,
-    forward: Forward | None,
-    modules: Mapping[nn.Module, K],
-    take: Callable[[K, Tensor], None],
-    stop: bool,
+    go: Callable[[], Any], modules: Mapping[nn.Module, K], take: Callable[[K, Tensor], None], stop: bool
 ) -> None:
     """Run a model with hooks (module -> key); with `stop`, only until every module was called."""
     missing = set(modules.values())
@@ -115,6 +110,6 @@ def run_until(
 
     try:
         with hooked(modules.items(), take_and_stop):
-            run(model, copied(batch), forward)
+            go()
     except _ReachedError:
         pass

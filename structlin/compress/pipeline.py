@@ -1,42 +1,49 @@
-"""The whole process on one page: find, observe, decide, fit, commit, report. Each step reads only what came before.
+"""The whole process on one page: find, observe, decide, then part by part fit, refine and let answer; commit, report.
 
 1. find     every linear map, and for each the rule that applies or the reason why it stays dense. All errors of
             settings, rules, plans and weights are raised here: nothing has run.
-2. observe  run the dense model over the calibration batches: a Gram of each map's inputs; and once over the held-back
-            batches, whose outputs are the reference of all checks.
-3. decide   the share of the budget and the sizes of each map, by real fits where a ratio leaves a choice: a plan.
-4. fit      every map of the plan, at once or each behind the compressed ones before it.
+2. observe  run the dense model over the calibration batches: a Gram of each map's inputs, and one of the gradients at
+            its outputs; and once over the held-back batches, whose outputs are the reference of all checks.
+3. decide   the share of the budget that each map gets: divisions are tried from end to end.
+4. for each block of the model, in the order in which they run:
+   fit      each map to the inputs that the compressed maps before it give, its sizes chosen by real fits;
+   refine   all parameters of the block together, towards the dense block's outputs.
+   The model keeps its modules: what is compressed answers in their place.
 5. commit   swap all modules, or none.
 6. report   what became of every parameter, and how good the model is before and after.
 
-A plan of another day enters as the settings and leaves step 3 as it came. Here the model is one block: refinement
-by blocks, and checkpoints larger than memory, put steps 2 to 5 into a loop over blocks.
+A plan of another day enters as the settings and leaves step 3 as it came. Without batches, step 4 has one part, the
+whole model, whose maps are fitted side by side and not refined.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
+import torch
 from torch import nn
 
 from structlin.batches import evaluating, progress_bar
-from structlin.compress.calibrate import Collecting, collect
+from structlin.compress.allocate import Purse, allocate
+from structlin.compress.blocks import Patched, find_chains, model_runs, parts
+from structlin.compress.calibrate import Collecting, collect, masks_of, sampled_loss
 from structlin.compress.commit import assemble, swap_modules
 from structlin.compress.config import Compression
 from structlin.compress.data import Data
-from structlin.compress.decide import Choices, choose, decide, shares_of
+from structlin.compress.decide import Choices, choose, shares_of
 from structlin.compress.evaluate import Evaluate, Evaluator
-from structlin.compress.fit_layers import Outcome, fit_all, fit_in_turn
+from structlin.compress.fit_layers import fit_part
 from structlin.compress.observe import OutputSearch, replaced
-from structlin.compress.plan import CompressionPlan, PlanEntry
-from structlin.compress.report import Coverage, Report
-from structlin.compress.sequential import shifted
-from structlin.compress.speed import only_faster
+from structlin.compress.plan import CompressionPlan
+from structlin.compress.refine import refine
+from structlin.compress.report import BlockReport, Coverage, Outcome, Report
 from structlin.compress.targets import Target, declared_output, find_targets, last_target, openings
 from structlin.compress.workers import seeded
+
+EPOCHS = 10  # of the refinement of a block
+CLIP = 10.0  # see `Collecting`
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Found:
     model: nn.Module
     config: Compression
     data: Data
-    targets: Sequence[Target]
+    targets: list[Target]
     choices: Choices
 
 
@@ -64,8 +71,8 @@ def find(model: nn.Module, config: Compression, data: Data, checks: bool) -> Fou
         raise ValueError(
             "allocation='global' is checked from end to end: pass calibration as two or more batches, or validation="
         )
-    if config.sequential and not data.batches:
-        raise ValueError("sequential=True runs the model again for every layer: pass calibration as batches")
+    if (config.sequential or config.block_epochs) and not data.batches:
+        raise ValueError("sequential=True and block_epochs run the model again: pass calibration as batches")
     return Found(model, config, data, targets, choices)
 
 
@@ -74,8 +81,17 @@ def observe(found: Found) -> Found:
     data, config, search = found.data, found.config, OutputSearch()
     if data.batches and data.statistics is None:
         targets = [target for target in found.targets if not target.reason and not target.on_request]
-        how = Collecting(mask=config.mask)
-        data = replace(data, statistics=collect(found.model, targets, data.batches, data.forward, None, how, search))
+        how = Collecting(mask=config.mask, output="auto", clip=CLIP)
+        with seeded(config.seed):
+            try:
+                loss = sampled_loss if config.output_metric else None
+                statistics = collect(found.model, targets, data.batches, data.forward, loss, how, search)
+            except (RuntimeError, TypeError, ValueError) as error:
+                if not config.output_metric:
+                    raise
+                statistics = collect(found.model, targets, data.batches, data.forward, None, how, search)
+                warnings.warn(f"no output metric: {error}", stacklevel=4)
+        data = replace(data, statistics=statistics)
     if isinstance(config, CompressionPlan):
         config.check_statistics(data.statistics)
     elif search.key is not None and declared_output(found.model) is None:
@@ -84,30 +100,52 @@ def observe(found: Found) -> Found:
     return replace(found, data=data)
 
 
-def plan(found: Found, evaluator: Evaluator | None, progress: bool | None) -> CompressionPlan:
-    """Decide the sizes of all layers; the model keeps its modules."""
+def divide(found: Found, evaluator: Evaluator | None) -> dict[str, float]:
+    """Decide the ratio of each layer; empty where each keeps that of its rule."""
+    if isinstance(found.config, CompressionPlan) or found.config.allocation == "uniform":
+        return {}
+    if evaluator is None or not evaluator.batches:
+        return {}
     opened = openings(found.targets)
 
     def distance(modules: Mapping[nn.Module, nn.Module]) -> float:
-        assert evaluator is not None
         with evaluating(*opened.values()), replaced(opened), replaced(modules):
             return evaluator.distance(found.model)
 
-    with seeded(found.config.seed):
-        return decide(found.config, found.targets, found.choices, found.data, distance, progress)
+    return allocate(shares_of(found.targets, found.choices), found.data, distance)
 
 
-def fit(found: Found, entries: Sequence[PlanEntry], progress: bool | None) -> list[Outcome]:
-    """Fit all layers, and take back those that are not faster where that is asked for."""
-    config, data, targets = found.config, found.data, found.targets
-    with seeded(config.seed):
-        if config.sequential:
-            aims = partial(shifted, found.model, data=data, mask=config.mask, opened=openings(targets))
-            with progress_bar("compress", "group", None, progress) as advance:
-                outcomes = fit_in_turn(entries, targets, data, aims, advance)
-        else:
-            outcomes = fit_all(entries, targets, data, progress)
-        return only_faster(outcomes) if config.require_speedup else outcomes
+def work(
+    found: Found, ratios: Mapping[str, float], patched: Patched, behind: bool, progress: bool | None
+) -> tuple[list[Outcome], list[BlockReport]]:
+    """Fit and refine part by part; with `behind`, each behind the compressed ones before it."""
+    model, config, data, purse = found.model, found.config, found.data, Purse(ratios)
+    epochs = EPOCHS if config.block_epochs is None else config.block_epochs
+    batches = data.batches if behind and (config.sequential is not False or epochs) else ()
+    runs, masks = model_runs(model, batches, data.forward), masks_of(config.mask, batches)
+    chains = find_chains(model, config.blocks) if batches else []
+    outcomes: dict[str, Outcome] = {}
+    blocks = []
+    count = sum(not isinstance(choice, str) for choice in found.choices.values())
+    with seeded(config.seed), progress_bar("compress", "layer", count, progress) as advance:
+        for part in parts(patched, found.targets, chains, runs, masks):
+            done = fit_part(part, found.choices, purse, data, config, patched, advance)
+            outcomes |= {outcome.target.name: outcome for outcome in done}
+            if epochs and part.passes and part.own:
+                swaps = {old: new for outcome in done for old, new in outcome.modules.items()}
+                blocks += refine(part, swaps, patched.values, epochs)
+    return [outcomes[target.name] for target in found.targets], blocks
+
+
+def planned(found: Found, outcomes: list[Outcome]) -> CompressionPlan:
+    """Return the plan that was carried out."""
+    if isinstance(found.config, CompressionPlan):
+        return found.config
+    settings = {n: getattr(found.config, n) for n in found.config.__dataclass_fields__ if n != "rules"}
+    statistics = found.data.statistics
+    made = None if statistics is None else statistics.summary
+    entries = tuple(outcome.entry for outcome in outcomes)
+    return CompressionPlan(**settings, entries=entries, fitted_with=made, statistics=statistics)
 
 
 def compress(
@@ -117,13 +155,18 @@ def compress(
     model, targets = found.model, found.targets
     found = observe(found)
     evaluator = evaluator_of(found, evaluate)
-    planned = plan(found, evaluator, progress)
-    outcomes = fit(found, planned.entries_for(targets), progress)
+    patched = Patched(model, openings(targets))
+    outcomes, blocks = work(found, divide(found, evaluator), patched, True, progress)
     compressed = {outcome.target.name for outcome in outcomes if outcome.modules}
     covered = Coverage.of(model, targets, compressed)
-    swaps = {old: new for outcome in outcomes for old, new in outcome.modules.items()}
-    root = model if dry_run else swap_modules(model, assemble(swaps, targets))
-    report = Report(root, tuple(outcome.row for outcome in outcomes), covered, planned.settings())
+    root = model
+    if not dry_run:
+        root = swap_modules(model, assemble(patched.swaps, targets))
+        with torch.no_grad():
+            for parameter, value in patched.values.items():
+                parameter.copy_(value)
+    rows = tuple(outcome.row for outcome in outcomes)
+    report = Report(root, rows, covered, planned(found, outcomes).settings(), blocks=tuple(blocks))
     if report.verdict:
         warnings.warn(report.verdict, stacklevel=3)
     if evaluator is None:

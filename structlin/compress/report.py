@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from structlin.compress.config import Compression
+from structlin.compress.plan import PlanEntry
 from structlin.compress.tables import shape, table
 from structlin.compress.targets import STRUCTURED, Piece, Target, unreached
+from structlin.layers.linear import StructuredLinear
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,9 @@ class LayerReport:
         parameters_after: learned entries of the factors; the dense count where it stayed.
         flops_before: per token, 2 in out.
         flops_after: per token, of the cheaper sequential contraction.
-        error: relative Frobenius error of the weight, None where it stayed.
-        output_error: relative error of the outputs on the calibration inputs (in the norm of the shrunken Gram, see
-            `Statistics.root`); None without calibration.
+        error: relative Frobenius error of the weight as fitted, before its block is refined; None where it stayed.
+        output_error: relative error of the outputs, in the norms that the fit minimised (see `Statistics.root`),
+            likewise; None without calibration.
         seconds: time of the fit.
         reason: why it stayed dense, None where it did not.
         count: number of matrices of these sizes: 1, or the experts of a stack.
@@ -138,6 +140,54 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """The result of one target.
+
+    Args:
+        target: the weight and its users.
+        entry: what it gets, with its sizes.
+        row: of the report.
+        modules: old module -> new module; empty where the layer stays dense.
+    """
+
+    target: Target
+    entry: PlanEntry
+    row: LayerReport
+    modules: Mapping[nn.Module, nn.Module]
+
+    @property
+    def layer(self) -> StructuredLinear | None:
+        """The structured layer, None where the layer stays dense."""
+        return next((module for module in self.modules.values() if isinstance(module, StructuredLinear)), None)
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What the refinement of a block did.
+
+    Args:
+        name: dotted name; empty for the whole model.
+        before: distance from the dense block's outputs, behind the compressed layers before it, on batches that the
+            refinement did not learn from: |y' - y|^2 / |y|^2, or the KL divergence of a model's logits.
+        after: the same with the refined parameters.
+        steps: optimizer steps.
+        seconds: time taken.
+    """
+
+    name: str
+    before: float
+    after: float
+    steps: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"block {self.name or '(the model)'}: error {self.before:.4f} -> {self.after:.4f} in {self.steps} steps, "
+            f"{self.seconds:.1f} s"
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """The result of `compress_model`; prints as a table.
 
@@ -147,6 +197,7 @@ class Report:
         coverage: every parameter accounted for.
         compression: the settings: the plan that was carried out, without fits and statistics.
         qualities: task, fidelity and size of the dense model, the compressed one, and others that `measure` added.
+        blocks: what the refinement of each block did.
     """
 
     model: nn.Module = field(repr=False)
@@ -154,6 +205,7 @@ class Report:
     coverage: Coverage
     compression: Compression = field(repr=False)
     qualities: tuple[Quality, ...] = ()
+    blocks: tuple[BlockReport, ...] = ()
 
     def measure(self, stage: str, evaluator: Callable[[nn.Module, str], Quality]) -> Report:
         """Return the report with the quality of the model as it is now, after healing, say.
@@ -226,6 +278,7 @@ class Report:
             "qualities": [asdict(quality) for quality in self.qualities],
             "compression": self.compression.to_record(),
             "layers": [asdict(row) for row in self.layers],
+            "blocks": [asdict(block) for block in self.blocks],
         }
         return json.dumps(content, indent=2)
 
@@ -243,6 +296,7 @@ class Report:
                 *([self.verdict] if self.verdict else []),
                 *table(rows),
                 *notes,
+                *map(str, self.blocks),
                 str(self.coverage),
                 f"model: {self.parameters_before:,} -> {self.parameters_after:,} parameters "
                 f"({self.parameters_after / max(self.parameters_before, 1):.3f}), "

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from structlin.compress.fit_layers import Outcome
+from structlin.compress.report import Outcome
 from structlin.layers.freeze import freeze_, unfreeze_
 from structlin.layers.linear import StructuredLinear
 from structlin.runtime import planner
@@ -91,4 +91,5 @@ def _left_dense(outcome: Outcome, layer: StructuredLinear, tokens: int) -> Outco
         row, structure=None, reason=reason, parameters_after=row.parameters_before, flops_after=row.flops_before,
         error=None, output_error=None,
     )  # fmt: skip
-    return Outcome(outcome.target, dense_row, {})
+    entry = replace(outcome.entry, structure=None, reason=reason, fitted=None)
+    return Outcome(outcome.target, entry, dense_row, {})

@@ -22,6 +22,7 @@ FIELDS = ("grams", "output_grams", "cross_grams")
 OLD_NAMES = {"cross_grams": "crosses"}  # of fields, in files that are still read
 VERSION = 1
 SHRINKAGE = 0.03
+OUTPUT_SHRINKAGE = 0.3
 ROUNDING = 1e-3  # relative difference of energies that are summed in another order, or on another device
 _KEY = "structlin_statistics"  # in the metadata of the file
 
@@ -98,6 +99,19 @@ class Statistics:
             found = GramRoot.of(gram + shrinkage * gram.diagonal().mean() * eye)
             self._roots[key] = None if found is None else GramRoot(found.rows.to(gram.dtype))
         return self._roots[key]
+
+    def metric(self, name: str) -> Tensor | None:
+        """Return a layer's shrunken output Gram H + .3 tr(H) / n I, or its diagonal; None without a loss."""
+        gram = self.output_grams.get(name)
+        if gram is None:
+            return None
+        diagonal = gram if gram.ndim == 1 else gram.diagonal()
+        ridge = OUTPUT_SHRINKAGE * diagonal.real.mean()
+        return (
+            gram + ridge
+            if gram.ndim == 1
+            else gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        )
 
     @property
     def summary(self) -> StatisticsSummary:

@@ -1,0 +1,124 @@
+"""Refine a block: all of its factors, norms and biases together, towards what the dense block computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from structlin.batches import divergence, pick, squared_error
+from structlin.compress.blocks import LIMIT, Part, Pass, Shelf
+from structlin.compress.report import BlockReport
+from structlin.heal.options import HealOptions
+from structlin.heal.run import Run, Stream
+from structlin.layers.factored import Factored
+
+RATE = 0.03  # peak learning rate, relative to the root mean square entry of a parameter
+BETAS = (0.9, 0.95)
+LEAST = 1e-3  # root mean square that a parameter of zeros counts as
+HELD_BACK = 10  # one batch in so many tells when to stop
+
+
+class _WideAdam(torch.optim.AdamW):
+    """AdamW without weight decay on float32 copies of parameters, whose own dtype may be too coarse for its steps."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.narrow = list(parameters)
+        wide = [p.detach().to(torch.promote_types(p.dtype, torch.float32)).clone() for p in self.narrow]
+        groups = [{"params": [w], "lr": RATE * max(w.abs().square().mean().sqrt().item(), LEAST)} for w in wide]
+        super().__init__(groups, betas=BETAS, weight_decay=0.0)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for parameter in self.narrow:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group, parameter in zip(self.param_groups, self.narrow, strict=True):
+            grad = parameter.grad
+            group["params"][0].grad = None if grad is None else grad.to(group["params"][0].dtype)
+        super().step()
+        for group, parameter in zip(self.param_groups, self.narrow, strict=True):
+            parameter.copy_(group["params"][0])
+
+
+def refine(
+    part: Part,
+    swaps: Mapping[nn.Module, nn.Module],
+    values: dict[nn.Parameter, nn.Parameter],
+    epochs: int,
+) -> list[BlockReport]:
+    """Train the factors of a part, and the norms and biases of its block, towards the dense part's outputs.
+
+    The part runs on the inputs that the compressed layers before it give it. What belongs to the model stays as it is:
+    its new values go to `values`. Source: the block refinement of AA-SVD, here for every structure.
+
+    Args:
+        part: with its passes.
+        swaps: its leaves -> the structured layers, which are trained in place.
+        values: parameter of the model -> its refined copy, of all parts; this one adds its own.
+        epochs: passes over the batches at most.
+    Returns:
+        One report, none if there is nothing to train.
+    """
+    new = _copies(part, swaps)
+    values |= new
+    layers = dict.fromkeys(swaps.values())
+    owned = {p for layer in layers for p in layer.parameters() if p not in values}
+    trained = {str(k): p for k, p in enumerate([*owned, *new.values()])}
+    if not trained or not part.passes:
+        return []
+    wanted = Shelf(LIMIT)
+    with torch.no_grad():
+        for number, each in enumerate(part.passes):
+            kind, output = pick(each.dense())
+            wanted[number] = output
+
+    def loss(number: int) -> Tensor:
+        each = part.passes[number]
+        return _distance(pick(each.drifted())[1], wanted[number], kind, each)
+
+    numbers = list(range(len(part.passes)))
+    judges = numbers[HELD_BACK // 2 :: HELD_BACK] or None
+    learning = [n for n in numbers if judges is None or n not in judges]
+    with _learning(trained.values()), torch.enable_grad():
+        options = HealOptions(epochs=epochs, every=len(learning), clip=None)
+        stream = Stream(learning, epochs, next(iter(trained.values())).device)
+        optimizer = _WideAdam(list(trained.values()))
+        run = Run(part.module, loss, optimizer, trained, stream, judges, options, epochs * len(learning))
+        found = run.run(lambda *_, **__: None)
+    return [BlockReport(part.name, found.loss_before, found.loss_after, found.steps, found.seconds)]
+
+
+def _copies(part: Part, swaps: Mapping[nn.Module, nn.Module]) -> dict[nn.Parameter, nn.Parameter]:
+    """Copy the norms and biases of a block that nothing outside of it uses: vectors, of modules that stay."""
+    answering = [m for layer in swaps.values() for m in layer.modules()]
+    stay = [m for m in part.module.modules() if m not in swaps and not isinstance(m, Factored)]
+    return {
+        p: nn.Parameter(p.detach().clone(), requires_grad=False)
+        for module in (*stay, *answering)
+        for p in module._parameters.values()
+        if p is not None and p.ndim == 1 and p.is_floating_point() and p in part.own
+    }
+
+
+def _distance(found: Tensor, wanted: Tensor, kind: str, each: Pass) -> Tensor:
+    keep = each.keep
+    if keep is not None and keep.shape == wanted.shape[:-1]:
+        found, wanted = found[keep.to(found.device)], wanted[keep.to(wanted.device)]
+    return divergence(found, wanted) if kind == "logits" and wanted.shape[-1] > 1 else squared_error(found, wanted)
+
+
+@contextmanager
+def _learning(trained: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let parameters require gradients for a while, and drop these at the end."""
+    flags = {p: p.requires_grad for p in trained}
+    try:
+        for parameter in flags:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag).grad = None
