@@ -176,7 +176,9 @@ def test_a_model_offloaded_to_disk_is_saved_again(saved, tmp_path):
     with pytest.warns(UserWarning, match="offloaded"):
         loaded.save_pretrained(tmp_path / "again")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    assert torch.equal(logits(again), expected)
+    state = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
+    torch.testing.assert_close(logits(again), expected)  # the last bits hang on how a file's tensors are aligned
 
 
 def test_generation_and_pipelines(saved):
