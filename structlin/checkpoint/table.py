@@ -202,7 +202,7 @@ def _dense_ties(skeleton: nn.Module | None, stored: Mapping[str, Any]) -> dict[s
 
 def _replaces(name: str, tensor: Stored, checkpoint: Checkpoint, dense: Mapping[str, torch.Tensor]) -> bool:
     """Whether a tensor only stands for a weight that a layer replaced."""
-    if tensor.shape not in ((1,), (1, 1), (1, 1, 1), (1, 2, 1)):
+    if tensor.shape not in ((), (1,), (1, 1), (1, 1, 1), (1, 2, 1)):
         return False
     owner = _owner(name)
     if name == f"{owner}.weight" and (owner in checkpoint.layers or f"{owner}.linear" in checkpoint.layers):
