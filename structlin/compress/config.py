@@ -74,7 +74,8 @@ class Compression:
         budget: what the ratio counts: "parameters", "bytes", or "flops" per token.
         allocation: "uniform" gives each layer the ratio. "global" gives more to layers where a parameter lowers the
             error of the model's outputs more, if held-back batches confirm it (see `allocate.allocate`).
-        tied: "skip" leaves a weight that an embedding shares dense; "replace" compresses it for all of its users.
+        tied: "skip" leaves a weight that an embedding shares dense; "replace" compresses it for all of its users,
+            also where one of them is the output layer.
         skip_last: leave the output layer dense unless a rule names it.
         refine: refinement steps of each fit; None takes the structure's default.
         sequential: fit each layer to the inputs that the compressed layers before it produce, towards the original
