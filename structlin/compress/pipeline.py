@@ -31,11 +31,12 @@ from structlin.compress.decide import Choices, choose, decide, shares_of
 from structlin.compress.evaluate import Evaluate, Evaluator
 from structlin.compress.fit_layers import Outcome, fit_all, fit_in_turn
 from structlin.compress.observe import OutputSearch, replaced
+from structlin.compress.output import declared_output, last_target
 from structlin.compress.plan import CompressionPlan, PlanEntry
 from structlin.compress.report import Coverage, Report
 from structlin.compress.sequential import shifted
 from structlin.compress.speed import only_faster
-from structlin.compress.targets import Target, declared_output, find_targets, last_target, openings
+from structlin.compress.targets import Target, find_targets, openings
 from structlin.compress.workers import seeded
 
 
