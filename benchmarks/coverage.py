@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 import structlin
 import structlin.hf
+from structlin.compress.output import last_target
 from structlin.compress.report import Coverage
-from structlin.compress.targets import Target, find_targets, last_target
+from structlin.compress.targets import Target, find_targets
 
 CLASSES = [
     name

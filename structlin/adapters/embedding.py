@@ -82,8 +82,13 @@ def _scale(module: nn.Embedding) -> _Scale | None:
             copy._buffers[name] = torch.full_like(unknown[name], number, device="cpu")  # transformers keeps both
         else:
             return None
+    with torch.device("cpu"):  # transformers loads under the meta device
+        return _probed_scale(copy)
+
+
+def _probed_scale(copy: nn.Embedding) -> _Scale | None:
     ids = torch.tensor([[3, 0, 7], [7, _PROBED_ROWS - 1, 1]])
-    table = torch.rand(_PROBED_ROWS, module.embedding_dim, generator=torch.Generator().manual_seed(0)) + 0.5
+    table = torch.rand(_PROBED_ROWS, copy.embedding_dim, generator=torch.Generator().manual_seed(0)) + 0.5
     plain = [F.embedding(ids, table.to(dtype)) for dtype in (torch.float64, torch.bfloat16)]
     probed = (_probe(copy, ids, table.to(rows.dtype)) for rows in plain)
     found = [rows for rows in probed if rows is not None and rows.shape == plain[0].shape]
@@ -107,7 +112,7 @@ def _probe(copy: nn.Embedding, ids: Tensor, table: Tensor) -> Tensor | None:
     """Look rows up by the module's own forward; an error means that it is not called like an embedding."""
     copy._parameters["weight"] = nn.Parameter(table)
     try:
-        with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             found = copy(ids)
     except Exception:  # whatever it is
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,10 @@ METHOD = "structlin"  # the quant_method of the config
 TABLE_FIELDS = {
     key: FIELDS[key] for key in ("format_version", "structlin_version", "layers", "shared_layers", "aliases")
 }
+
+# Called with the skeleton, if there is one, and a folder's config. Each returns a function from the name of a stored
+# tensor to that in the model: transformers renames tensors on save, and structlin.hf knows how.
+name_readers: list[Callable[[nn.Module | None, dict[str, Any]], Callable[[str], str]]] = []
 
 
 def table_of(model: nn.Module) -> dict[str, Any]:
@@ -156,6 +160,9 @@ def read_folder(directory: Path, skeleton: nn.Module | None) -> Checkpoint | Non
         listed = index.get("weight_map") if isinstance(index, dict) else None
         shards = sorted({str(name) for name in listed.values()}) if isinstance(listed, dict) else []
     tensors = read_headers(directory, shards, set())
+    for reader in name_readers:
+        named = reader(skeleton, config)
+        tensors = {named(name): replace(stored, key=stored.key or name) for name, stored in tensors.items()}
     limit = max((size for stored in tensors.values() for size in stored.shape), default=1)
     table = {key: value for key, value in document.items() if key != "quant_method"}
     checkpoint = replace(
@@ -170,7 +177,9 @@ def read_folder(directory: Path, skeleton: nn.Module | None) -> Checkpoint | Non
     try:
         _manifest.check_tensors(checkpoint)
     except CheckpointError as error:
-        hint = "; if transformers renames tensors of this model (Mixtral, say), use from_pretrained with structlin.hf"
+        hint = (
+            "; if transformers renames tensors of this model (Mixtral, say), import structlin.hf or use from_pretrained"
+        )
         raise CheckpointError(f"{error}{hint}") from error
     return checkpoint
 
@@ -193,7 +202,7 @@ def _dense_ties(skeleton: nn.Module | None, stored: Mapping[str, Any]) -> dict[s
 
 def _replaces(name: str, tensor: Stored, checkpoint: Checkpoint, dense: Mapping[str, torch.Tensor]) -> bool:
     """Whether a tensor only stands for a weight that a layer replaced."""
-    if tensor.shape not in ((1,), (1, 1), (1, 1, 1), (1, 2, 1)):
+    if tensor.shape not in ((), (1,), (1, 1), (1, 1, 1), (1, 2, 1)):
         return False
     owner = _owner(name)
     if name == f"{owner}.weight" and (owner in checkpoint.layers or f"{owner}.linear" in checkpoint.layers):

@@ -113,11 +113,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a shard, as the header describes it."""
+    """A tensor in a shard, as the header describes it; `key` where the file has another name for it."""
 
     shard: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    key: str = ""
 
 
 def write_shards(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int) -> dict[str, str]:
@@ -210,7 +211,7 @@ def read_tensors(
         with opened(directory, shard) as file:
             for key in [key for key, stored in tensors.items() if stored.shard == shard]:
                 # A copy: the mapped file must not live on in a tensor's storage.
-                value = file.get_tensor(key).to(places[key], copy=True)
+                value = file.get_tensor(tensors[key].key or key).to(places[key], copy=True)
                 value = torch.view_as_complex(value) if tensors[key].dtype.is_complex else value
                 if (tuple(value.shape), value.dtype) != (tensors[key].shape, tensors[key].dtype):
                     raise CheckpointError(f"{directory / shard}: changed while it was read")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -110,6 +110,7 @@ def swap_modules(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> nn.M
     found = [
         (parent, attribute, swaps[child])
         for parent in module_names(model)
+        if parent not in swaps  # an old module keeps its children, so that it can be put back
         for attribute, child in parent._modules.items()
         if child is not None and child in swaps
     ]
@@ -131,6 +132,18 @@ def to_dense_(model: nn.Module) -> nn.Module:
     Returns:
         The model, another object only where the root itself was a structured layer.
     """
+    return swap_modules(model, merged(model))
+
+
+def merged(model: nn.Module, only: Container[nn.Module] | None = None) -> dict[nn.Module, nn.Module]:
+    """Build the dense module of each structured one; the model keeps its modules.
+
+    Args:
+        model: any module.
+        only: structured modules; None merges all.
+    Returns:
+        Structured module -> dense module.
+    """
     # By a layer's first factor, which layers may share, and by shape.
     weights: dict[tuple[int, tuple[int, ...]], nn.Parameter] = {}
     swaps: dict[nn.Module, nn.Module] = {}
@@ -138,6 +151,8 @@ def to_dense_(model: nn.Module) -> nn.Module:
     # Leaves that only opened modules hold are merged with these.
     held = {child for parent in module_names(model) if parent not in origins for child in parent.children()} | {model}
     for module in module_names(model):
+        if only is not None and module not in only:
+            continue
         if module in origins:
             dense = origins[module].close(module)
             for path, (name, _) in origins[module].adapter.leaves(dense).items():
@@ -149,7 +164,7 @@ def to_dense_(model: nn.Module) -> nn.Module:
         else:
             continue
         swaps[module] = _with_hooks(dense, module)
-    return swap_modules(model, swaps)
+    return swaps
 
 
 def _share(dense: nn.Module, name: str, leaf: Any, weights: dict[tuple[int, tuple[int, ...]], nn.Parameter]) -> None:

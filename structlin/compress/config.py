@@ -76,7 +76,8 @@ class Compression:
         allocation: "uniform" gives each layer the ratio. "global" gives all of them together that ratio: of several
             divisions the one that held-back batches like best (see `allocate.allocate`). "auto" is global where there
             are such batches.
-        tied: "skip" leaves a weight that an embedding shares dense; "replace" compresses it for all of its users.
+        tied: "skip" leaves a weight that an embedding shares dense; "replace" compresses it for all of its users,
+            also where one of them is the output layer.
         skip_last: leave the output layer dense unless a rule names it.
         refine: refinement steps of each fit; None takes the structure's default.
         output_metric: weigh errors at a layer's outputs by what they do to the model's outputs, where batches are given

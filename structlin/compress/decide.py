@@ -69,9 +69,14 @@ def _choice(
             return chosen or f"rule {describe(pattern)} keeps it dense"  # type: ignore[arg-type]
     if target.on_request:
         return "it is an embedding; name it in a rule to compress it"
-    if is_last:
+    if is_last and not _tied(target):
         return "it is the output layer; pass skip_last=False or name it in a rule"
     return default or "the default keeps it dense"
+
+
+def _tied(target: Target) -> bool:
+    """Whether embeddings use the weight too: without a reason it is a target by tied="replace", which asks for it."""
+    return any(user.adapter is not None and user.adapter.on_request for user in target.users)
 
 
 def _of_plan(plan: CompressionPlan, targets: Sequence[Target]) -> dict[str, Wanted]:

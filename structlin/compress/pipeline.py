@@ -36,10 +36,11 @@ from structlin.compress.decide import Choices, choose, shares_of
 from structlin.compress.evaluate import Evaluate, Evaluator
 from structlin.compress.fit_layers import fit_part
 from structlin.compress.observe import OutputSearch, replaced
+from structlin.compress.output import declared_output, last_target
 from structlin.compress.plan import CompressionPlan
 from structlin.compress.refine import refine
 from structlin.compress.report import BlockReport, Coverage, Outcome, Report
-from structlin.compress.targets import Target, declared_output, find_targets, last_target, openings
+from structlin.compress.targets import Target, find_targets, openings
 from structlin.compress.workers import seeded
 
 EPOCHS = 10  # of the refinement of a block

@@ -297,33 +297,6 @@ def _value_reason(weight: Tensor) -> str | None:
 # The whole model -----------------------------------------------------------------------------------------------------
 
 
-def declared_output(model: nn.Module) -> nn.Module | None:
-    """Return what `get_output_embeddings` of a transformers model returns."""
-    getter = getattr(model, "get_output_embeddings", None)
-    try:
-        return getter() if callable(getter) else None
-    except NotImplementedError:  # transformers' own answer of models whose embeddings are not tokens
-        return None
-
-
-def last_target(model: nn.Module, targets: Sequence[Target]) -> Target | None:
-    """Return the output layer as far as a model tells without running.
-
-    That is what `get_output_embeddings` of a transformers model returns. Else it is the last linear map, unless modules
-    with parameters come after it (a norm, say): then it is an inner one.
-    """
-    declared = declared_output(model)
-    for target in targets:
-        if declared is not None and any(user.module is declared for user in target.users):
-            return target
-    maps = [target for target in targets if not target.on_request]
-    if not maps or maps[-1].name == "":
-        return None
-    owners = [module for module in model.modules() if module._parameters]
-    within = {part for user in maps[-1].users for part in user.module.modules()}
-    return maps[-1] if owners[-1] in within else None
-
-
 def unreached(model: nn.Module, reached: dict[int, int]) -> dict[str, int]:
     """Count the parameters that no target holds, by the type of the module that owns them.
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from structlin.checkpoint import CheckpointError
 from structlin.checkpoint._manifest import Checkpoint
@@ -72,6 +74,32 @@ def _tensor(name: str, renamed: Any) -> str | None:
     owner, _, part = name.rpartition(".")
     new = renamed(owner)
     return f"{new}.{part}" if new else None
+
+
+# Names in files -----------------------------------------------------------------------------------------------------
+
+
+def in_the_model(skeleton: nn.Module | None, config: Mapping[str, Any]) -> Callable[[str], str]:
+    """Return what names a tensor of a saved file as the model does, as `from_pretrained` would.
+
+    Tensors that are converted, not only renamed (experts that stay dense, say), keep the names of the file.
+
+    Args:
+        skeleton: whose inner models may have conversions of their own; None goes by the type of the config.
+        config: of the folder.
+    """
+    if isinstance(skeleton, PreTrainedModel):
+        conversions = get_model_conversion_mapping(skeleton, add_legacy=False)
+    else:
+        conversions = get_checkpoint_conversion_mapping(config.get("model_type")) or []
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+
+    def named(name: str) -> str:
+        new, converted = rename_source_key(name, renamings, converters)
+        return name if converted else new
+
+    return named
 
 
 # Ties ----------------------------------------------------------------------------------------------------------------

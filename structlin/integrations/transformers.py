@@ -20,9 +20,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from structlin.checkpoint import CheckpointError
 from structlin.checkpoint._manifest import Checkpoint
-from structlin.checkpoint.table import METHOD, read_table, replace_layers, replaced_weights, table_of
+from structlin.checkpoint.table import METHOD, name_readers, read_table, replace_layers, replaced_weights, table_of
 from structlin.compress.commit import after_swap, to_dense_
 from structlin.integrations import _names as names
+from structlin.integrations._resize import resize_token_embeddings
 from structlin.layers.attention import StructuredMultiheadAttention
 from structlin.layers.factored import Factored
 
@@ -256,3 +257,5 @@ if METHOD not in AUTO_QUANTIZER_MAPPING:  # the module may be imported again
     register_quantization_config(METHOD)(StructlinConfig)
     register_quantizer(METHOD)(StructlinQuantizer)
     after_swap.append(prepare)
+    name_readers.append(names.in_the_model)
+    PreTrainedModel.resize_token_embeddings = resize_token_embeddings  # type: ignore[method-assign]

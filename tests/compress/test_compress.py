@@ -118,7 +118,7 @@ def test_weight_tied_to_embedding_is_skipped():
 def test_all_uses_of_a_tied_weight_are_replaced_on_request():
     model = Shared()
     ids = torch.tensor([[1, 2, 0, 49]])
-    compress_model(model, "lowrank", ratio=0.5, skip_last=False, tied="replace")
+    compress_model(model, "lowrank", ratio=0.5, tied="replace")  # the output layer too
     assert isinstance(model.head, LowRankLinear)
     assert model.embedding.linear is model.head
     torch.testing.assert_close(model.embedding(ids), model.head.weight[ids])
@@ -130,6 +130,13 @@ def test_all_uses_of_a_tied_weight_are_replaced_on_request():
     assert model.head.weight is model.embedding.weight
     assert model.left.weight is model.right.weight
     torch.testing.assert_close(model(ids), expected)
+
+
+def test_a_tied_output_layer_stays_dense_where_a_rule_says_so():
+    model = Shared()
+    report = compress_model(model, "lowrank", ratio=0.5, tied="replace", exclude=["head"])
+    assert "keeps it dense" in rows_of(report)["head"].reason
+    assert model.head.weight is model.embedding.weight
 
 
 def test_tied_and_shared_layers_go_through_a_checkpoint(tmp_path):

@@ -160,6 +160,31 @@ def test_a_last_map_before_a_norm_is_an_inner_one():
     assert compressed(compress_model(nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32)), "lowrank", ratio=0.5)) == ["0"]
 
 
+class Ways(nn.Module):
+    """Registers the ways in and out before the layers between them, as SAM's heads do."""
+
+    def __init__(self, layers, *ways):
+        super().__init__()
+        for way in ways:
+            self.add_module(way, nn.Linear(32, 32))
+        self.layers = layers(nn.Linear(32, 32) for _ in range(2))
+
+
+@pytest.mark.parametrize(
+    ("layers", "ways", "inner"),
+    [
+        (nn.ModuleList, ("proj_in", "proj_out"), True),
+        (nn.ModuleList, ("proj_in",), False),
+        (nn.ModuleList, (), False),
+        (lambda layers: nn.Sequential(*layers), ("proj_in", "proj_out"), False),
+    ],
+)
+def test_a_list_beside_the_ways_in_and_out_ends_in_an_inner_layer(layers, ways, inner):
+    found = compressed(compress_model(nn.ModuleDict({"head": Ways(layers, *ways)}), "lowrank", ratio=0.5))
+    assert ("head.layers.1" in found) == inner
+    assert {"head.layers.0", *(f"head.{way}" for way in ways)} <= set(found)
+
+
 def test_parts_of_an_adapter_are_left_alone():
     class Lora(nn.Module):
         def __init__(self):

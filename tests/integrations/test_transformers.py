@@ -81,23 +81,6 @@ def test_tied_models_stay_tied(make, tied, tmp_path):
     assert loaded.num_parameters() == model.num_parameters()
 
 
-@pytest.mark.parametrize("tied", ["skip", "replace"])
-def test_token_embeddings_are_resized_or_refused(tied):
-    model = llama(tie_word_embeddings=True)
-    structlin.compress_model(model, "lowrank", ratio=0.5, tied=tied, skip_last=False)
-    model.resize_token_embeddings(100)
-    if tied == "skip":
-        model.resize_token_embeddings(110)
-        assert logits(model).shape[-1] == 110
-    else:
-        with pytest.raises(TypeError, match="StructuredEmbedding"):
-            model.resize_token_embeddings(110)
-        assert logits(model).shape[-1] == 100
-        structlin.to_dense_(model)
-        model.resize_token_embeddings(110)
-        assert model.lm_head.weight is model.model.embed_tokens.weight
-
-
 def test_layers_that_share_factors_share_them_after_a_load(tmp_path):
     model = bert()
     first, second = (layer.intermediate for layer in model.bert.encoder.layer)
@@ -176,7 +159,9 @@ def test_a_model_offloaded_to_disk_is_saved_again(saved, tmp_path):
     with pytest.warns(UserWarning, match="offloaded"):
         loaded.save_pretrained(tmp_path / "again")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again")
-    assert torch.equal(logits(again), expected)
+    state = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in again.state_dict().items())
+    torch.testing.assert_close(logits(again), expected)  # the last bits hang on how a file's tensors are aligned
 
 
 def test_generation_and_pipelines(saved):

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import structlin
 
@@ -77,18 +78,27 @@ def test_a_model_is_the_same_after_a_save_and_load_and_fails_without_the_plug_in
     torch.testing.assert_close(torch.load(tmp_path / "logits"), logits, atol=1e-5, rtol=1e-4)
 
 
-def test_structlin_reads_the_folder_of_gpt2_and_says_where_names_are_converted(tmp_path):
+def test_structlin_reads_a_folder_where_names_are_converted(tmp_path, monkeypatch):
     for make in (gpt2, mixtral):
         model = make()
-        structlin.compress_model(model, "lowrank", ratio=0.5)
+        report = structlin.compress_model(model, "lowrank", ratio=0.5)
         model.save_pretrained(tmp_path / make.__name__)
-    loaded = structlin.load(gpt2(), tmp_path / "gpt2")
-    assert type(loaded.transformer.h[0].attn.c_attn).__name__ == "LowRankLinear"
-    assert len(structlin.verify(tmp_path / "gpt2").layers) == 8
-    with pytest.raises(
-        structlin.CheckpointError, match=r"use from_pretrained with structlin|of the skeleton are not in the checkpoint"
-    ):
+        loaded = structlin.load(make(), tmp_path / make.__name__)
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+        layers = structlin.verify(tmp_path / make.__name__).layers
+        assert len(layers) == sum(row.structure is not None for row in report.layers)
+    assert "model.layers.0.block_sparse_moe.gate.weight" in load_file(tmp_path / "mixtral" / "model.safetensors")
+    monkeypatch.setattr("structlin.checkpoint.table.name_readers", [])
+    with pytest.raises(structlin.CheckpointError, match=r"import structlin.hf|of the skeleton are not in"):
         structlin.load(mixtral(), tmp_path / "mixtral")
+
+
+def test_structlin_says_where_tensors_are_converted(tmp_path):
+    model = mixtral()
+    structlin.compress_model(model, "lowrank", ratio=0.5, exclude=["experts.*"])
+    model.save_pretrained(tmp_path)  # each expert by itself
+    with pytest.raises(structlin.CheckpointError, match=r"mlp.experts.gate_up_proj.* of the skeleton are not in the"):
+        structlin.load(mixtral(), tmp_path)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
