@@ -24,8 +24,11 @@ Wanted = Choice | str | PlanEntry
 LEAST, CEILING = 0.1, 0.95  # ratios lie between these, or are 1: the layer stays dense
 SLOPES = (-0.4, -0.2, 0.2, 0.4)  # of the ratio over depth: relative change from the middle to the end
 # The squared output error of the sums in "auto" falls like that of low rank to this power
-# (benchmarks/results/structures_tried.md).
+# (benchmarks/results/structures_tried.md) ...
 EXPONENT = 1.5
+# ... and refinement leaves about this share of it: with all of it, models at .5 and below are so far off that what the
+# outputs do in a trial says nothing about the refined model (benchmarks/results/ladder.md).
+LEFT = 0.25
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,10 @@ class Share:
     Args:
         target: the layer.
         ratio: that it gets when all get the same.
-        exponent: of the squared error of its structure as a power of that of low rank.
     """
 
     target: Target
     ratio: float
-    exponent: float = EXPONENT
 
     @property
     def name(self) -> str:
@@ -90,7 +91,8 @@ def allocate(shares: Sequence[Share], data: Data, distance: Distance) -> dict[st
 
     Tried are the given ratios, slopes over depth, and (where the statistics hold output Grams) the division that has
     the least sum of the layers' errors in the metric of the loss, whole and half of the way. In each trial every layer
-    answers by its best low-rank approximation of that size, whose error is scaled down to what its structure leaves.
+    answers by its best low-rank approximation of that size, whose error is scaled down to what its structure leaves
+    after refinement.
     The first of the best trials wins, so that no division is taken that moves the outputs more than the given one.
 
     Time: a forward pass over the held-back batches for each of at most seven trials, and one eigenproblem for each
@@ -103,6 +105,9 @@ def allocate(shares: Sequence[Share], data: Data, distance: Distance) -> dict[st
     Returns:
         The ratios by name; 1 for a layer that stays dense.
     """
+    # A module that is never called keeps its ratio: its weight is read by other code.
+    known = data.statistics
+    shares = [share for share in shares if known is None or known.tokens.get(share.name)]
     given = {share.name: share.ratio for share in shares}
     if len(given) < 2:
         return given
@@ -124,12 +129,11 @@ def _divisions(
         yield _scaled(shares, {s.name: s.ratio * (1 + slope * (2 * k / last - 1)) for k, s in enumerate(shares)})
     metrics = {} if data.statistics is None else data.statistics.output_grams
     weights = {share.name: _loss_energy(share.target, data) for share in shares if share.name in metrics}
-    # A layer without any effect keeps its ratio: its module may never be called, its weight read by other code.
     felt = [share for share in shares if weights.get(share.name, 0) > 0]
     if len(felt) > 1:
         found = dict(given) | _least_error(felt, curves, weights)
-        yield found
-        yield _scaled(shares, {name: (ratio + given[name]) / 2 for name, ratio in found.items()})
+        yield _scaled(shares, found)
+        yield _scaled(shares, {name: (min(ratio, CEILING) + given[name]) / 2 for name, ratio in found.items()})
 
 
 # Divisions -----------------------------------------------------------------------------------------------------------
@@ -140,8 +144,7 @@ def _scaled(shares: Sequence[Share], ratios: Mapping[str, float]) -> dict[str, f
     budget = sum(share.ratio * share.size for share in shares)
 
     def clipped(factor: float) -> dict[str, float]:
-        limits = {s.name: (min(LEAST, s.ratio), max(CEILING, s.ratio)) for s in shares}
-        return {n: min(max(factor * ratios[n], least), most) for n, (least, most) in limits.items()}
+        return {n: 1.0 if r >= 1 else min(max(factor * r, LEAST), CEILING) for n, r in ratios.items()}
 
     return _bisected(clipped, shares, budget, 0.1, 10.0)
 
@@ -215,7 +218,7 @@ class _Curve:
 
     def error(self, ratio: float) -> float:
         """Return the squared relative error that the structure is expected to leave at a ratio."""
-        return 0.0 if ratio >= 1 else self.tails[self._rank(ratio)].item() ** self.share.exponent
+        return 0.0 if ratio >= 1 else self.tails[self._rank(ratio)].item() ** EXPONENT
 
     def answers(self, ratio: float) -> dict[nn.Module, nn.Module]:
         """Return what answers for each module that uses the weight; nothing where it stays dense."""
@@ -226,7 +229,7 @@ class _Curve:
         missing = (self.objective.weight - left @ right) * self.scale
         tail = self.tails[rank].item()
         proxy = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-        weight = linear.weight.detach() - (missing * tail ** ((self.share.exponent - 1) / 2)).to(linear.weight)
+        weight = linear.weight.detach() - (LEFT * tail ** ((EXPONENT - 1) / 2) * missing).to(linear.weight)
         proxy.weight, proxy.bias = nn.Parameter(weight, requires_grad=False), linear.bias
         return dict.fromkeys(self.share.target.leaves, proxy.eval())
 

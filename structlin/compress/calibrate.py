@@ -144,8 +144,8 @@ def collect(
             batch = given if forward else to_device(given, device_of(model))
             keep = _mask_of(how.mask, batch)
             outputs: list[tuple[str, GradientEdge]] = []
-            watchers: list[Callable[[Any, Tensor], Tensor]] = [search.note] if search and search.open else []
-            watchers += [partial(_watch, outputs)] if loss is not None else []
+            watchers: list[Callable[[Any, Tensor], Tensor]] = [] if loss is None else [partial(_watch, outputs)]
+            watchers += [search.note] if search and search.open else []
             give = partial(_through, watchers) if watchers else None
             with hooked(leaves, partial(sums.add, keep=keep), give):
                 result = run(model, copied(batch), forward)

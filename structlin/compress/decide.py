@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from structlin.compress.allocate import EXPONENT, Share, Wanted
+from structlin.compress.allocate import Share, Wanted
 from structlin.compress.config import Choice, Compression, describe, matches
 from structlin.compress.plan import CompressionPlan
 from structlin.compress.targets import Target
 from structlin.fitting.fit import check_weight
-from structlin.structures import LowRank
 
 Choices = Mapping[str, Wanted]  # by name
 
@@ -22,7 +21,7 @@ def shares_of(targets: Sequence[Target], choices: Choices) -> list[Share]:
     Stacks of experts and tables keep the ratio that they are given.
     """
     return [
-        Share(t, c.ratio, 1.0 if c.structure is LowRank else EXPONENT)
+        Share(t, c.ratio)
         for t in targets
         if isinstance(c := choices[t.name], Choice) and c.ratio is not None and not t.stacked and not t.on_request
     ]

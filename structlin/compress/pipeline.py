@@ -85,10 +85,10 @@ def observe(found: Found) -> Found:
         how = Collecting(mask=config.mask, output="auto", clip=CLIP)
         with seeded(config.seed):
             try:
-                loss = sampled_loss if config.output_metric else None
+                loss = sampled_loss if with_metric(config) else None
                 statistics = collect(found.model, targets, data.batches, data.forward, loss, how, search)
             except (RuntimeError, TypeError, ValueError) as error:
-                if not config.output_metric:
+                if loss is None:
                     raise
                 statistics = collect(found.model, targets, data.batches, data.forward, None, how, search)
                 warnings.warn(f"no output metric: {error}", stacklevel=4)
@@ -99,6 +99,12 @@ def observe(found: Found) -> Found:
         last = next(target for target in found.targets if target.name == search.key)
         found = replace(found, choices=choose(config, found.targets, last))
     return replace(found, data=data)
+
+
+def with_metric(config: Compression) -> bool:
+    """Whether output Grams are collected: where settings ask for them, for a plan where it was made with them."""
+    made = config.fitted_with if isinstance(config, CompressionPlan) else None
+    return config.output_metric if made is None else made.output_energy > 0
 
 
 def divide(found: Found, evaluator: Evaluator | None) -> dict[str, float]:
@@ -127,8 +133,7 @@ def work(
     chains = find_chains(model, config.blocks) if batches else []
     outcomes: dict[str, Outcome] = {}
     blocks = []
-    count = sum(not isinstance(choice, str) for choice in found.choices.values())
-    with seeded(config.seed), progress_bar("compress", "layer", count, progress) as advance:
+    with seeded(config.seed), progress_bar("compress", "layer", len(found.targets), progress) as advance:
         for part in parts(patched, found.targets, chains, runs, masks):
             done = fit_part(part, found.choices, purse, data, config, patched, advance)
             outcomes |= {outcome.target.name: outcome for outcome in done}

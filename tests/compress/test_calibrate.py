@@ -223,7 +223,7 @@ def test_inputs_that_are_not_finite_name_the_layer(value):
     [
         ({"dtype": torch.bfloat16}, r"dtype=torch.bfloat16 is too narrow for sums; use torch.float32"),
         ({"mask": "automatic"}, r"mask='automatic' is unknown; use 'auto', None or a callable"),
-        ({"output": "half"}, r"output='half' is unknown; use 'full' or 'diagonal'"),
+        ({"output": "half"}, r"output='half' is unknown; use 'full', 'diagonal' or 'auto'"),
         ({"tied": "both"}, r"tied='both' is unknown"),
     ],
 )

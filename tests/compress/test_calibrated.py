@@ -4,6 +4,8 @@ import copy
 import gc
 import math
 import weakref
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,18 +14,22 @@ from torch import nn
 import structlin
 from structlin import collect_statistics, compress_model, plan_compression
 from structlin.compress import fit_layers, workers
-from structlin.compress.allocate import Share, allocate
+from structlin.compress.allocate import Purse, Share, allocate
+from structlin.compress.blocks import Patched, model_passes, model_runs
+from structlin.compress.calibrate import sampled_loss
+from structlin.compress.config import Choice
 from structlin.compress.data import Data
-from structlin.compress.decide import round_up_ranks
 from structlin.compress.evaluate import Evaluator
 from structlin.compress.observe import replaced
-from structlin.compress.plan import PlanEntry, fingerprint
+from structlin.compress.plan import dense_entry
 from structlin.compress.report import Report
 from structlin.compress.sequential import shifted
 from structlin.compress.targets import find_targets
 from structlin.fitting.fit import fit
-from structlin.runtime.contract import to_dense
-from structlin.structures import LowRank, Monarch, Sum
+from structlin.structures import LowRank
+
+# Independent fits to the inputs of the dense model.
+PLAIN = {"output_metric": False, "sequential": False, "block_epochs": 0, "allocation": "uniform"}
 
 
 @pytest.fixture
@@ -61,7 +67,7 @@ def distance(model, other, data):
 def test_calibrated_low_rank_keeps_the_outputs_better(mlp):
     plain, calibrated = (copy.deepcopy(mlp) for _ in range(2))
     compress_model(plain, "lowrank", ratio=0.4)
-    report = compress_model(calibrated, "lowrank", ratio=0.4, calibration=batches(10))
+    report = compress_model(calibrated, "lowrank", ratio=0.4, calibration=batches(10), **PLAIN)
     assert distance(calibrated, mlp, batches(4, seed=2)) < 0.7 * distance(plain, mlp, batches(4, seed=2))
     statistics = collect_statistics(mlp, batches(10)[:5] + batches(10)[6:])  # one batch is held back
     for row in changed(report):
@@ -79,7 +85,7 @@ def rank_of(row):
 def test_statistics_and_batches_give_the_same(mlp):
     data = batches(10)
     first, second = (copy.deepcopy(mlp) for _ in range(2))
-    compress_model(first, "lowrank", ratio=0.5, calibration=data, validation=data[:1])
+    compress_model(first, "lowrank", ratio=0.5, calibration=data, validation=data[:1], **PLAIN)
     compress_model(second, "lowrank", ratio=0.5, calibration=collect_statistics(mlp, data))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
@@ -164,32 +170,19 @@ def test_global_allocation_meets_the_budget(mlp, name):
     assert 0.5 * dense - smallest < sum(entry.parameters_after for entry in kept) <= 0.5 * dense
 
 
-def test_what_is_left_of_the_budget_buys_ranks(mlp):
-    data = observed(mlp, batches(10))
-    targets = find_targets(mlp)[:3]
-    given = {"0": 0.5, "2": 0.5, "4": 0.5}
-    entries = []
-    for target, structure in zip(
-        targets, (LowRank(2), Sum(parts=(LowRank(3), LowRank(1))), Monarch(blocks=4, rank=1)), strict=True
-    ):
-        weight, gram = target.linear.weight, data.grams(target.name)[0]
-        found = fit(weight, structure.resolve(weight.shape[1], weight.shape[0]), gram=gram)
-        sizes = target.linear.in_features, target.linear.out_features
-        entries.append(PlanEntry(target.name, (), *sizes, found.structure, fitted=(fingerprint(weight), found)))
-    spent = round_up_ranks(entries, given, targets, data)
-    total = sum(0.5 * entry.parameters_before for entry in entries)
-    assert total - 96 < sum(entry.parameters_after for entry in spent) <= total
-    assert spent[2] == entries[2]  # a Monarch matrix has no rank to raise
-    for before, after, target in zip(entries[:2], spent, targets, strict=False):
-        known = after.fit_of(target.linear.weight)
-        assert known.structure == after.structure
-        assert known.output_error < before.fitted[1].output_error
-        assert all(map(torch.allclose, known.factors[2:], before.fitted[1].factors[2:]))  # those of the second part
-        rows, weight = data.grams(target.name)[0].rows.double(), target.linear.weight.detach().double()
-        difference = weight - to_dense(known.spec, known.factors)
-        error = (rows @ difference.mT).norm() / (rows @ weight.mT).norm()
-        assert error.item() == pytest.approx(known.output_error, rel=1e-4)
-    assert round_up_ranks(entries, {}, targets, data) == entries
+def test_what_a_layer_cannot_use_the_next_one_gets(mlp):
+    ratios = {"0": 0.5, "2": 0.5, "4": 1.0}
+    purse = Purse(ratios)
+    first, second, third = (t for t in find_targets(mlp) if t.name in ratios)
+    given = Choice(LowRank, 0.3)
+    choice = purse.choice(first, given, 1)
+    assert choice.ratio == 0.5
+    entry = replace(dense_entry(first, None), structure=LowRank(8))  # 8 * 96 of the 1024 parameters
+    purse.settle([SimpleNamespace(entry=entry)])
+    assert purse.spare == 256
+    assert purse.choice(second, given, 2).ratio == pytest.approx(0.5 + 128 / 4096)
+    assert purse.choice(third, given, 1) == "the allocation leaves it dense"
+    assert purse.choice(second, "a reason", 1) == "a reason"
 
 
 def test_allocation_spends_all_and_favours_what_matters(mlp):
@@ -206,10 +199,24 @@ def test_allocation_spends_all_and_favours_what_matters(mlp):
         with replaced(answers):
             return evaluator.distance(mlp)
 
+    data = replace(data, statistics=collect_statistics(mlp, data.batches, loss=sampled_loss))
     ratios = allocate(shares, data, moved)
     sizes = {share.target.name: share.target.linear.weight.numel() for share in shares}
     assert sum(ratios[name] * sizes[name] for name in sizes) == pytest.approx(0.5 * sum(sizes.values()), rel=5e-3)
     assert ratios["2"] < 0.5 < max(ratios["0"], ratios["4"])
+
+
+def test_no_division_is_taken_that_moves_the_outputs_more(mlp):
+    data = observed(mlp, batches(10))
+    shares = [Share(target, 0.5) for target in find_targets(mlp) if target.name in ("0", "2", "4")]
+    ranks = []
+
+    def moved(answers):
+        ranks.append({name for name, child in mlp.named_children() if child in answers})
+        return float(len(ranks))  # the first trial, all layers alike, moves them least
+
+    assert allocate(shares, data, moved) == {"0": 0.5, "2": 0.5, "4": 0.5}
+    assert ranks == [{"0", "2", "4"}] * 5  # without a loss only slopes are tried
 
 
 def test_loss_gradients_weigh_the_layers(mlp):
@@ -220,7 +227,7 @@ def test_loss_gradients_weigh_the_layers(mlp):
         report = compress_model(
             copy.deepcopy(mlp), "lowrank", ratio=0.5, calibration=statistics, validation=data[:2], allocation="global"
         )
-        assert report.ratio <= 0.5
+        assert report.ratio <= 0.505  # a coarse family may take 1 % more
 
 
 def test_global_allocation_needs_batches(mlp):
@@ -228,7 +235,7 @@ def test_global_allocation_needs_batches(mlp):
         plan_compression(
             mlp, "lowrank", ratio=0.5, allocation="global", calibration=collect_statistics(mlp, batches(2))
         )
-    with pytest.raises(ValueError, match="allocation='best' is unknown; use 'uniform' or 'global'"):
+    with pytest.raises(ValueError, match="allocation='best' is unknown; use 'auto', 'uniform' or 'global'"):
         plan_compression(mlp, "lowrank", ratio=0.5, allocation="best")
 
 
@@ -246,8 +253,8 @@ def test_other_budgets(mlp, budget):
 def test_sequential_compensation_is_closer_and_leaves_the_first_layer_alone(mlp):
     data = batches(20)
     first, second = (copy.deepcopy(mlp) for _ in range(2))
-    compress_model(first, "lowrank", ratio=0.4, calibration=data)
-    report = compress_model(second, "lowrank", ratio=0.4, calibration=data, sequential=True)
+    compress_model(first, "lowrank", ratio=0.4, calibration=data, **PLAIN)
+    report = compress_model(second, "lowrank", ratio=0.4, calibration=data, **PLAIN | {"sequential": True})
     assert distance(second, mlp, data) < 0.95 * distance(first, mlp, data)
     assert [row.name for row in report.layers] == ["0", "2", "4", "6"]
     assert type(second[6]) is nn.Linear
@@ -256,12 +263,15 @@ def test_sequential_compensation_is_closer_and_leaves_the_first_layer_alone(mlp)
 
 def test_the_shifted_weight_is_the_regression(mlp):
     data = batches(5)
-    known = Data(batches=tuple(data))
     proxy = copy.deepcopy(mlp[0])
     with torch.no_grad():
         proxy.weight *= 0.7
     target = next(t for t in find_targets(mlp) if t.name == "2")
-    wanted, _ = shifted(mlp, [target], {mlp[0]: proxy}, known)["2"]
+    patched = Patched(mlp, {}, {mlp[0]: proxy})
+    passes = model_passes(patched, model_runs(mlp, data, None), [None] * 5)
+    wanted, _ = shifted([target], passes, 0.03, towards=1.0)["2"]
+    near, _ = shifted([target], passes, 0.03, towards=0.25)["2"]
+    torch.testing.assert_close(near, mlp[2].weight + 0.25 * (wanted - mlp[2].weight), rtol=1e-4, atol=1e-5)
     x = torch.cat([mlp[1](mlp[0](batch)) for batch in data]).double()
     other = torch.cat([mlp[1](proxy(batch)) for batch in data]).double()
     shrinkage = 0.03 * other.square().sum() / 64
@@ -294,7 +304,7 @@ def test_report_carries_task_fidelity_and_size_before_and_after_healing(mlp):
         return -distance(model, teacher, data[:2])
 
     evaluator = Evaluator(mlp, data[:2], evaluate=evaluate)
-    report = compress_model(mlp, "lowrank", ratio=0.4, calibration=data[2:], evaluate=evaluator)
+    report = compress_model(mlp, "lowrank", ratio=0.4, calibration=data[2:], evaluate=evaluator, **PLAIN)
     dense, compressed = report.qualities
     assert (dense.stage, dense.task, dense.size) == ("dense", 0, 1)
     assert dense.cosine == pytest.approx(1, abs=1e-5)

@@ -17,6 +17,10 @@ from structlin.structures import Kronecker, LowRank
 pytestmark = pytest.mark.filterwarnings("ignore:nothing was compressed", "ignore:more than half of the parameters")
 
 
+# Independent fits to the inputs of the dense model.
+PLAIN = {"output_metric": False, "sequential": False, "block_epochs": 0}
+
+
 class Model(nn.Sequential):
     """Counts its forward passes."""
 
@@ -44,7 +48,7 @@ def batches(count, seed=1):
 
 BAD = [
     ({"budget": "byte"}, ValueError, "budget='byte' is unknown; use 'parameters', 'bytes' or 'flops'"),
-    ({"allocation": "best"}, ValueError, "allocation='best' is unknown; use 'uniform' or 'global'"),
+    ({"allocation": "best"}, ValueError, "allocation='best' is unknown; use 'auto', 'uniform' or 'global'"),
     ({"tied": "maybe"}, ValueError, "tied='maybe' is unknown; use 'skip' or 'replace'"),
     ({"ratio": 1.5}, ValueError, r"ratio=1.5 is outside \(0, 1\]"),
     ({"ratio": None}, ValueError, "structure 'lowrank' needs a ratio"),
@@ -64,7 +68,11 @@ BAD = [
     ({"rules": {"nothing.*": None}}, ValueError, r"rule 'nothing\.\*' matches no linear layer"),
     ({"ratios": 0.5}, TypeError, "compress_model has no setting 'ratios'; did you mean 'ratio'"),
     ({"zzzz": 0.5}, TypeError, "compress_model has no setting 'zzzz'; the settings are"),
-    ({"sequential": True, "calibration": None}, ValueError, "sequential=True runs the model again for every layer"),
+    (
+        {"sequential": True, "calibration": None},
+        ValueError,
+        "sequential=True and block_epochs run the model again: pass calibration as batches",
+    ),
 ]
 
 
@@ -225,7 +233,7 @@ def test_a_plan_is_carried_out_with_its_statistics(model, name):
     read = CompressionPlan.from_json(plan.to_json())
     in_memory = compress_model(copy.deepcopy(model), plan)
     from_file = compress_model(copy.deepcopy(model), read, calibration=statistics)
-    recollected = compress_model(copy.deepcopy(model), read, calibration=batches(6), validation=[])
+    recollected = compress_model(copy.deepcopy(model), read, calibration=batches(6), validation=[], **PLAIN)
     assert None not in output_errors(direct)
     for report in (in_memory, from_file, recollected):
         assert output_errors(report) == pytest.approx(output_errors(direct), rel=1e-4)
@@ -255,19 +263,22 @@ def test_a_plan_without_calibration_may_be_carried_out_with_it(model):
 
 
 @pytest.mark.parametrize("sequential", [False, True])
-def test_targets_are_found_once_and_the_dense_model_runs_once(model, monkeypatch, sequential):
+@pytest.mark.parametrize("epochs", [0, 3])
+def test_targets_are_found_once_and_the_model_runs_a_known_number_of_times(model, monkeypatch, sequential, epochs):
     finds = []
     for module in (pipeline, structlin.compress.calibrate):
         original = module.find_targets
         monkeypatch.setattr(module, "find_targets", lambda *a, f=original, **k: finds.append(1) or f(*a, **k))
     report = compress_model(
-        model, "lowrank", ratio=0.5, calibration=batches(20), allocation="global", sequential=sequential
+        model, "lowrank", ratio=0.5, calibration=batches(20), sequential=sequential, block_epochs=epochs
     )
     assert len(finds) == 1
     held_back, calibration, layers = 2, 18, 2
-    trials = held_back * (layers + 2)  # each layer alone, and both allocations
+    trials = held_back * 7
     behind = 2 * calibration * layers if sequential else 0
-    assert model.passes == calibration + held_back + trials + behind + held_back
+    learning, judging = 16, 2  # of the calibration batches; the outputs of all of them are what is learned
+    refined = calibration + epochs * (learning + judging) + judging if epochs else 0
+    assert model.passes == calibration + held_back + trials + behind + refined + held_back
     assert [quality.stage for quality in report.qualities] == ["dense", "compressed"]
 
 
@@ -289,7 +300,7 @@ def test_planning_and_a_dry_run_never_put_a_module_into_the_model(model):
 def test_an_evaluator_of_the_caller_is_used_and_holds_nothing_back(model):
     evaluator = Evaluator(model, batches(2, seed=5))
     passes = model.passes
-    compress_model(model, "lowrank", ratio=0.5, calibration=batches(10), evaluate=evaluator)
+    compress_model(model, "lowrank", ratio=0.5, calibration=batches(10), evaluate=evaluator, allocation="uniform", **PLAIN)
     assert model.passes == passes + 10 + 2
 
 
