@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from structlin.compress.config import Choice
 from structlin.compress.data import Data
-from structlin.compress.plan import PlanEntry
-from structlin.compress.report import Outcome
 from structlin.compress.targets import Target
 from structlin.fitting.objective import Objective, make_objective
 
 # How far the model's outputs move when modules answer in place of others (old -> new).
 Distance = Callable[[Mapping[nn.Module, nn.Module]], float]
-
-# What a layer gets: to be sized, or why it stays dense, or the entry of a plan.
-Wanted = Choice | str | PlanEntry
 
 LEAST, CEILING = 0.1, 0.95  # ratios lie between these, or are 1: the layer stays dense
 SLOPES = (-0.4, -0.2, 0.2, 0.4)  # of the ratio over depth: relative change from the middle to the end
@@ -52,38 +46,6 @@ class Share:
     def size(self) -> int:
         """Entries of the weight."""
         return int(self.target.linear.weight.numel())
-
-
-@dataclass
-class Purse:
-    """A budget that layers share: what one cannot use, those after it get.
-
-    Args:
-        ratios: what each layer is to keep, by name; layers without one do not take part.
-        spare: parameters left over so far.
-    """
-
-    ratios: Mapping[str, float]
-    spare: float = 0.0
-
-    def choice(self, target: Target, choice: Wanted, count: int) -> Wanted:
-        """Return a choice with its ratio from the budget; `count` layers share what is left over."""
-        ratio = self.ratios.get(target.name)
-        if ratio is None or not isinstance(choice, Choice):
-            return choice
-        if ratio >= 1:
-            return "the allocation leaves it dense"
-        size = target.linear.weight.numel()
-        return replace(choice, ratio=min(max(ratio + self.spare / count / size, 1e-9), 1.0))
-
-    def settle(self, outcomes: Sequence[Outcome]) -> None:
-        """Take the parameters of compressed layers from the budget."""
-        compressed = [outcome.entry for outcome in outcomes if outcome.entry.structure]
-        self.spare += sum(
-            self.ratios[entry.name] * entry.parameters_before - entry.parameters_after
-            for entry in compressed
-            if entry.name in self.ratios
-        )
 
 
 def allocate(shares: Sequence[Share], data: Data, distance: Distance) -> dict[str, float]:

@@ -9,10 +9,10 @@ from torch import nn
 
 from structlin.batches import Forward
 from structlin.compress import pipeline
-from structlin.compress.blocks import Patched
 from structlin.compress.config import Compression, Value, with_settings
 from structlin.compress.data import Data
 from structlin.compress.evaluate import Evaluate, Evaluator
+from structlin.compress.patched import Patched
 from structlin.compress.plan import CompressionPlan
 from structlin.compress.report import Report
 from structlin.compress.statistics import Statistics
@@ -114,9 +114,10 @@ def plan_compression(
     config = with_settings(structure, settings, "plan_compression")
     data = Data.gather(calibration, validation, forward, config.held_back)
     found = pipeline.observe(pipeline.find(model, config, data, bool(data.held_back)))
-    ratios = pipeline.divide(found, pipeline.evaluator_of(found, None))
+    ratios = pipeline.divide(found, Evaluator.of(model, found.data, None))
     patched = Patched(model, openings(found.targets))
-    return pipeline.planned(found, pipeline.work(found, ratios, patched, False, progress)[0])
+    outcomes, _ = pipeline.work(found, ratios, patched, False, progress)
+    return CompressionPlan.of(found.config, [outcome.entry for outcome in outcomes], found.data.statistics)
 
 
 def check_model(model: object) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -15,74 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structlin.batches import Forward, copied, device_of, evaluating, run, to_device
-from structlin.compress.observe import replaced
+from structlin.compress.patched import Pass, Patched, Run, model_passes, without_cache
 from structlin.compress.targets import Target
 
 LIMIT = 1 << 30  # bytes of hidden states in memory; more are mapped from a file
-
-Run = Callable[[], Any]
-
-
-@dataclass
-class Patched:
-    """A model whose compressed layers answer, while it keeps its modules and parameters.
-
-    Args:
-        model: the dense model.
-        opened: module of the model -> what it is opened to.
-        swaps: leaf -> the structured layer that answers in its place; grows part by part.
-        values: parameter of the model -> its refined copy.
-    """
-
-    model: nn.Module
-    opened: Mapping[nn.Module, nn.Module]
-    swaps: dict[nn.Module, nn.Module] = field(default_factory=dict)
-    values: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict)
-
-    @contextmanager
-    def dense(self) -> Iterator[None]:
-        """Let opened modules answer, so that leaves are called, in evaluation mode."""
-        with evaluating(self.model, *self.opened.values()), replaced(self.opened), torch.inference_mode(False):
-            yield
-
-    @contextmanager
-    def changed(self) -> Iterator[None]:
-        """Let all compressed layers and refined parameters answer."""
-        with self.dense(), evaluating(*self.swaps.values()), replaced(self.swaps), self._substituted():
-            yield
-
-    @contextmanager
-    def _substituted(self) -> Iterator[None]:
-        places = [
-            (module._parameters, name, parameter)
-            for root in (self.model, *self.swaps.values())
-            for module in (root.modules() if self.values else ())
-            for name, parameter in module._parameters.items()
-            if parameter in self.values
-        ]
-        try:
-            for parameters, name, parameter in places:
-                parameters[name] = self.values[parameter]
-            yield
-        finally:
-            for parameters, name, parameter in places:
-                parameters[name] = parameter
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One calibration batch at the part of the model that is being compressed.
-
-    Args:
-        dense: runs the part on the inputs that the dense model gives it.
-        drifted: runs it on the inputs that the compressed layers before it give it.
-        keep: mask of the tokens that count, None for all.
-    """
-
-    dense: Callable[[], Any]
-    drifted: Callable[[], Any]
-    keep: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -150,7 +87,7 @@ class Shelf:
     def __init__(self, limit: int = LIMIT) -> None:
         self._limit, self._bytes = limit, 0
         self._tensors: dict[int, Tensor] = {}
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Path | None = None
 
     def __getitem__(self, number: int) -> Tensor:
         return self._tensors[number]
@@ -162,8 +99,10 @@ class Shelf:
             return
         self._bytes += tensor.nbytes
         if self._bytes > self._limit:
-            self._folder = self._folder or tempfile.TemporaryDirectory(prefix="structlin-")
-            path = str(Path(self._folder.name) / str(number))
+            if self._folder is None:
+                self._folder = Path(tempfile.mkdtemp(prefix="structlin-"))
+                weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+            path = str(self._folder / str(number))
             mapped = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype)
             self._tensors[number] = mapped.view(tensor.shape).copy_(tensor)
         else:
@@ -223,20 +162,6 @@ class _Recording:
         first = output[0] if isinstance(output, tuple) and output else output
         self.linked &= isinstance(first, Tensor)
         self.last = first
-
-
-@contextmanager
-def without_cache(model: nn.Module) -> Iterator[None]:
-    """Let a model of transformers keep no keys and values: a block that runs twice would add them twice."""
-    configs: dict[int, Any] = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    configs = {key: config for key, config in configs.items() if getattr(config, "use_cache", False) is True}
-    try:
-        for config in configs.values():
-            config.use_cache = False
-        yield
-    finally:
-        for config in configs.values():
-            config.use_cache = True
 
 
 def _record(chain: Chain, go: Run) -> _Recording | None:
@@ -304,30 +229,6 @@ class Stream:
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------
-
-
-def model_runs(model: nn.Module, batches: Sequence[Any], forward: Forward | None) -> list[Run]:
-    """Return a call of the model for each batch."""
-
-    def go(given: Any) -> Any:
-        batch = given if forward else to_device(given, device_of(model))
-        return run(model, copied(batch), forward)
-
-    return [partial(go, batch) for batch in batches]
-
-
-def model_passes(patched: Patched, runs: Sequence[Run], masks: Sequence[Tensor | None]) -> tuple[Pass, ...]:
-    """Return the passes of a whole model."""
-
-    def dense(go: Run) -> Any:
-        with patched.dense():
-            return go()
-
-    def drifted(go: Run) -> Any:
-        with patched.changed():
-            return go()
-
-    return tuple(Pass(partial(dense, go), partial(drifted, go), keep) for go, keep in zip(runs, masks, strict=True))
 
 
 def parts(

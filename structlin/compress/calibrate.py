@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,18 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
-from structlin.batches import Forward, copied, device_of, evaluating, pick, run, to_device, unmasked
-from structlin.compress.blocks import Pass, Patched, model_passes, model_runs
+from structlin.batches import Forward, copied, device_of, evaluating, run, to_device
 from structlin.compress.config import Mask, check_mask
-from structlin.compress.observe import OutputSearch, hooked, replaced, run_until
+from structlin.compress.data import Data
+from structlin.compress.gradients import add_gradients, sampled_loss, through, watch
+from structlin.compress.observe import OutputSearch, hooked, replaced
+from structlin.compress.patched import Patched, model_passes, model_runs
+from structlin.compress.sequential import collect_behind
 from structlin.compress.statistics import Statistics
-from structlin.compress.sums import Held, Sums, as_rows, not_finite, plainly, scalar, zeros
+from structlin.compress.sums import Sums, scalar, zeros
 from structlin.compress.targets import Target, find_targets, module_names, openings
 
 Loss = Callable[[Any, Any], Tensor]
 
+CLIP = 10.0  # of a compression's output gradients, see `Collecting`
 FULL = 4096  # outputs up to which output="auto" keeps the full matrix
 
 
@@ -144,16 +149,16 @@ def collect(
             batch = given if forward else to_device(given, device_of(model))
             keep = _mask_of(how.mask, batch)
             outputs: list[tuple[str, GradientEdge]] = []
-            watchers: list[Callable[[Any, Tensor], Tensor]] = [] if loss is None else [partial(_watch, outputs)]
+            watchers: list[Callable[[Any, Tensor], Tensor]] = [] if loss is None else [partial(watch, outputs)]
             watchers += [search.note] if search and search.open else []
-            give = partial(_through, watchers) if watchers else None
+            give = partial(through, watchers) if watchers else None
             with hooked(leaves, partial(sums.add, keep=keep), give):
                 result = run(model, copied(batch), forward)
             if search and search.open:
                 search.settle(result)
             sums.settle()
             if loss is not None:
-                _add_gradients(output_grams, outputs, loss(result, batch), keep, how.clip)
+                add_gradients(output_grams, outputs, loss(result, batch), keep, how.clip)
         (grams,), tokens = sums.result(targets, 1)
     return Statistics(grams, tokens, output_grams)
 
@@ -246,109 +251,25 @@ def collect_shifted(
     batches = list(batches)
     patched = Patched(model, opened, dict(swaps))
     passes = model_passes(patched, model_runs(model, batches, forward), masks_of(how.mask, batches))
-    return collect_behind(targets, passes, how)
+    return collect_behind(targets, passes, how.dtype)
 
 
-def collect_behind(targets: Sequence[Target], passes: Sequence[Pass], how: Collecting) -> Statistics:
-    """Collect the shifted statistics of targets that are found already; see `collect_shifted`.
+def both_sides(
+    model: nn.Module, targets: Sequence[Target], data: Data, mask: Mask, metric: bool, search: OutputSearch
+) -> Statistics:  # fmt: skip
+    """Collect the statistics of a compression: Grams of the inputs and, with `metric`, of sampled loss gradients.
 
-    Args:
-        targets: in the part of the model that the passes run.
-        passes: see `Pass`.
-        how: dtype of the sums.
+    A model that gradients do not pass is a warning, and its fits go without.
     """
-    label: dict[nn.Module, str] = {leaf: target.name for target in targets for leaf in target.leaves}
-    watched = {linear: linear for linear in label}
-    sums, stop = Sums(how.dtype), False
-    with torch.no_grad():
-        for number, each in enumerate(passes):
-            held = Held(each.keep, how.dtype)
-            run_until(each.dense, watched, held.add, stop)
-            run_until(each.drifted, watched, partial(_pair, sums, held, label), stop)
-            sums.settle()
-            for linear, name in label.items():
-                if len(held.rows[linear]) != held.taken[linear]:
-                    raise ValueError(
-                        f"layer {name!r}: called {len(held.rows[linear])} times without and {held.taken[linear]} times "
-                        "with the swaps; leave it out of names"
-                    )
-            stop = (stop or number == 0) and all(held.taken[linear] == 1 for linear in label)
-        (grams, cross_grams), tokens = sums.result(targets, 2)
-    return Statistics(grams, tokens, cross_grams=cross_grams)
-
-
-def _pair(sums: Sums, held: Held, label: Mapping[nn.Module, str], linear: nn.Module, x: Tensor) -> None:
-    rows = held.take(linear)
-    if rows is not None:
-        sums.add(label[linear], x, held.keep, rows)
-
-
-# Gradients -----------------------------------------------------------------------------------------------------------
-
-
-def _through(watchers: Sequence[Callable[[Any, Tensor], Tensor]], name: Any, y: Tensor) -> Tensor:
-    for watch in watchers:
-        y = watch(name, y)
-    return y
-
-
-def sampled_loss(output: Any, batch: Any) -> Tensor:
-    """Draw the loss whose gradients make the metric of a model's outputs, without labels.
-
-    Logits: the cross-entropy of classes drawn from the model's own distribution, whose gradients' second moment is the
-    Fisher information. Other outputs y: sum y r with normal random numbers r, which gives the Gauss-Newton
-    metric of the squared error. Source: Martens & Grosse 2015.
-    """
-    kind, y = pick(output)
-    y = unmasked(y, batch)
-    if kind == "logits" and y.shape[-1] > 1:
-        rows = y.flatten(0, -2).float()
-        return nn.functional.cross_entropy(rows, rows.detach().softmax(-1).multinomial(1)[:, 0], reduction="sum")
-    drawn = (y * torch.randn_like(y.detach()).conj()).sum()
-    return drawn.real if y.is_complex() else drawn
-
-
-def _watch(outputs: list[tuple[str, GradientEdge]], name: str, y: Tensor) -> Tensor:
-    """Record the gradient edge of y and pass a clone on.
-
-    y may be a view of what `addmm` returned: after a write into it (a ReLU in place) autograd would rebase its history,
-    and the recorded edge would get no gradient.
-    """
-    with torch.enable_grad():
-        y = (y if y.requires_grad else y.detach().requires_grad_()).clone()
-    outputs.append((name, get_gradient_edge(y)))
-    return y
-
-
-def _add_gradients(
-    grams: dict[str, Tensor],
-    outputs: Sequence[tuple[str, GradientEdge]],
-    loss: Tensor,
-    keep: Tensor | None,
-    clip: float | None,
-) -> None:
-    if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad and not loss.is_complex()):
-        raise ValueError("loss must return a real scalar tensor that depends on the model's output differentiably")
-    edges = [edge for _, edge in outputs]
-    gradients = torch.autograd.grad(loss, edges, allow_unused=True) if edges else ()
-    for (name, _), gradient in zip(outputs, gradients, strict=True):
-        if gradient is not None:
-            with plainly(gradient.device):
-                rows = as_rows(gradient, keep, grams[name].dtype.to_real())
-                _add_gradient(name, grams[name], rows if clip is None else _clipped(rows, clip))
-
-
-def _clipped(rows: Tensor, clip: float) -> Tensor:
-    """Scale the rows to norms between 1 / clip and clip times their mean: a few tokens must not rule the metric."""
-    norms = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
-    mean = norms.mean()
-    return rows * (norms.clamp(mean / clip, mean * clip) / norms.clamp_min(torch.finfo(norms.dtype).tiny))
-
-
-def _add_gradient(name: str, total: Tensor, rows: Tensor) -> None:
-    total += rows.abs().square().sum(0) if total.ndim == 1 else rows.mT @ rows.conj()
-    if not total.isfinite().all():
-        raise ValueError(not_finite(name, "output gradients", total.dtype))
+    how = Collecting(mask=mask, output="auto", clip=CLIP)
+    if metric:
+        try:
+            return collect(model, targets, data.batches, data.forward, sampled_loss, how, search)
+        except (RuntimeError, TypeError, ValueError) as error:  # a run without a loss raises again what is not about it
+            statistics = collect(model, targets, data.batches, data.forward, None, how, search)
+            warnings.warn(f"fitted without the metric of the model's outputs: {error}", stacklevel=5)
+            return statistics
+    return collect(model, targets, data.batches, data.forward, None, how, search)
 
 
 def keys_of(target: Target) -> str | tuple[str, ...]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from structlin.adapters import Origin
 from structlin.adapters.adapter import shell_of
+from structlin.compress.patched import Patched
 from structlin.compress.targets import Target, User, module_names
 from structlin.layers.factored import Factored
 from structlin.layers.linear import StructuredLinear, build
@@ -84,6 +86,22 @@ def assemble(swaps: Mapping[nn.Module, nn.Module], targets: Sequence[Target]) ->
         if user.module in result and user.path and user.leaf not in swaps:
             _own(user)
     return result
+
+
+def commit(patched: Patched, targets: Sequence[Target]) -> nn.Module:
+    """Swap all modules, or none, and give the norms and biases of refined blocks their values.
+
+    Args:
+        patched: the model with its compressed layers and refined parameters.
+        targets: of the model.
+    Returns:
+        The root, or its replacement.
+    """
+    root = swap_modules(patched.model, assemble(patched.swaps, targets))
+    with torch.no_grad():
+        for parameter, value in patched.values.items():
+            parameter.copy_(value)
+    return root
 
 
 def _own(user: User) -> None:

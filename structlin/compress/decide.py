@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from structlin.compress.allocate import Share, Wanted
+from structlin.compress.allocate import Share
 from structlin.compress.config import Choice, Compression, describe, matches
-from structlin.compress.plan import CompressionPlan
+from structlin.compress.plan import CompressionPlan, Wanted
 from structlin.compress.targets import Target
 from structlin.fitting.fit import check_weight
 

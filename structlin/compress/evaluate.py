@@ -20,6 +20,7 @@ from structlin.batches import (
     to_device,
     unmasked,
 )
+from structlin.compress.data import Data
 from structlin.compress.report import Quality
 
 Evaluate = Callable[[nn.Module], float]
@@ -57,6 +58,15 @@ class Evaluator:
         self._size = sum(parameter.numel() for parameter in model.parameters())
         self._reference = self._outputs(model)
         self.dense = self._quality(model, "dense", self._reference)
+
+    @classmethod
+    def of(cls, model: nn.Module, data: Data, evaluate: Evaluate | Evaluator | None) -> Evaluator | None:
+        """Run a dense model over the held-back batches and by the task; None if there is neither."""
+        if isinstance(evaluate, Evaluator):
+            return evaluate
+        if evaluate is None and not data.held_back:
+            return None
+        return cls(model, data.held_back, evaluate=evaluate, forward=data.forward)
 
     def __call__(self, model: nn.Module, stage: str) -> Quality:
         """Measure a model at a stage of its compression."""

@@ -5,20 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from structlin.compress.allocate import Purse, Wanted
-from structlin.compress.blocks import Part, Patched
+from structlin.compress.blocks import Part
 from structlin.compress.commit import count_hooks, replacements
 from structlin.compress.config import Choice, Compression
 from structlin.compress.data import Data
-from structlin.compress.plan import PlanEntry, dense_entry, fingerprint
+from structlin.compress.patched import Patched
+from structlin.compress.plan import PlanEntry, Wanted, dense_entry, fingerprint
 from structlin.compress.report import LayerReport, Outcome
 from structlin.compress.sequential import Aim, shifted
-from structlin.compress.speed import only_faster
 from structlin.compress.targets import Target
 from structlin.compress.workers import each
 from structlin.equation.structure import Structure, show
@@ -27,6 +26,39 @@ from structlin.fitting.fit import Fit, fit, relative_error
 from structlin.layers.expert_linear import StructuredExpertLinear
 from structlin.layers.linear import from_fit
 from structlin.runtime.contract import to_dense
+
+
+@dataclass
+class Purse:
+    """A budget that layers share: what one cannot use, those after it get.
+
+    Args:
+        ratios: what each layer is to keep, by name; layers without one do not take part.
+        spare: parameters left over so far.
+    """
+
+    ratios: Mapping[str, float]
+    spare: float = 0.0
+
+    def choice(self, target: Target, choice: Wanted, count: int) -> Wanted:
+        """Return a choice with its ratio from the budget; `count` layers share what is left over."""
+        ratio = self.ratios.get(target.name)
+        if ratio is None or not isinstance(choice, Choice):
+            return choice
+        if ratio >= 1:
+            return "the allocation leaves it dense"
+        size = target.linear.weight.numel()
+        return replace(choice, ratio=min(max(ratio + self.spare / count / size, 1e-9), 1.0))
+
+    def settle(self, outcomes: Sequence[Outcome]) -> None:
+        """Take the parameters of compressed layers from the budget."""
+        compressed = [outcome.entry for outcome in outcomes if outcome.entry.structure]
+        self.spare += sum(
+            self.ratios[entry.name] * entry.parameters_before - entry.parameters_after
+            for entry in compressed
+            if entry.name in self.ratios
+        )
+
 
 # Sizes ---------------------------------------------------------------------------------------------------------------
 
@@ -92,7 +124,7 @@ def _sized(
 
 def fit_part(
     part: Part, choices: Mapping[str, Wanted], purse: Purse, data: Data, config: Compression,
-    patched: Patched, advance: Callable[..., None],
+    patched: Patched, advance: Callable[..., None], screen: Callable[[list[Outcome]], list[Outcome]],
 ) -> list[Outcome]:  # fmt: skip
     """Fit the layers of a part; with passes group after group of the same inputs, each behind those before it.
 
@@ -104,6 +136,7 @@ def fit_part(
         config: the settings.
         patched: the model; the new layers go into it.
         advance: called after each layer, with a text.
+        screen: leaves some of the layers dense.
     """
     shift = bool(part.passes) and config.sequential is not False
     grams = {} if data.statistics is None else data.statistics.grams
@@ -126,8 +159,7 @@ def fit_part(
             error = outcome.row.output_error if outcome.row.output_error is not None else outcome.row.error
             advance(1, outcome.target.name + ("" if error is None else f" {error:.3f}"))
         purse.settle(found)
-        if config.require_speedup:
-            found = only_faster(found)
+        found = screen(found)
         for outcome in found:
             patched.swaps.update(outcome.modules)
         result += found

@@ -1,10 +1,10 @@
-"""The whole process on one page: find, observe, decide, then part by part fit, refine and let answer; commit, report.
+"""The whole process on one page: find, observe, divide, then fit and refine part by part; commit, report.
 
-1. find     every linear map, and for each the rule that applies or the reason why it stays dense. All errors of
-            settings, rules, plans and weights are raised here: nothing has run.
+1. find     every linear map and the rule that applies to it. All errors of settings, rules, plans and weights are
+            raised here: nothing has run.
 2. observe  run the dense model over the calibration batches: a Gram of each map's inputs, and one of the gradients at
-            its outputs; and once over the held-back batches, whose outputs are the reference of all checks.
-3. decide   the share of the budget that each map gets: divisions are tried from end to end.
+            its outputs; and over the held-back batches, for all checks.
+3. divide   the budget among the maps: divisions are tried from end to end.
 4. for each block of the model, in the order in which they run:
    fit      each map to the inputs that the compressed maps before it give, its sizes chosen by real fits;
    refine   all parameters of the block together, towards the dense block's outputs.
@@ -12,8 +12,7 @@
 5. commit   swap all modules, or none.
 6. report   what became of every parameter, and how good the model is before and after.
 
-A plan of another day enters as the settings and leaves step 3 as it came. Without batches, step 4 has one part, the
-whole model, whose maps are fitted side by side and not refined.
+Without batches, step 4 has one part, the whole model, whose maps are fitted side by side and not refined.
 """
 
 from __future__ import annotations
@@ -26,25 +25,24 @@ import torch
 from torch import nn
 
 from structlin.batches import evaluating, progress_bar
-from structlin.compress.allocate import Purse, allocate
-from structlin.compress.blocks import Patched, find_chains, model_runs, parts
-from structlin.compress.calibrate import Collecting, collect, masks_of, sampled_loss
-from structlin.compress.commit import assemble, swap_modules
+from structlin.compress.allocate import allocate
+from structlin.compress.blocks import find_chains, parts
+from structlin.compress.calibrate import both_sides, masks_of
+from structlin.compress.commit import commit
 from structlin.compress.config import Compression
 from structlin.compress.data import Data
 from structlin.compress.decide import Choices, choose, shares_of
 from structlin.compress.evaluate import Evaluate, Evaluator
-from structlin.compress.fit_layers import fit_part
+from structlin.compress.fit_layers import Purse, fit_part
 from structlin.compress.observe import OutputSearch, replaced
 from structlin.compress.output import declared_output, last_target
+from structlin.compress.patched import Patched, model_runs
 from structlin.compress.plan import CompressionPlan
-from structlin.compress.refine import refine
+from structlin.compress.refine import EPOCHS, refine
 from structlin.compress.report import BlockReport, Coverage, Outcome, Report
+from structlin.compress.speed import only_faster
 from structlin.compress.targets import Target, find_targets, openings
 from structlin.compress.workers import seeded
-
-EPOCHS = 10  # of the refinement of a block
-CLIP = 10.0  # see `Collecting`
 
 
 @dataclass(frozen=True)
@@ -80,19 +78,13 @@ def find(model: nn.Module, config: Compression, data: Data, checks: bool) -> Fou
 def observe(found: Found) -> Found:
     """Collect the statistics of the calibration batches, if there are any; running shows the output layer too."""
     data, config, search = found.data, found.config, OutputSearch()
+    made = config.fitted_with if isinstance(config, CompressionPlan) else None
     if data.batches and data.statistics is None:
         targets = [target for target in found.targets if not target.reason and not target.on_request]
-        how = Collecting(mask=config.mask, output="auto", clip=CLIP)
+        # A plan is carried out with the kind of statistics that it was made with.
+        metric = config.output_metric if made is None else made.output_energy > 0
         with seeded(config.seed):
-            try:
-                loss = sampled_loss if with_metric(config) else None
-                statistics = collect(found.model, targets, data.batches, data.forward, loss, how, search)
-            except (RuntimeError, TypeError, ValueError) as error:
-                if loss is None:
-                    raise
-                statistics = collect(found.model, targets, data.batches, data.forward, None, how, search)
-                warnings.warn(f"no output metric: {error}", stacklevel=4)
-        data = replace(data, statistics=statistics)
+            data = replace(data, statistics=both_sides(found.model, targets, data, config.mask, metric, search))
     if isinstance(config, CompressionPlan):
         config.check_statistics(data.statistics)
     elif search.key is not None and declared_output(found.model) is None:
@@ -101,21 +93,15 @@ def observe(found: Found) -> Found:
     return replace(found, data=data)
 
 
-def with_metric(config: Compression) -> bool:
-    """Whether output Grams are collected: where settings ask for them, for a plan where it was made with them."""
-    made = config.fitted_with if isinstance(config, CompressionPlan) else None
-    return config.output_metric if made is None else made.output_energy > 0
-
-
 def divide(found: Found, evaluator: Evaluator | None) -> dict[str, float]:
     """Decide the ratio of each layer; empty where each keeps that of its rule."""
-    if isinstance(found.config, CompressionPlan) or found.config.allocation == "uniform":
-        return {}
-    if evaluator is None or not evaluator.batches:
+    judged = evaluator is not None and evaluator.batches
+    if not judged or isinstance(found.config, CompressionPlan) or found.config.allocation == "uniform":
         return {}
     opened = openings(found.targets)
 
     def distance(modules: Mapping[nn.Module, nn.Module]) -> float:
+        assert evaluator is not None
         with evaluating(*opened.values()), replaced(opened), replaced(modules):
             return evaluator.distance(found.model)
 
@@ -131,11 +117,12 @@ def work(
     batches = data.batches if behind and (config.sequential is not False or epochs) else ()
     runs, masks = model_runs(model, batches, data.forward), masks_of(config.mask, batches)
     chains = find_chains(model, config.blocks) if batches else []
-    outcomes: dict[str, Outcome] = {}
-    blocks = []
-    with seeded(config.seed), progress_bar("compress", "layer", len(found.targets), progress) as advance:
+    screen = only_faster if config.require_speedup else list
+    outcomes, blocks = dict[str, Outcome](), list[BlockReport]()
+    bar = progress_bar("compress", "layer", len(found.targets), progress)
+    with torch.inference_mode(False), torch.no_grad(), seeded(config.seed), bar as advance:
         for part in parts(patched, found.targets, chains, runs, masks):
-            done = fit_part(part, found.choices, purse, data, config, patched, advance)
+            done = fit_part(part, found.choices, purse, data, config, patched, advance, screen)
             outcomes |= {outcome.target.name: outcome for outcome in done}
             if epochs and part.passes and part.own:
                 swaps = {old: new for outcome in done for old, new in outcome.modules.items()}
@@ -143,49 +130,20 @@ def work(
     return [outcomes[target.name] for target in found.targets], blocks
 
 
-def planned(found: Found, outcomes: list[Outcome]) -> CompressionPlan:
-    """Return the plan that was carried out."""
-    if isinstance(found.config, CompressionPlan):
-        return found.config
-    settings = {n: getattr(found.config, n) for n in found.config.__dataclass_fields__ if n != "rules"}
-    statistics = found.data.statistics
-    made = None if statistics is None else statistics.summary
-    entries = tuple(outcome.entry for outcome in outcomes)
-    return CompressionPlan(**settings, entries=entries, fitted_with=made, statistics=statistics)
-
-
-def compress(
-    found: Found, evaluate: Evaluate | Evaluator | None, dry_run: bool, progress: bool | None
-) -> Report:  # fmt: skip
+def compress(found: Found, evaluate: Evaluate | Evaluator | None, dry_run: bool, progress: bool | None) -> Report:
     """Carry the settings out: steps 2 to 6."""
     model, targets = found.model, found.targets
     found = observe(found)
-    evaluator = evaluator_of(found, evaluate)
+    evaluator = Evaluator.of(model, found.data, evaluate)
     patched = Patched(model, openings(targets))
     outcomes, blocks = work(found, divide(found, evaluator), patched, True, progress)
-    compressed = {outcome.target.name for outcome in outcomes if outcome.modules}
-    covered = Coverage.of(model, targets, compressed)
-    root = model
-    if not dry_run:
-        root = swap_modules(model, assemble(patched.swaps, targets))
-        with torch.no_grad():
-            for parameter, value in patched.values.items():
-                parameter.copy_(value)
-    rows = tuple(outcome.row for outcome in outcomes)
-    report = Report(root, rows, covered, planned(found, outcomes).settings(), blocks=tuple(blocks))
+    covered = Coverage.of(model, targets, {outcome.target.name for outcome in outcomes if outcome.modules})
+    root = model if dry_run else commit(patched, targets)
+    planned = CompressionPlan.of(found.config, [outcome.entry for outcome in outcomes], found.data.statistics)
+    report = Report(root, tuple(o.row for o in outcomes), covered, planned.settings(), blocks=tuple(blocks))
     if report.verdict:
         warnings.warn(report.verdict, stacklevel=3)
     if evaluator is None:
         return report
     report = replace(report, qualities=(evaluator.dense,))
     return report if dry_run else report.measure("compressed", evaluator)
-
-
-def evaluator_of(found: Found, evaluate: Evaluate | Evaluator | None) -> Evaluator | None:
-    """Run the dense model over the held-back batches and by the task, if there is either."""
-    data = found.data
-    if isinstance(evaluate, Evaluator):
-        return evaluate
-    if evaluate is None and not data.held_back:
-        return None
-    return Evaluator(found.model, data.held_back, evaluate=evaluate, forward=data.forward)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from structlin.compress.config import Compression
+from structlin.compress.config import Choice, Compression
 from structlin.compress.statistics import Statistics, StatisticsSummary
 from structlin.compress.tables import shape, table
 from structlin.compress.targets import Target
@@ -74,6 +74,10 @@ class PlanEntry:
         return self.count * self.structure.spec(self.in_features, self.out_features).num_parameters
 
 
+# What a layer gets: to be sized, or why it stays dense, or the entry of a plan.
+Wanted = Choice | str | PlanEntry
+
+
 @dataclass(frozen=True)
 class CompressionPlan(Compression):
     """A Compression whose rules name every linear map of a model; prints as a table, and may be edited as JSON.
@@ -93,6 +97,15 @@ class CompressionPlan(Compression):
         rules = {entry.name: _rule(entry) for entry in self.entries}
         object.__setattr__(self, "rules", rules)
         super().__post_init__()
+
+    @classmethod
+    def of(cls, config: Compression, entries: Sequence[PlanEntry], statistics: Statistics | None) -> CompressionPlan:
+        """Return the plan that settings came to; settings that are a plan already stay as they are."""
+        if isinstance(config, CompressionPlan):
+            return config
+        settings = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "rules"}
+        made = None if statistics is None else statistics.summary
+        return cls(**settings, entries=tuple(entries), fitted_with=made, statistics=statistics)
 
     def changed(self, **settings: Any) -> Self:
         """Return a copy with other values of settings that the entries have not answered.

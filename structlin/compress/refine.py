@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from structlin.batches import divergence, pick, squared_error
-from structlin.compress.blocks import LIMIT, Part, Pass, Shelf
+from structlin.compress.blocks import LIMIT, Part, Shelf
+from structlin.compress.patched import Pass
 from structlin.compress.report import BlockReport
 from structlin.heal.options import HealOptions
 from structlin.heal.run import Run, Stream
 from structlin.layers.factored import Factored
 
+EPOCHS = 10  # passes over the batches
 RATE = 0.03  # peak learning rate, relative to the root mean square entry of a parameter
 BETAS = (0.9, 0.95)
 LEAST = 1e-3  # root mean square that a parameter of zeros counts as

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from structlin.compress.blocks import Pass
-from structlin.compress.calibrate import Collecting, collect_behind
+from structlin.compress.observe import run_until
+from structlin.compress.patched import Pass
+from structlin.compress.statistics import Statistics
+from structlin.compress.sums import Held, Sums
 from structlin.compress.targets import Target
 from structlin.fitting.objective import GramRoot
 
@@ -36,7 +39,7 @@ def shifted(
     Returns:
         The weight to approximate and the square root of G by name; the weight in float32 or wider.
     """
-    statistics = collect_behind(group, passes, Collecting())
+    statistics = collect_behind(group, passes)
     found: dict[str, Aim] = {}
     for target in group:
         weight = target.linear.weight.detach()
@@ -51,3 +54,37 @@ def shifted(
         wide = torch.promote_types(weight.dtype, torch.float32)
         found[target.name] = wanted.to(wide), statistics.root(target.name, shrinkage)
     return found
+
+
+def collect_behind(targets: Sequence[Target], passes: Sequence[Pass], dtype: torch.dtype = torch.float32) -> Statistics:
+    """Collect the shifted statistics of targets that are found already; see `calibrate.collect_shifted`.
+
+    Args:
+        targets: in the part of the model that the passes run.
+        passes: see `Pass`.
+        dtype: of the sums.
+    """
+    label: dict[nn.Module, str] = {leaf: target.name for target in targets for leaf in target.leaves}
+    watched = {linear: linear for linear in label}
+    sums, stop = Sums(dtype), False
+    with torch.inference_mode(False), torch.no_grad():
+        for number, each in enumerate(passes):
+            held = Held(each.keep, dtype)
+            run_until(each.dense, watched, held.add, stop)
+            run_until(each.drifted, watched, partial(_pair, sums, held, label), stop)
+            sums.settle()
+            for linear, name in label.items():
+                if len(held.rows[linear]) != held.taken[linear]:
+                    raise ValueError(
+                        f"layer {name!r}: called {len(held.rows[linear])} times without and {held.taken[linear]} times "
+                        "with the swaps; leave it out of names"
+                    )
+            stop = (stop or number == 0) and all(held.taken[linear] == 1 for linear in label)
+        (grams, cross_grams), tokens = sums.result(targets, 2)
+    return Statistics(grams, tokens, cross_grams=cross_grams)
+
+
+def _pair(sums: Sums, held: Held, label: Mapping[nn.Module, str], linear: nn.Module, x: Tensor) -> None:
+    rows = held.take(linear)
+    if rows is not None:
+        sums.add(label[linear], x, held.keep, rows)

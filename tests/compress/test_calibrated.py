@@ -14,13 +14,14 @@ from torch import nn
 import structlin
 from structlin import collect_statistics, compress_model, plan_compression
 from structlin.compress import fit_layers, workers
-from structlin.compress.allocate import Purse, Share, allocate
-from structlin.compress.blocks import Patched, model_passes, model_runs
-from structlin.compress.calibrate import sampled_loss
+from structlin.compress.allocate import Share, allocate
 from structlin.compress.config import Choice
 from structlin.compress.data import Data
 from structlin.compress.evaluate import Evaluator
+from structlin.compress.fit_layers import Purse
+from structlin.compress.gradients import sampled_loss
 from structlin.compress.observe import replaced
+from structlin.compress.patched import Patched, model_passes, model_runs
 from structlin.compress.plan import dense_entry
 from structlin.compress.report import Report
 from structlin.compress.sequential import shifted

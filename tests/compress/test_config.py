@@ -300,7 +300,9 @@ def test_planning_and_a_dry_run_never_put_a_module_into_the_model(model):
 def test_an_evaluator_of_the_caller_is_used_and_holds_nothing_back(model):
     evaluator = Evaluator(model, batches(2, seed=5))
     passes = model.passes
-    compress_model(model, "lowrank", ratio=0.5, calibration=batches(10), evaluate=evaluator, allocation="uniform", **PLAIN)
+    compress_model(
+        model, "lowrank", ratio=0.5, calibration=batches(10), evaluate=evaluator, allocation="uniform", **PLAIN
+    )
     assert model.passes == passes + 10 + 2
 
 
