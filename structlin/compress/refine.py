@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from structlin.compress.blocks import LIMIT, Part, Shelf
 from structlin.compress.patched import Pass
 from structlin.compress.report import BlockReport
 from structlin.heal.options import HealOptions
-from structlin.heal.run import Run, Stream
+from structlin.heal.run import Run, Stream, requiring_gradients
 from structlin.layers.factored import Factored
 
 EPOCHS = 10  # passes over the batches
@@ -68,7 +67,7 @@ def refine(
     new = _copies(part, swaps)
     values |= new
     layers = dict.fromkeys(swaps.values())
-    owned = {p for layer in layers for p in layer.parameters() if p not in values}
+    owned = dict.fromkeys(p for layer in layers for p in layer.parameters() if p not in values)
     trained = {str(k): p for k, p in enumerate([*owned, *new.values()])}
     if not trained or not part.passes:
         return []
@@ -85,7 +84,8 @@ def refine(
     numbers = list(range(len(part.passes)))
     judges = numbers[HELD_BACK // 2 :: HELD_BACK] or None
     learning = [n for n in numbers if judges is None or n not in judges]
-    with _learning(trained.values()), torch.enable_grad():
+    modules = nn.ModuleList([part.module, *layers])
+    with requiring_gradients(modules, set(trained.values())), torch.enable_grad():
         options = HealOptions(epochs=epochs, every=len(learning), clip=None)
         stream = Stream(learning, epochs, next(iter(trained.values())).device)
         optimizer = _WideAdam(list(trained.values()))
@@ -99,7 +99,7 @@ def _copies(part: Part, swaps: Mapping[nn.Module, nn.Module]) -> dict[nn.Paramet
     answering = [m for layer in swaps.values() for m in layer.modules()]
     stay = [m for m in part.module.modules() if m not in swaps and not isinstance(m, Factored)]
     return {
-        p: nn.Parameter(p.detach().clone(), requires_grad=False)
+        p: nn.Parameter(p.detach().clone())
         for module in (*stay, *answering)
         for p in module._parameters.values()
         if p is not None and p.ndim == 1 and p.is_floating_point() and p in part.own
@@ -111,16 +111,3 @@ def _distance(found: Tensor, wanted: Tensor, kind: str, each: Pass) -> Tensor:
     if keep is not None and keep.shape == wanted.shape[:-1]:
         found, wanted = found[keep.to(found.device)], wanted[keep.to(wanted.device)]
     return divergence(found, wanted) if kind == "logits" and wanted.shape[-1] > 1 else squared_error(found, wanted)
-
-
-@contextmanager
-def _learning(trained: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Let parameters require gradients for a while, and drop these at the end."""
-    flags = {p: p.requires_grad for p in trained}
-    try:
-        for parameter in flags:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, flag in flags.items():
-            parameter.requires_grad_(flag).grad = None

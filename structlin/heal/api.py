@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from structlin.batches import Forward, evaluating, progress_bar
 from structlin.heal.losses import Loss, distillation_loss, find_blocks, objective
 from structlin.heal.options import HealOptions, HealReport, Parameters
-from structlin.heal.run import Run, Stream
+from structlin.heal.run import Run, Stream, requiring_gradients
 from structlin.layers.factored import Factored
 from structlin.layers.freeze import unfreeze_
 
@@ -87,7 +87,7 @@ def heal(
     unfreeze_(student)  # a validation without gradients must see the factors as they are
     with (
         evaluating(student, teacher),
-        _requiring_gradients(student, set(trained.values())),
+        requiring_gradients(student, set(trained.values())),
         objective(student, teacher, names, loss, forward) as loss_of,
         torch.enable_grad(),
         progress_bar("heal", "step", length, progress) as advance,
@@ -176,15 +176,3 @@ def _optimizer(parameters: list[nn.Parameter], options: HealOptions) -> torch.op
     if not {p for group in made.param_groups for p in group["params"]} <= set(parameters):
         raise ValueError("the optimizer holds parameters that are not trained; give it those it is called with")
     return made
-
-
-@contextmanager
-def _requiring_gradients(student: nn.Module, chosen: Container[nn.Parameter]) -> Iterator[None]:
-    """Let only the chosen parameters require gradients, and restore flags and gradients at the end."""
-    with ExitStack() as restoring:
-        for parameter in student.parameters():
-            restoring.callback(setattr, parameter, "grad", parameter.grad)
-            restoring.callback(parameter.requires_grad_, parameter.requires_grad)
-            parameter.requires_grad_(parameter in chosen)
-            parameter.grad = None
-        yield

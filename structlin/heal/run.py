@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -95,6 +96,18 @@ class Stream:
     def _restore(self, states: list[Tensor]) -> None:
         for generator, state in zip(self.generators, states, strict=True):
             generator.set_state(state)
+
+
+@contextmanager
+def requiring_gradients(student: nn.Module, chosen: Container[nn.Parameter]) -> Iterator[None]:
+    """Let only the chosen parameters require gradients, and restore flags and gradients at the end."""
+    with ExitStack() as restoring:
+        for parameter in student.parameters():
+            restoring.callback(setattr, parameter, "grad", parameter.grad)
+            restoring.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(parameter in chosen)
+            parameter.grad = None
+        yield
 
 
 @dataclass(eq=False)
