@@ -65,6 +65,12 @@ class Schedule:
         """Whether the cosine has reached zero."""
         return self.position >= self.steps
 
+    @property
+    def progress(self) -> float:
+        """Share of the cosine's area that is behind; warm-up aside, the share of all learning rates."""
+        done = self.position / self.steps
+        return done + math.sin(math.pi * done) / math.pi
+
     def fade(self) -> float:
         """Return the present share of the peak rate."""
         warm = min(1.0, (self.taken - self.warm_from + 1) / WARM_UP)
@@ -122,11 +128,11 @@ class Refinement:
         self._work = [factor.detach().clone() for k, part in enumerate(parts) if k != self._low for factor in part]
         self._plan: Plan | None = None
         self._chain: Chain | None = None
-        self._gram: Tensor | None = None
+        self._gram: Tensor | None = None  # inputs^H inputs
         rows = objective.inputs
         if rows is not None and others:
             if rows.shape[0] > spec.out_features:  # the dense matrix is cheaper than so many products with the factors
-                self._gram = rows.mH @ rows
+                self._gram = objective.gram
             else:
                 machine = machine_of(rows.device)
                 self._plan = planner.find_plan(self._rest, rows.shape[0], machine=machine, itemsize=rows.element_size())
@@ -152,6 +158,11 @@ class Refinement:
     def error(self) -> float:
         """The least relative error so far, at first that of the start."""
         return self._best.error
+
+    @property
+    def progress(self) -> float:
+        """Share of all learning rates that has been used, 0 to 1."""
+        return self._schedule.progress
 
     @property
     def steps_taken(self) -> int:
@@ -193,7 +204,7 @@ class Refinement:
         return weight - to_dense(self._rest, factors) if factors else weight
 
     def _remainder(self) -> Tensor:
-        """Residual of the factors being optimised: (rows, out_features), or (in_features, out_features) with `_gram`."""
+        """Residual of the factors being optimised: (rows, out_features), with `_gram` (in_features, out_features)."""
         objective = self.objective
         if self._plan is None:
             difference = self._difference(self._work).mT
@@ -217,10 +228,9 @@ class Refinement:
         if move:
             self._basis = torch.linalg.qr(weighted.mH @ (remainder @ self._basis))[0]
         outside = remainder - (remainder @ self._basis) @ self._basis.mH
-        if weighted is not remainder:
-            weighted = weighted - (weighted @ self._basis) @ self._basis.mH
-        else:
-            weighted = outside
+        if self._gram is None:
+            return _dot(outside, outside), outside
+        weighted = weighted - (weighted @ self._basis) @ self._basis.mH
         return _dot(outside, weighted), weighted
 
     def _measure(self) -> float:
