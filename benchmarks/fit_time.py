@@ -52,12 +52,13 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     about = environment(argv)
+    layers = read_layers([(number, role) for number in (1, 4) for role in MODULES])
+    measured = [measure(layer) for layer in layers]
     known = args.results / f"{NAME}.jsonl"
     lines = known.read_text(encoding="utf-8").splitlines() if known.exists() else []
     rows: dict[str, dict[str, Any]] = {row["weight"]: row for row in map(json.loads, lines)}
-    layers = read_layers([(number, role) for number in (1, 4) for role in MODULES])
-    for layer in layers:
-        found = {f"{args.label} {key}": value for key, value in measure(layer).items()}
+    for layer, result in zip(layers, measured, strict=True):
+        found = {f"{args.label} {key}": value for key, value in result.items()}
         source = {f"{args.label} commit": about["commit"], f"{args.label} kernel": kernels.available()}
         rows[layer.name] = {"shape": layer.shape, **rows.get(layer.name, {}), "weight": layer.name, **found, **source}
     each = [rows[layer.name] for layer in layers]

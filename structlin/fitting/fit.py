@@ -18,7 +18,8 @@ from structlin.fitting.refine import Refinement, low_rank_summand
 from structlin.runtime.contract import to_dense
 
 STEPS = 300  # of refinement, for a closed form that is optimal for G = I only
-RACE = 60  # steps after which the best size of a family goes on; after as many more, one family goes on
+RACE = 60  # steps after which the best size of a family goes on
+PACE = (100, 160)  # steps between which the pace of the families tells which of them goes on
 
 Families = Family | Sequence[Family]
 
@@ -132,7 +133,9 @@ class _Problem:
 
     def best(self, families: Sequence[Sequence[Structure]], refine: int | None) -> Fit:
         """Race the sizes of each family, then the families, and refine the winner to the end."""
-        winners = [self._race(options, refine, alone=len(families) == 1) for options in families]
+        winners = [
+            min((self._started(each, refine) for each in sizes), key=lambda run: run.error) for sizes in families
+        ]
         done = [run for run in winners if run.finished]
         least = math.inf
         # A family that lost goes on only if the one that went on ends above its error so far: then it was misjudged.
@@ -144,14 +147,10 @@ class _Problem:
             (self.measured(run.structure, run.spec, run.result()) for run in done), key=lambda fit: fit.minimised
         )
 
-    def _race(self, options: Sequence[Structure], refine: int | None, alone: bool) -> _Run:
-        """Return the best size of a family, with the steps that it has done; one size without rivals has done none."""
-        runs = []
-        for option in options:
-            runs.append(self.start(option, self.steps(option, refine)))
-            if len(options) > 1 or not alone:
-                runs[-1].advance(RACE)
-        return min(runs, key=lambda run: run.error)
+    def _started(self, structure: Structure, refine: int | None) -> _Run:
+        run = self.start(structure, self.steps(structure, refine))
+        run.advance(RACE)
+        return run
 
     def fit_with(self, structure: Structure, refine: int | None) -> Fit:
         """Decompose, refine, and measure."""
@@ -221,21 +220,19 @@ class _Run:
     def finished(self) -> bool:
         return self.refinement is None or self.refinement.finished
 
-    def advance(self, steps: int | None = None) -> float:
-        return self.error if self.refinement is None else self.refinement.advance(steps)
+    def advance(self, until: int | None = None) -> float:
+        return self.error if self.refinement is None else self.refinement.advance(until)
 
     def expected(self) -> float:
-        """Refine by another RACE and extrapolate: the log of the error falls on at the same pace per learning rate.
+        """Refine through PACE and extrapolate: the log of the error falls on at that pace per learning rate.
 
         Errors alone would mislead: long chains begin later than short ones, and end below them.
         """
-        assert self.refinement is not None
-        error, progress = self.error, self.refinement.progress
-        now = self.advance(RACE)
-        if self.finished:
-            return now
-        left, passed = 1 - self.refinement.progress, self.refinement.progress - progress
-        return now * (now / error) ** (left / passed)
+        if self.refinement is None:
+            return self.error
+        before, begin = self.advance(PACE[0]), self.refinement.progress
+        now, end = self.advance(PACE[1]), self.refinement.progress
+        return now if self.finished else now * (now / before) ** ((1 - end) / (end - begin))
 
     def result(self) -> Sequence[Tensor]:
         return self.factors if self.refinement is None else self.refinement.result()

@@ -174,10 +174,10 @@ class Refinement:
         """Whether the schedule has ended, the error has reached the floor, or no factor is learned."""
         return self._schedule.ended or self.error < FLOOR or self._adam is None
 
-    def advance(self, steps: int | None = None) -> float:
-        """Move along the schedule (to its end by default) and return the least relative error so far."""
+    def advance(self, until: int | None = None) -> float:
+        """Move along the schedule to a step of it, by default its end, and return the least relative error so far."""
         schedule = self._schedule
-        target = schedule.steps if steps is None else min(schedule.steps, schedule.position + steps)
+        target = schedule.steps if until is None else min(schedule.steps, until)
         with torch.enable_grad():
             while schedule.position < target and not self.finished:
                 self._step()
