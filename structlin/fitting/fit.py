@@ -139,7 +139,7 @@ class _Problem:
         done = [run for run in winners if run.finished]
         least = math.inf
         # A family that lost goes on only if the one that went on ends above its error so far: then it was misjudged.
-        for run in sorted((run for run in winners if not run.finished), key=_Run.expected):
+        for run in sorted((run for run in winners if not run.finished), key=Run.expected):
             if run.error < least:
                 least = min(least, run.advance())
                 done.append(run)
@@ -147,7 +147,7 @@ class _Problem:
             (self.measured(run.structure, run.spec, run.result()) for run in done), key=lambda fit: fit.minimised
         )
 
-    def _started(self, structure: Structure, refine: int | None) -> _Run:
+    def _started(self, structure: Structure, refine: int | None) -> Run:
         run = self.start(structure, self.steps(structure, refine))
         run.advance(RACE)
         return run
@@ -158,16 +158,16 @@ class _Problem:
         run.advance()
         return self.measured(structure, run.spec, run.result())
 
-    def start(self, structure: Structure, steps: int) -> _Run:
+    def start(self, structure: Structure, steps: int) -> Run:
         """Decompose, and prepare the refinement if there is something to gain."""
         spec = structure.spec(self.weight.shape[1], self.weight.shape[0])
         factors = self._start(structure, spec)
         if not steps and self.objective.plain and len(spec.equations) == 1:
-            return _Run(structure, spec, factors, self.objective, None)
+            return Run(structure, spec, factors, self.objective, None)
         # float32 is enough for the steps, unless the weight itself has the digits of float64.
         objective = self.objective if not steps or self.weight.dtype == torch.float64 else self._single
         refinement = Refinement(spec, [f.to(objective.weight.dtype) for f in factors], objective, steps)
-        return _Run(structure, spec, factors, self.objective, refinement)
+        return Run(structure, spec, factors, self.objective, refinement)
 
     @cached_property
     def _single(self) -> Objective:
@@ -199,7 +199,7 @@ class _Problem:
 
 
 @dataclass
-class _Run:
+class Run:
     """A candidate, refined as far as the race has come."""
 
     structure: Structure
