@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from structlin.fitting.refine import Refinement, low_rank_summand
 from structlin.runtime.contract import to_dense
 
 STEPS = 300  # of refinement, for a closed form that is optimal for G = I only
-RACE = 60  # steps for each of several candidates; the best of them then gets all
+RACE = 60  # steps after which the best size of a family goes on
+PACE = (100, 160)  # steps between which the pace of the families tells which of them goes on
 
 Families = Family | Sequence[Family]
 
@@ -53,7 +55,8 @@ def fit(
     The error is ||W - What||^2 without a Gram, the layer's output error tr((W - What) G (W - What)^T) with one, and
     tr(H (W - What) G (W - What)^T) with an output Gram H. Low rank has a closed form for all three. Other structures
     start from their closed form for W, or a projection, and are refined (`fitting.refine`); the result is never worse
-    than its start. Among several sizes of a family, a short refinement of each decides. Deterministic.
+    than its start. Among several sizes and families, the start of their refinement decides which one is carried on.
+    Deterministic.
 
     Args:
         weight: (out_features, in_features), any float or complex dtype, finite.
@@ -86,18 +89,16 @@ def fit(
         out_features, in_features = weight.shape
         return problem.fit_with(structure.resolve(in_features, out_features, weight.detach()), refine)
     assert ratio is not None
-    fits: list[Fit] = []
+    options = []
     errors = []
     for family in structure if isinstance(structure, Sequence) else [structure]:
         try:
-            options = within(family, weight.shape[1], weight.shape[0], ratio, budget)
+            options.append(within(family, weight.shape[1], weight.shape[0], ratio, budget))
         except NoMemberError as error:
             errors.append(error)
-        else:
-            fits.append(problem.best(options, refine))
-    if not fits:
+    if not options:
         raise errors[0]
-    return min(fits, key=lambda fit: fit.minimised)
+    return problem.best(options, refine)
 
 
 def extend(
@@ -130,31 +131,47 @@ class _Problem:
         spec = structure.spec(self.weight.shape[1], self.weight.shape[0])
         return structure.refine_steps or (0 if self.objective.plain or _is_low_rank(spec) else STEPS)
 
-    def best(self, options: Sequence[Structure], refine: int | None) -> Fit:
-        """Fit the candidate that is best after a short refinement of each."""
-        if len(options) == 1:
-            return self.fit_with(options[0], refine)
-        race = [self.fit(option, min(RACE, self.steps(option, refine))) for option in options]
-        first = min(race, key=lambda fit: fit.minimised)
-        if self.steps(first.structure, refine) <= RACE:
-            return first
-        return min(self.fit_with(first.structure, refine), first, key=lambda fit: fit.minimised)
+    def best(self, families: Sequence[Sequence[Structure]], refine: int | None) -> Fit:
+        """Race the sizes of each family, then the families, and refine the winner to the end."""
+        winners = [
+            min((self._started(each, refine) for each in sizes), key=lambda run: run.error) for sizes in families
+        ]
+        done = [run for run in winners if run.finished]
+        least = math.inf
+        # A family that lost goes on only if the one that went on ends above its error so far: then it was misjudged.
+        for run in sorted((run for run in winners if not run.finished), key=Run.expected):
+            if run.error < least:
+                least = min(least, run.advance())
+                done.append(run)
+        return min(
+            (self.measured(run.structure, run.spec, run.result()) for run in done), key=lambda fit: fit.minimised
+        )
+
+    def _started(self, structure: Structure, refine: int | None) -> Run:
+        run = self.start(structure, self.steps(structure, refine))
+        run.advance(RACE)
+        return run
 
     def fit_with(self, structure: Structure, refine: int | None) -> Fit:
-        return self.fit(structure, self.steps(structure, refine))
-
-    def fit(self, structure: Structure, steps: int) -> Fit:
         """Decompose, refine, and measure."""
+        run = self.start(structure, self.steps(structure, refine))
+        run.advance()
+        return self.measured(structure, run.spec, run.result())
+
+    def start(self, structure: Structure, steps: int) -> Run:
+        """Decompose, and prepare the refinement if there is something to gain."""
         spec = structure.spec(self.weight.shape[1], self.weight.shape[0])
         factors = self._start(structure, spec)
-        if steps or not self.objective.plain or len(spec.equations) > 1:
-            # float32 is enough for the steps, unless the weight itself has the digits of float64.
-            exact = self.objective.weight.dtype
-            dtype = exact if not steps or self.weight.dtype == torch.float64 else _single(exact)
-            refinement = Refinement(spec, [f.to(dtype) for f in factors], self.objective.to(dtype), steps)
-            refinement.advance()
-            factors = refinement.result()
-        return self.measured(structure, spec, factors)
+        if not steps and self.objective.plain and len(spec.equations) == 1:
+            return Run(structure, spec, factors, self.objective, None)
+        # float32 is enough for the steps, unless the weight itself has the digits of float64.
+        objective = self.objective if not steps or self.weight.dtype == torch.float64 else self._single
+        refinement = Refinement(spec, [f.to(objective.weight.dtype) for f in factors], objective, steps)
+        return Run(structure, spec, factors, self.objective, refinement)
+
+    @cached_property
+    def _single(self) -> Objective:
+        return self.objective.to(torch.complex64 if self.weight.is_complex() else torch.float32)
 
     def extended(self, found: Fit, structure: Structure) -> Fit:
         """Solve for the low-rank summand; take the other factors from a fit."""
@@ -181,12 +198,48 @@ class _Problem:
         return factors
 
 
+@dataclass
+class Run:
+    """A candidate, refined as far as the race has come."""
+
+    structure: Structure
+    spec: Spec
+    factors: Sequence[Tensor]  # the start
+    objective: Objective
+    refinement: Refinement | None  # None: the start is all there is
+
+    @cached_property
+    def _start_error(self) -> float:
+        return self.objective.relative_error(to_dense(self.spec, self.factors))
+
+    @property
+    def error(self) -> float:
+        return self._start_error if self.refinement is None else self.refinement.error
+
+    @property
+    def finished(self) -> bool:
+        return self.refinement is None or self.refinement.finished
+
+    def advance(self, until: int | None = None) -> float:
+        return self.error if self.refinement is None else self.refinement.advance(until)
+
+    def expected(self) -> float:
+        """Refine through PACE and extrapolate: the log of the error falls on at that pace per learning rate.
+
+        Errors alone would mislead: long chains begin later than short ones, and end below them.
+        """
+        if self.refinement is None:
+            return self.error
+        before, begin = self.advance(PACE[0]), self.refinement.progress
+        now, end = self.advance(PACE[1]), self.refinement.progress
+        return now if self.finished else now * (now / before) ** ((1 - end) / (end - begin))
+
+    def result(self) -> Sequence[Tensor]:
+        return self.factors if self.refinement is None else self.refinement.result()
+
+
 def _is_low_rank(spec: Spec) -> bool:
     return len(spec.equations) == 1 and low_rank_summand(spec) == 0
-
-
-def _single(dtype: torch.dtype) -> torch.dtype:
-    return torch.complex64 if dtype.is_complex else torch.float32
 
 
 def relative_error(weight: Tensor, approximation: Tensor) -> float:

@@ -38,6 +38,11 @@ class Objective:
         return self.error(self.weight)
 
     @cached_property
+    def gram(self) -> Tensor | None:
+        """The conjugate of G, inputs^H inputs."""
+        return None if self.inputs is None else self.inputs.mH @ self.inputs
+
+    @cached_property
     def total(self) -> float:
         """Norm of the targets, the denominator of relative errors; 1 if it is zero."""
         return norm(self.targets) or 1.0

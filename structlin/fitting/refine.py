@@ -65,6 +65,12 @@ class Schedule:
         """Whether the cosine has reached zero."""
         return self.position >= self.steps
 
+    @property
+    def progress(self) -> float:
+        """Share of the cosine's area that is behind; warm-up aside, the share of all learning rates."""
+        done = self.position / self.steps
+        return done + math.sin(math.pi * done) / math.pi
+
     def fade(self) -> float:
         """Return the present share of the peak rate."""
         warm = min(1.0, (self.taken - self.warm_from + 1) / WARM_UP)
@@ -122,17 +128,22 @@ class Refinement:
         self._work = [factor.detach().clone() for k, part in enumerate(parts) if k != self._low for factor in part]
         self._plan: Plan | None = None
         self._chain: Chain | None = None
-        if objective.inputs is not None and others:
-            rows = objective.inputs
-            machine = machine_of(rows.device)
-            self._plan = planner.find_plan(self._rest, rows.shape[0], machine=machine, itemsize=rows.element_size())
-            if kernels.available() and unobserved() and plain(self._work) and suits((rows, *self._work)):
-                chain = chain_of(self._rest)
-                self._chain = chain if chain.seconds(rows.shape[0], machine=machine) < self._plan.seconds else None
+        self._gram: Tensor | None = None  # inputs^H inputs
+        rows = objective.inputs
+        if rows is not None and others:
+            if rows.shape[0] > spec.out_features:  # the dense matrix is cheaper than so many products with the factors
+                self._gram = objective.gram
+            else:
+                machine = machine_of(rows.device)
+                self._plan = planner.find_plan(self._rest, rows.shape[0], machine=machine, itemsize=rows.element_size())
+                if kernels.available() and unobserved() and plain(self._work) and suits((rows, *self._work)):
+                    chain = chain_of(self._rest)
+                    faster = chain.seconds(rows.shape[0], machine=machine) < self._plan.seconds
+                    self._chain = chain if faster else None
         self._basis: Tensor | None = None
         if self._low is not None:
             with torch.no_grad():
-                self._basis = leading_basis(self._remainder(), self._rank)
+                self._basis = leading_basis(self.objective.error(self._difference(self._work)), self._rank)
         self._best = self._state(self._measure())
         self._limit = DIVERGED * max(1.0, self.error)
         self._adam = self._restart()
@@ -149,6 +160,11 @@ class Refinement:
         return self._best.error
 
     @property
+    def progress(self) -> float:
+        """Share of all learning rates that has been used, 0 to 1."""
+        return self._schedule.progress
+
+    @property
     def steps_taken(self) -> int:
         """Optimiser steps so far; fewer than the schedule's if it was hurried or ended early."""
         return self._schedule.taken
@@ -158,10 +174,10 @@ class Refinement:
         """Whether the schedule has ended, the error has reached the floor, or no factor is learned."""
         return self._schedule.ended or self.error < FLOOR or self._adam is None
 
-    def advance(self, steps: int | None = None) -> float:
-        """Move along the schedule (to its end by default) and return the least relative error so far."""
+    def advance(self, until: int | None = None) -> float:
+        """Move along the schedule to a step of it, by default its end, and return the least relative error so far."""
         schedule = self._schedule
-        target = schedule.steps if steps is None else min(schedule.steps, schedule.position + steps)
+        target = schedule.steps if until is None else min(schedule.steps, until)
         with torch.enable_grad():
             while schedule.position < target and not self.finished:
                 self._step()
@@ -174,9 +190,7 @@ class Refinement:
         if self._low is None:
             return list(best)
         with torch.no_grad():
-            difference = self.objective.weight
-            if self._rest.equations:
-                difference = difference - to_dense(self._rest, best)
+            difference = self._difference(best)
             basis = leading_basis(self.objective.error(difference), self._rank)
             parts = [part for _, part in self._rest.split(best)]
             parts.insert(self._low, self.objective.low_rank(difference, basis))
@@ -184,33 +198,47 @@ class Refinement:
 
     # One step ------------------------------------------------------------------------------------------------------
 
-    def _remainder(self) -> Tensor:
-        """Residual of the targets after the factors being optimised, (rows, out_features)."""
-        if not self._rest.equations:
-            return self.objective.targets
-        if self._plan is None:
-            return self.objective.error(self.objective.weight - to_dense(self._rest, self._work))
-        assert self.objective.inputs is not None
-        if self._chain is not None:
-            rows = self._chain(self.objective.inputs, self._work, None)
-        else:
-            rows = apply(self._rest, self._work, self.objective.inputs, self._plan)
-        return self.objective.targets - (rows if self.objective.outputs is None else rows @ self.objective.outputs)
+    def _difference(self, factors: Sequence[Tensor]) -> Tensor:
+        """Subtract the factors outside the low-rank summand from the weight: (out_features, in_features)."""
+        weight = self.objective.weight
+        return weight - to_dense(self._rest, factors) if factors else weight
 
-    def _residual(self, move: bool) -> Tensor:
-        """Return the remainder outside the low-rank summand, after one subspace iteration of its basis if `move`."""
-        remainder = self._remainder()
+    def _remainder(self) -> Tensor:
+        """Residual of the factors being optimised: (rows, out_features), with `_gram` (in_features, out_features)."""
+        objective = self.objective
+        if self._plan is None:
+            difference = self._difference(self._work).mT
+            return difference if objective.outputs is None else difference @ objective.outputs
+        assert objective.inputs is not None
+        if self._chain is not None:
+            rows = self._chain(objective.inputs, self._work, None)
+        else:
+            rows = apply(self._rest, self._work, objective.inputs, self._plan)
+        return objective.targets - (rows if objective.outputs is None else rows @ objective.outputs)
+
+    def _loss(self, remainder: Tensor, move: bool) -> tuple[float, Tensor]:
+        """Return the squared norm outside the low-rank summand, and half its gradient for the remainder.
+
+        If `move`, a subspace iteration of the basis comes first. With a Gram G the norm of R is tr(R^H G^T R): nothing
+        has as many rows as G's root, and the gradient costs no further product.
+        """
+        weighted = remainder if self._gram is None else self._gram @ remainder
         if self._basis is None:
-            return remainder
+            return _dot(remainder, weighted), weighted
         if move:
-            with torch.no_grad():
-                known = remainder.detach()
-                self._basis = torch.linalg.qr(known.mH @ (known @ self._basis))[0]
-        return remainder - (remainder @ self._basis) @ self._basis.mH
+            self._basis = torch.linalg.qr(weighted.mH @ (remainder @ self._basis))[0]
+        outside = remainder - (remainder @ self._basis) @ self._basis.mH
+        if self._gram is None:
+            return _dot(outside, outside), outside
+        weighted = weighted - (weighted @ self._basis) @ self._basis.mH
+        return _dot(outside, weighted), weighted
 
     def _measure(self) -> float:
         with torch.no_grad():
-            return torch.linalg.vector_norm(self._residual(move=False)).item() / self.objective.total
+            return self._relative(self._loss(self._remainder(), move=False)[0])
+
+    def _relative(self, loss: float) -> float:
+        return math.sqrt(max(loss, 0.0)) / self.objective.total if math.isfinite(loss) else math.inf
 
     def _state(self, error: float) -> _State:
         return _State([factor.detach().clone() for factor in self._work], self._basis, error)
@@ -233,17 +261,23 @@ class Refinement:
 
     def _step(self) -> None:
         assert self._adam is not None
-        loss = torch.linalg.vector_norm(self._residual(move=True)).square()
-        error = math.sqrt(loss.item()) / self.objective.total if math.isfinite(loss.item()) else math.inf
+        remainder = self._remainder()
+        with torch.no_grad():
+            loss, gradient = self._loss(remainder.detach(), move=True)
+        error = self._relative(loss)
         self._keep(error)
         if not error < self._limit:
             self._schedule.halve()
             self._adam = self._restart()
             return
         self._adam.zero_grad()
-        loss.backward()
+        remainder.backward(gradient)
         fade = self._schedule.fade()
         for group in self._adam.param_groups:
             group["lr"] = self._schedule.rate * group["base"] * fade
         self._adam.step()
         self._schedule.step(error)
+
+
+def _dot(a: Tensor, b: Tensor) -> float:
+    return torch.vdot(a.reshape(-1), b.reshape(-1)).real.item()

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from structlin import SumLinear
 from structlin.equation.structure import from_record, registered, show, to_record
 from structlin.fitting.budget import within
-from structlin.fitting.fit import fit
+from structlin.fitting.fit import PACE, RACE, Run, fit
 from structlin.fitting.objective import GramRoot, make_objective
 from structlin.fitting.refine import HALVINGS, HURRY, WARM_UP, WINDOW, Refinement, Schedule, low_rank_summand
 from structlin.runtime.contract import to_dense
@@ -185,6 +186,25 @@ def test_whatever_the_learning_rate_it_is_never_worse_than_its_start(rate):
     assert objective.relative_error(dense) <= before * (1 + 1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize(("parts", "metric"), [((Blast(2, 4),), False), ((LowRank(2), Kaleidoscope()), True)])
+@pytest.mark.parametrize(("out_features", "rows"), [(16, 32), (16, 12), (32, 32)])  # by the Gram; by its rows; by rows
+def test_the_error_of_a_refinement_is_that_of_its_factors(dtype, parts, metric, out_features, rows):
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(out_features, 32, dtype=dtype), torch.randn(rows, 32, dtype=dtype)
+    outputs = gram_of(out_features, dtype=dtype) if metric else None
+    objective, _ = make_objective(weight, inputs.mT @ inputs.conj(), outputs)
+    resolved = (Sum(parts) if len(parts) > 1 else parts[0]).resolve(32, out_features)
+    spec = resolved.spec(32, out_features)
+    refinement = Refinement(spec, resolved.decompose(objective.weight), objective, 30)
+    before = refinement.error
+    for _ in range(2):  # at the start and at the end
+        dense = to_dense(spec, refinement.result())
+        assert refinement.error == pytest.approx(objective.relative_error(dense), rel=1e-3)  # the basis is iterated
+        refinement.advance()
+    assert refinement.error < 0.99 * before
+
+
 def test_it_stops_at_the_floor_and_hurries_on_a_plateau():
     torch.manual_seed(0)
     left, right = torch.randn(2, 4, 4), torch.randn(2, 4, 4)
@@ -273,6 +293,54 @@ def test_several_classes_give_the_best_of_them():
     found = fit(weight, [LowRank, Kronecker], ratio=0.5)
     assert found.structure.name == "kronecker"
     assert found.error < 1e-6
+
+
+FAMILIES = [LowRank, sum_of(LowRank, Kaleidoscope), sum_of(LowRank, Blast)]
+
+
+def test_the_winner_of_a_race_goes_on_from_where_it_stands(monkeypatch):
+    torch.manual_seed(0)
+    weight, gram, steps = torch.randn(48, 64), gram_of(64), []
+    step = Refinement._step
+    monkeypatch.setattr(Refinement, "_step", lambda self: steps.append(self.spec) or step(self))
+    found = fit(weight, FAMILIES, ratio=0.6, gram=gram)
+    raced = Counter(steps)
+    steps.clear()
+    alone = fit(weight, found.structure, gram=gram)
+    assert all(torch.equal(a, b) for a, b in zip(found.factors, alone.factors, strict=True))
+    assert raced.pop(found.spec) == len(steps)
+    assert sorted(raced.values()) == [RACE] * (len(raced) - 1) + [PACE[1]]
+    assert found.output_error <= min(fit(weight, LowRank, ratio=0.6, gram=gram).output_error, alone.output_error)
+
+
+def test_the_expected_error_of_a_run_extrapolates_its_pace():
+    class Refined:  # falls as exp(-3 progress) from 2
+        finished, schedule = False, Schedule(400, 1.0)
+
+        @property
+        def progress(self):
+            return self.schedule.progress
+
+        @property
+        def error(self):
+            return 2 * math.exp(-3 * self.progress)
+
+        def advance(self, until):
+            self.schedule.position = until
+            return self.error
+
+    run = Run(LowRank(2), None, (), None, Refined())
+    assert run.expected() == pytest.approx(2 * math.exp(-3))
+    assert run.refinement.schedule.position == PACE[1]
+
+
+def test_the_progress_of_a_schedule_is_the_share_of_its_learning_rates():
+    schedule = Schedule(1000, 1.0, warm_from=-WARM_UP)
+    rates = []
+    while not schedule.ended:
+        rates.append(schedule.fade())
+        schedule.step(1.0 / len(rates))
+        assert schedule.progress == pytest.approx(sum(rates) / 500, abs=2e-3)
 
 
 def test_sums_as_records_and_in_words():
