@@ -31,14 +31,14 @@ from torch import nn
 
 import structlin
 
+# Independent fits to the inputs of the dense model.
+PLAIN: dict[str, Any] = {"output_metric": False, "sequential": False, "block_epochs": 0, "allocation": "uniform"}
 METHODS: dict[str, dict[str, Any]] = {
     "SVD": {"structure": "lowrank", "calibration": None},
-    "whitened SVD": {"structure": "lowrank"},
-    "whitened SVD, global": {"structure": "lowrank", "allocation": "global"},
-    "whitened SVD, sequential": {"structure": "lowrank", "sequential": True},
+    "whitened SVD": PLAIN | {"structure": "lowrank"},
+    "auto, plain": PLAIN | {"structure": "auto"},
+    "low rank": {"structure": "lowrank"},
     "auto": {"structure": "auto"},
-    "auto, global": {"structure": "auto", "allocation": "global"},
-    "auto, sequential": {"structure": "auto", "sequential": True},
 }
 COLUMNS = {
     "method": ("method", ""),

@@ -19,6 +19,7 @@ import torch
 
 from structlin.checkpoint import CheckpointError, verify
 from structlin.compress import CompressionPlan, compress_model, plan_compression, to_dense_
+from structlin.compress.config import ALLOCATIONS
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 REFUSED = (ValueError, TypeError, OSError, RuntimeError, CheckpointError, ImportError)
@@ -113,6 +114,7 @@ def _settings(given: argparse.Namespace) -> dict[str, Any]:
         "exclude": given.exclude,
         "allocation": given.allocation,
         "tied": given.tied,
+        "block_epochs": given.block_epochs,
     }
 
 
@@ -169,9 +171,10 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ratio", type=float, default=0.5, help="parameters kept / dense; default 0.5")
     parser.add_argument("--rules", metavar="FILE", help="JSON: patterns with structures, or a plan")
     parser.add_argument("--exclude", nargs="*", default=[], metavar="PATTERN", help="layers that stay dense")
-    parser.add_argument("--allocation", choices=("uniform", "global"), default="uniform")
+    parser.add_argument("--allocation", choices=ALLOCATIONS, default="auto")
     parser.add_argument("--tied", choices=("skip", "replace"), default="skip")
     parser.add_argument("--calibration", metavar="FILE", help='text lines, or JSON lines with "text"')
+    parser.add_argument("--block-epochs", type=int, help="of refinement, 0 for none; default 10 with calibration")
     parser.add_argument("--samples", type=int, default=256, help="texts to take at most; default 256")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=256, help="tokens of a text; default 256")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -16,7 +17,10 @@ from structlin.heal.run import Run, Stream, requiring_gradients
 from structlin.layers.factored import Factored
 
 EPOCHS = 10  # passes over the batches
-RATE = 0.03  # peak learning rate, relative to the root mean square entry of a parameter
+RATE = 0.03  # peak learning rate, relative to the root mean square entry of a parameter ...
+REACH = (
+    2.0  # ... but at most RATE * REACH times the relative error at the start: what is nearly right needs small steps
+)
 BETAS = (0.9, 0.95)
 LEAST = 1e-3  # root mean square that a parameter of zeros counts as
 HELD_BACK = 10  # one batch in so many tells when to stop
@@ -25,10 +29,10 @@ HELD_BACK = 10  # one batch in so many tells when to stop
 class _WideAdam(torch.optim.AdamW):
     """AdamW without weight decay on float32 copies of parameters, whose own dtype may be too coarse for its steps."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, parameters: Sequence[nn.Parameter], rate: float) -> None:
         self.narrow = list(parameters)
         wide = [p.detach().to(torch.promote_types(p.dtype, torch.float32)).clone() for p in self.narrow]
-        groups = [{"params": [w], "lr": RATE * max(w.abs().square().mean().sqrt().item(), LEAST)} for w in wide]
+        groups = [{"params": [w], "lr": rate * max(w.abs().square().mean().sqrt().item(), LEAST)} for w in wide]
         super().__init__(groups, betas=BETAS, weight_decay=0.0)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -88,7 +92,9 @@ def refine(
     with requiring_gradients(modules, set(trained.values())), torch.enable_grad():
         options = HealOptions(epochs=epochs, every=len(learning), clip=None)
         stream = Stream(learning, epochs, next(iter(trained.values())).device)
-        optimizer = _WideAdam(list(trained.values()))
+        with torch.no_grad():
+            start = sum(loss(number).item() for number in judges or learning) / len(judges or learning)
+        optimizer = _WideAdam(list(trained.values()), RATE * min(1.0, REACH * math.sqrt(start)))
         run = Run(part.module, loss, optimizer, trained, stream, judges, options, epochs * len(learning))
         found = run.run(lambda *_, **__: None)
     return [BlockReport(part.name, found.loss_before, found.loss_after, found.steps, found.seconds)]

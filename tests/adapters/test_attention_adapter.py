@@ -17,12 +17,14 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("options", [{}, {"allocation": "global"}, {"sequential": True}])
+@pytest.mark.parametrize("options", [{}, {"sequential": True}, {"block_epochs": 0}])
 def test_a_transformer_is_compressed_stored_and_merged_back(options, training, tmp_path):
     model = nn.Transformer(32, 4, 1, 1, 48, dropout=0.0, batch_first=True).train(training)
     skeleton = copy.deepcopy(model)
     batches = [(torch.randn(8, 7, 32), torch.randn(8, 5, 32)) for _ in range(4)]
-    report = structlin.compress_model(model, "lowrank", ratio=0.5, calibration=batches, skip_last=False, **options)
+    report = structlin.compress_model(
+        model, "lowrank", ratio=0.5, calibration=batches, skip_last=False, allocation="uniform", **options
+    )
     attentions = ("encoder.layers.0.self_attn", "decoder.layers.0.self_attn", "decoder.layers.0.multihead_attn")
     rows = {row.name: row for row in report.layers}
     assert {name for name in rows if "attn" in name} == {f"{a}.{p}" for a in attentions for p in PROJECTIONS}

@@ -1,0 +1,219 @@
+"""What each stage of the pipeline brings: a whole model compressed with one stage after the other switched on.
+
+    python benchmarks/ladder.py stories --model stories260k --data tinystories --off tinyshakespeare/valid.txt
+    python benchmarks/ladder.py minilm --data stsb
+
+`stories`: a causal language model and tokens of its own kind (train.tok512.npy, valid.tok512.npy), calibrated on the
+first 256 windows of 256 training tokens in batches of 4; perplexity on all validation windows and on other text.
+`minilm`: a sentence encoder, calibrated on 300 docstring sentences in batches of 8, or (--calibrate stsb) on 400 STS-B
+training sentences; cosine to the dense embeddings on 500 other docstring sentences and on the STS-B dev sentences, and
+the rank correlation on STS-B dev. All texts are disjoint. Rows of an earlier run are kept, unless they are run again.
+Stores results/ladder_<model>.jsonl and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+import structlin
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))  # scripts, not a package
+
+from _minilm import Stsb, docstring_sentences, embed, length, model_path, pooled, read_stsb, tokenise
+from _results import RESULTS, environment, say, store
+
+OFF: dict[str, Any] = {"output_metric": False, "sequential": False, "block_epochs": 0, "allocation": "uniform"}
+METRIC = OFF | {"output_metric": True}
+BEHIND = METRIC | {"sequential": True}
+DIVIDED = BEHIND | {"allocation": "auto"}
+STAGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "whitened SVD": ("lowrank", OFF),
+    "auto": ("auto", OFF),
+    "+ output metric": ("auto", METRIC),
+    "+ sequential": ("auto", BEHIND),
+    "+ allocation": ("auto", DIVIDED),
+    "+ refinement (defaults)": ("auto", {}),
+    "refinement without the metric": ("auto", {"output_metric": False}),
+    "refinement, uniform": ("auto", {"allocation": "uniform"}),
+    "low rank, all stages": ("lowrank", {}),
+}
+HEALED = "+ heal, 2 min"
+WINDOW = 256
+NOTES = """\
+Each row switches one stage on more than the row above, down to the defaults; rows below that leave one out, or use low
+rank alone. *on*: text of the kind that calibration saw; *off*: other text. *kept*: parameters / dense parameters of all
+linear weights but the output layer. Seconds include the checks on held-back batches."""
+COLUMNS = {
+    "ratio": ("ratio", ""),
+    "stage": ("stage", ""),
+    "calibrated on": ("calibrated", ""),
+    "kept": ("kept", ".3f"),
+    "perplexity, on": ("on", ".2f"),
+    "perplexity, off": ("off", ".1f"),
+    "cosine, docstrings": ("docstrings", ".4f"),
+    "cosine, STS-B": ("stsb", ".4f"),
+    "STS-B dev": ("task", ".4f"),
+    "seed": ("seed", ""),
+    "s": ("seconds", ".0f"),
+}
+
+Measure = Callable[[nn.Module], dict[str, float]]
+
+
+# The language model --------------------------------------------------------------------------------------------------
+
+
+def windows(ids: Tensor) -> Tensor:
+    """Cut tokens into rows of one window each."""
+    count = len(ids) // WINDOW
+    return ids[: count * WINDOW].view(count, WINDOW)
+
+
+@torch.inference_mode()
+def perplexity(model: nn.Module, rows: Tensor) -> float:
+    """Compute exp of the mean negative log-likelihood of all tokens but the first of each window."""
+    total = 0.0
+    for ids in rows.split(16):
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+    return math.exp(total / rows[:, 1:].numel())
+
+
+def stories(args: argparse.Namespace) -> tuple[nn.Module, list[Any], Measure, dict[str, Any]]:
+    """Load the language model, its batches and its measure."""
+    model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    train, valid = (
+        windows(torch.from_numpy(np.load(args.data / f"{split}.tok512.npy").astype(np.int64)))
+        for split in ("train", "valid")
+    )
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(args.model)
+    other = windows(torch.tensor(tokenizer(args.off.read_text(encoding="utf-8")[:40000])["input_ids"]))
+    batches = [{"input_ids": ids} for ids in train[:256].split(4)]
+    return model, batches, lambda m: {"on": perplexity(m, valid), "off": perplexity(m, other)}, {}
+
+
+# The sentence encoder ------------------------------------------------------------------------------------------------
+
+
+def minilm(args: argparse.Namespace) -> tuple[nn.Module, list[Any], Measure, dict[str, Any]]:
+    """Load the encoder, its batches and its measure."""
+    path = model_path(args.model)
+    model: nn.Module = transformers.AutoModel.from_pretrained(path, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    limit = length(256, model)
+    texts = docstring_sentences(800)
+    calibration, unseen = texts[:300], texts[300:]
+    if args.calibrate == "stsb":
+        calibration = list(dict.fromkeys(read_stsb(args.data / "sts-train.csv")[1]))[:400]
+    batches = [inputs for _, inputs in tokenise(tokenizer, calibration, limit, 8)]
+    dev = Stsb(args.data / "sts-dev.csv", tokenizer, limit)
+    held_out = tokenise(tokenizer, unseen, limit)
+    wanted = embed(model, held_out), embed(model, dev.batches)
+
+    def measure(found: nn.Module) -> dict[str, float]:
+        ours, dev_ours = embed(found, held_out), embed(found, dev.batches)
+        cosines = [(a * b).sum(-1).mean().item() for a, b in zip((ours, dev_ours), wanted, strict=True)]
+        return {"docstrings": cosines[0], "stsb": cosines[1], "task": dev.spearman(dev_ours)}
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        return pooled(model(**batch), batch["attention_mask"])
+
+    return model, batches, measure, {"forward": forward}
+
+
+# The run -------------------------------------------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("stories", "minilm"))
+    parser.add_argument("--model", help="folder (or hub id); minilm: default the one of the PyPI package")
+    parser.add_argument("--data", required=True, type=Path, help="folder of the tokens, or of STS-B")
+    parser.add_argument("--off", type=Path, help="stories: a text of another kind")
+    parser.add_argument("--calibrate", choices=("docstrings", "stsb"), default="docstrings")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.75, 0.5, 0.25])
+    parser.add_argument("--stages", nargs="+", choices=[*STAGES, HEALED], default=list(STAGES)[:6])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    dense, batches, measure, options = (stories if args.kind == "stories" else minilm)(args)
+    name = f"ladder_{args.kind}"
+    about = environment(argv)
+    calibrated = "stories" if args.kind == "stories" else args.calibrate
+    common = {"calibrated": calibrated, "seed": args.seed, **about}
+    rows = [{"ratio": 1.0, "stage": "dense", "kept": 1.0, **common, "seed": 0, **measure(dense)}]
+    for ratio in args.ratios:
+        for stage in args.stages:
+            say(f"{stage} at {ratio}")
+            structure, settings = STAGES.get(stage, STAGES["+ refinement (defaults)"])
+            model, start = copy.deepcopy(dense), time.perf_counter()
+            report = structlin.compress_model(
+                model,
+                structure,
+                ratio=ratio,
+                seed=args.seed,
+                calibration=batches,
+                progress=False,
+                **options,
+                **settings,
+            )
+            if stage == HEALED:
+                structlin.heal(model, dense, batches, seconds=120, lr=3e-3, progress=False, **options)
+            seconds = time.perf_counter() - start
+            body = [
+                row for row in report.layers if "output layer" not in str(row.reason) and "tied" not in str(row.reason)
+            ]
+            before, after = (sum(getattr(row, f"parameters_{when}") for row in body) for when in ("before", "after"))
+            row = {
+                "ratio": ratio,
+                "stage": stage,
+                "kept": after / before,
+                "seconds": seconds,
+                **common,
+                **measure(model),
+            }
+            rows.append(row)
+            say(json.dumps({key: value for key, value in row.items() if key not in about}))
+            save(args.results, name, rows, about)
+    return 0
+
+
+def save(folder: Path, name: str, rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
+    """Put rows into the table, in the place of those of the same cell."""
+
+    def cell(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[key] for key in ("calibrated", "ratio", "stage", "seed"))
+
+    path = folder / f"{name}.jsonl"
+    known = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    found = {cell(row): row for row in known} | {cell(row): row for row in rows}
+    order = ["dense", *STAGES, HEALED]
+    ordered = sorted(found.values(), key=lambda r: (r["calibrated"], -r["ratio"], order.index(r["stage"]), r["seed"]))
+    store(folder, name, f"Ladder of stages: {name.removeprefix('ladder_')}", NOTES, {}, ordered, COLUMNS)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
