@@ -271,7 +271,7 @@ def test_not_a_number_stays():
 
 
 def test_fits_refine_by_it(monkeypatch):
-    weight, inputs = torch.randn(48, 64), torch.randn(100, 64) * torch.logspace(0, -1, 64)
+    weight, inputs = torch.randn(64, 48), torch.randn(100, 48) * torch.logspace(0, -1, 48)
     gram = inputs.T @ inputs
     with monkeypatch.context() as patch:
         patch.setattr("structlin.fitting.refine.apply", lambda *_: pytest.fail("torch ran"))
