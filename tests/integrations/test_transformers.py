@@ -148,8 +148,8 @@ DISK = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "l
 def test_device_maps(saved, device_map, tmp_path):
     folder, expected = saved
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path)
-    for _ in range(2):
-        assert torch.equal(logits(loaded).cpu(), expected)
+    for _ in range(2):  # memory that is aligned otherwise may round otherwise
+        torch.testing.assert_close(logits(loaded).cpu(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_model_offloaded_to_disk_is_saved_again(saved, tmp_path):
