@@ -56,9 +56,9 @@ class Found:
     choices: Choices
 
 
-def find(model: nn.Module, config: Compression, data: Data, checks: bool) -> Found:
-    """Find the targets and what each gets; `checks` tells whether batches for checks from end to end are known."""
-    targets = find_targets(model, tied=config.tied)
+def find(model: nn.Module, config: Compression, data: Data, checks: bool, meta: bool = False) -> Found:
+    """Find the targets (for plans also on `meta`) and what each gets; `checks`: whether held-back batches are known."""
+    targets = find_targets(model, tied=config.tied, meta=meta)
     choices = choose(config, targets, last_target(model, targets))
     data = replace(data, shrinkage=config.shrinkage)
     if isinstance(config, CompressionPlan):

@@ -277,7 +277,7 @@ def test_targets_are_found_once_and_the_model_runs_a_known_number_of_times(model
     trials = held_back * 7
     behind = 2 * calibration * layers if sequential else 0
     learning, judging = 16, 2  # of the calibration batches; the outputs of all of them are what is learned
-    refined = calibration + epochs * (learning + judging) + judging if epochs else 0
+    refined = calibration + epochs * (learning + judging) + 2 * judging if epochs else 0
     assert model.passes == calibration + held_back + trials + behind + refined + held_back
     assert [quality.stage for quality in report.qualities] == ["dense", "compressed"]
 
