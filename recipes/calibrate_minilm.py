@@ -4,7 +4,7 @@ Grams are collected on docstring sentences of the standard library; all else is 
 STS-B where the file is given. The pooler, which sentence embeddings do not use, stays dense.
 
     python recipes/calibrate_minilm.py --stsb sts-dev.csv
-    python recipes/calibrate_minilm.py --methods "auto, global" --ratios 0.5
+    python recipes/calibrate_minilm.py --methods auto --ratios 0.5
 
 Stores benchmarks/results/minilm_calibrated.jsonl (one line per row) and .md (the table).
 """
@@ -52,18 +52,16 @@ COLUMNS = {
     "s": ("seconds", ".0f"),
 }
 NOTES = """*kept*: parameters of the compressed weights / before; *output error*: mean over the layers of the relative
-error of the outputs, in the norm of the shrunken calibration Gram (in sequential rows: of the inputs that the
-compressed layers give); *cosine*: mean cosine of the sentence embeddings to the dense model's, on sentences that
+error of the outputs, in the norms that the fit minimised, before refinement; rows but the plain ones have all stages of
+the pipeline; *cosine*: mean cosine of the sentence embeddings to the dense model's, on sentences that
 calibration did not see; *STS-B*: Spearman correlation, no scores or sentences of it were used; *s*: the whole call,
-calibration included. Of the calibration batches a tenth is held back for the check of the global allocation."""
+calibration included. Of the calibration batches a tenth is held back."""
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id or local path (default: all-MiniLM-L6-v2 from its PyPI package)")
-    parser.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=[m for m in METHODS if m != "auto, sequential"]
-    )
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.75, 0.5, 0.48, 0.25])
     parser.add_argument("--sentences", type=int, default=300, help="for calibration; as many others are measured on")
     parser.add_argument("--pairs", type=Path, help="STS-B file whose sentences to calibrate on, in place of docstrings")
