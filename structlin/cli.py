@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from structlin.checkpoint import CheckpointError, verify
-from structlin.compress import CompressionPlan, compress_model, plan_compression, to_dense_
-from structlin.compress.config import ALLOCATIONS
+from structlin.compress import Compression, CompressionPlan, compress_model, plan_compression, to_dense_
+from structlin.compress.config import ALLOCATIONS, with_settings
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 REFUSED = (ValueError, TypeError, OSError, RuntimeError, CheckpointError, ImportError)
@@ -57,14 +57,46 @@ def _compress(given: argparse.Namespace) -> None:
     folders = _folders()
     target = Path(given.output)
     folders.check_free(target)  # before the work, not after it
-    model = folders.load_model(given.model, dtype=DTYPES.get(given.dtype), device=given.device)
     settings = _settings(given)
     structure: Any = given.structure
     if "layers" in settings["rules"]:
         structure, settings = CompressionPlan.from_record(settings["rules"]), {}
+    if given.block_epochs is not None:
+        settings["block_epochs"] = given.block_epochs
+    if given.stream or (given.device is None and _is_large(given.model)):
+        _stream(given, with_settings(structure, settings, "structlin compress"))
+        return
+    model = folders.load_model(given.model, dtype=DTYPES.get(given.dtype), device=given.device)
     report = compress_model(model, structure, calibration=_calibration(given), **settings)
     folders.save_folder(report.model, given.model, target, report)
     print(report.to_json() if given.json else f"{report}\nwritten to {target}")
+
+
+def _stream(given: argparse.Namespace, config: Compression) -> None:
+    streaming = importlib.import_module("structlin.integrations.streaming")
+    report = streaming.stream_folder(
+        given.model, Path(given.output), config, batches=_calibration(given) or (),
+        dtype=DTYPES.get(given.dtype), device=given.device,
+    )  # fmt: skip
+    print(report.to_json() if given.json else f"{report}\nwritten to {given.output}")
+
+
+def _is_large(source: str) -> bool:
+    """Whether the weights of a local folder are larger than half of the free memory; says so on stderr."""
+    size = sum(path.stat().st_size for path in Path(source).glob("*.safetensors"))
+    try:
+        lines = Path("/proc/meminfo").read_text("utf-8").splitlines()
+    except OSError:  # not on this system
+        return False
+    free = 1024 * int(next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), 0))
+    if 2 * size <= free:
+        return False
+    print(
+        f"{size / 2**30:.1f} GiB of weights are more than half of the free memory, {free / 2**30:.1f} GiB: going on as "
+        "by --stream",
+        file=sys.stderr,
+    )
+    return True
 
 
 def _inspect(given: argparse.Namespace) -> None:
@@ -152,6 +184,9 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument("output", nargs="?", help="write the plan here as JSON; compress takes it by --rules")
         else:
             added.add_argument("output", help="a new folder")
+            added.add_argument(
+                "--stream", action="store_true", help="open one block at a time; goes on where it stopped"
+            )
         _add_settings(added)
     for name, run, text in (
         ("inspect", _inspect, "Show the structured layers of a compressed folder."),

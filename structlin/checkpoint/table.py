@@ -30,9 +30,14 @@ TABLE_FIELDS = {
 name_readers: list[Callable[[nn.Module | None, dict[str, Any]], Callable[[str], str]]] = []
 
 
-def table_of(model: nn.Module) -> dict[str, Any]:
-    """Return the structured layers of a model as JSON data, with the further names of layers and of their tensors."""
-    modules = [*model.named_modules(remove_duplicate=False)]
+def table_of(model: nn.Module, prefix: str = "") -> dict[str, Any]:
+    """Return the structured layers of a model as JSON data, with the further names of layers and of their tensors.
+
+    Args:
+        model: or a part of one.
+        prefix: dotted name of that part.
+    """
+    modules = [*model.named_modules(prefix=prefix, remove_duplicate=False)]
     layers, shared = _skeleton.by_first_name((n, m) for n, m in modules if isinstance(m, Factored))
     _, further = _skeleton.by_first_name((slot.name, slot.tensor) for slot in _skeleton.slots_of(modules))
     names = {*layers, *shared}

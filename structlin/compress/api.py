@@ -86,7 +86,8 @@ def plan_compression(
     """Decide what each linear layer of a model becomes; the model is not touched.
 
     Where a ratio leaves a choice (of factor shapes, of blocks, of the structure for "auto"), real fits decide. The plan
-    keeps them in memory, so that `compress_model(model, plan)` need not repeat them.
+    keeps them in memory, so that `compress_model(model, plan)` need not repeat them. A model on the meta device can be
+    planned where sizes follow from the ratio alone (low rank, say).
 
     Args:
         model: see `compress_model`, as for all other arguments.
@@ -113,7 +114,7 @@ def plan_compression(
     check_model(model)
     config = with_settings(structure, settings, "plan_compression")
     data = Data.gather(calibration, validation, forward, config.held_back)
-    found = pipeline.observe(pipeline.find(model, config, data, bool(data.held_back)))
+    found = pipeline.observe(pipeline.find(model, config, data, bool(data.held_back), meta=True))
     ratios = pipeline.divide(found, Evaluator.of(model, found.data, None))
     patched = Patched(model, openings(found.targets))
     outcomes, _ = pipeline.work(found, ratios, patched, False, progress)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from structlin.batches import device_of, to_device
 from structlin.compress.patched import Pass, Patched, Run, model_passes, without_cache
 from structlin.compress.targets import Target
 
@@ -126,6 +127,9 @@ class _Call:
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         args, kwargs = list(self.args), dict(self.kwargs)
+        device = device_of(block)
+        if device is not None and device != hidden.device:  # blocks of a streamed model visit an accelerator
+            args, kwargs, hidden = to_device(args, device), to_device(kwargs, device), hidden.to(device)
         if isinstance(self.key, int):
             args[self.key] = hidden
         else:
@@ -164,7 +168,7 @@ class _Recording:
         self.last = first
 
 
-def _record(chain: Chain, go: Run) -> _Recording | None:
+def record(chain: Chain, go: Run) -> _Recording | None:
     """Run a model and record the calls of a chain; None if its blocks do not run once each, one after the other."""
     found, handles = _Recording(), []
     for _, block in chain:
@@ -185,27 +189,31 @@ class Stream:
         patched: the model.
         chain: the blocks.
         runs: each runs the model on one batch.
+        drifted: the same for the compressed model; None where both run alike.
     """
 
-    def __init__(self, patched: Patched, chain: Chain, runs: Sequence[Run], limit: int = LIMIT) -> None:
+    def __init__(
+        self, patched: Patched, chain: Chain, runs: Sequence[Run], drifted: Sequence[Run] | None = None,
+        limit: int = LIMIT,
+    ) -> None:  # fmt: skip
         self.patched, self.chain = patched, chain
         self.dense, self.drifted = Shelf(limit), Shelf(limit)
         self.calls: list[tuple[list[_Call], list[_Call]]] = []  # by batch: dense, drifted
-        for number, go in enumerate(runs):
+        for number, (go, behind) in enumerate(zip(runs, drifted or runs, strict=True)):
             with torch.no_grad():
                 with patched.dense():
-                    dense = _record(chain, go)
+                    dense = record(chain, go)
                 with patched.changed():
-                    drifted = _record(chain, go)
-            if dense is None or drifted is None:
+                    moved = record(chain, behind)
+            if dense is None or moved is None:
                 raise ValueError(
                     f"blocks {chain[0][0]!r} to {chain[-1][0]!r} run one after the other in the first batch, but not "
                     f"in batch {number}; name others in blocks=, or pass blocks=[] to do without"
                 )
             assert dense.start is not None
-            assert drifted.start is not None
-            self.dense[number], self.drifted[number] = dense.start, drifted.start
-            self.calls.append((dense.calls, drifted.calls))
+            assert moved.start is not None
+            self.dense[number], self.drifted[number] = dense.start, moved.start
+            self.calls.append((dense.calls, moved.calls))
 
     def passes(self, position: int, masks: Sequence[Tensor | None]) -> tuple[Pass, ...]:
         """Return the passes of the block at a position."""
@@ -259,8 +267,8 @@ def parts(
 
     with without_cache(model):
         with torch.no_grad(), patched.dense():
-            chains = [chain for chain in chains if runs and _record(chain, runs[0]) is not None]
-        for number, position, members in _split(targets, chains):
+            chains = [chain for chain in chains if runs and record(chain, runs[0]) is not None]
+        for number, position, members in split(targets, chains):
             if number is None:
                 whole = own(model) if len(members) == len(targets) else frozenset()
                 yield Part("", model, tuple(members), model_passes(patched, runs, masks), whole)
@@ -275,7 +283,7 @@ def parts(
                 stream.advance(passes)
 
 
-def _split(targets: Sequence[Target], chains: Sequence[Chain]) -> list[tuple[int | None, int, list[Target]]]:
+def split(targets: Sequence[Target], chains: Sequence[Chain]) -> list[tuple[int | None, int, list[Target]]]:
     """Sort targets into blocks: (chain, position, targets), and (None, 0, targets) for those between chains.
 
     A weight that modules of several blocks share lies outside.

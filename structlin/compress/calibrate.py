@@ -17,7 +17,7 @@ from structlin.compress.config import Mask, check_mask
 from structlin.compress.data import Data
 from structlin.compress.gradients import add_gradients, sampled_loss, through, watch
 from structlin.compress.observe import OutputSearch, hooked, replaced
-from structlin.compress.patched import Patched, model_passes, model_runs
+from structlin.compress.patched import Pass, Patched, model_passes, model_runs
 from structlin.compress.sequential import collect_behind
 from structlin.compress.statistics import Statistics
 from structlin.compress.sums import Sums, scalar, zeros
@@ -252,6 +252,18 @@ def collect_shifted(
     patched = Patched(model, opened, dict(swaps))
     passes = model_passes(patched, model_runs(model, batches, forward), masks_of(how.mask, batches))
     return collect_behind(targets, passes, how.dtype)
+
+
+def collect_passes(targets: Sequence[Target], passes: Sequence[Pass], how: Collecting) -> Statistics:
+    """Collect the input Grams of targets in the part of the model that the passes run, on its dense inputs."""
+    leaves = [(leaf, keys_of(target)) for target in targets for leaf in target.leaves]
+    sums = Sums(how.dtype)
+    for each in passes:
+        with hooked(leaves, partial(sums.add, keep=each.keep)):
+            each.dense()
+        sums.settle()
+    (grams,), tokens = sums.result(targets, 1)
+    return Statistics(grams, tokens)
 
 
 def both_sides(

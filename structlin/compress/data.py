@@ -80,8 +80,9 @@ class Data:
         roots = Statistics(mixed, known.tokens)
         return [(roots.root(name, self.shrinkage), known.metric(name)) for name in names]
 
-    def grams(self, name: str) -> tuple[GramRoot | None, Tensor | None]:
-        """Return the square root of a layer's input Gram and its output Gram, None where unknown."""
+    def grams(self, name: str, inputs: bool = True) -> tuple[GramRoot | None, Tensor | None]:
+        """Return the square root of a layer's input Gram, if wanted, and its output Gram; None where unknown."""
         if self.statistics is None or not self.statistics.tokens.get(name):
             return None, None
-        return self.statistics.root(name, self.shrinkage), self.statistics.metric(name)
+        root = self.statistics.root(name, self.shrinkage) if inputs else None  # takes an eigendecomposition
+        return root, self.statistics.metric(name)

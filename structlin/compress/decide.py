@@ -51,7 +51,7 @@ def choose(config: Compression, targets: Sequence[Target], last: Target | None) 
     for target in targets:
         if not isinstance(choices[target.name], str):
             try:
-                for matrix in target.matrices:
+                for matrix in () if target.linear.weight.is_meta else target.matrices:
                     check_weight(matrix.detach())
             except ValueError as error:
                 raise ValueError(f"layer {target.name!r}: {error}") from error

@@ -98,7 +98,9 @@ def _sized(
     sample = weight[0] if stacked else weight  # sizes are found on one matrix of a stack
     if isinstance(choice.structure, Structure):
         try:
-            return replace(dense, structure=choice.structure.resolve(*sizes, sample.detach()))
+            return replace(
+                dense, structure=choice.structure.resolve(*sizes, None if weight.is_meta else sample.detach())
+            )
         except ValueError as error:  # the layer is too small for these sizes
             return replace(dense, reason=str(error))
     assert choice.ratio is not None
@@ -107,8 +109,10 @@ def _sized(
             options = within(choice.structure, *sizes, choice.ratio, budget)
             if len(options) == 1:
                 return replace(dense, structure=options[0])
+        if weight.is_meta:
+            return replace(dense, reason="its sizes follow from its values, and it is on the meta device")
         names = [f"{dense.name}[{k}]" for k in range(dense.count)]
-        gram, output_gram = data.expert_grams(names)[0] if stacked else data.grams(dense.name)
+        gram, output_gram = data.expert_grams(names)[0] if stacked else data.grams(dense.name, aim is None)
         wanted, gram = aim or (sample, gram)
         found = fit(
             wanted, choice.structure, ratio=choice.ratio, gram=gram, output_gram=output_gram, refine=choice.refine,
@@ -149,6 +153,8 @@ def fit_part(
         def work(target: Target, wanted: Mapping[str, Wanted] = wanted, aims: Mapping[str, Aim] = aims) -> Outcome:
             aim, choice = aims.get(target.name), wanted[target.name]
             entry = choice if isinstance(choice, PlanEntry) else size_layer(target, choice, data, config.budget, aim)
+            if entry.structure is not None and target.linear.weight.is_meta:
+                return Outcome(target, entry, stays_dense(entry), {})  # a plan of sizes
             # A plan's fits are to the inputs of the dense model.
             known = None if choice is entry and aim is not None else entry.fit_of(target.linear.weight)
             return fit_layer(entry, target, data, aim, known)
@@ -222,7 +228,7 @@ def _fit(entry: PlanEntry, target: Target, data: Data, aim: Aim | None, known: F
     assert entry.structure is not None
     weight = target.linear.weight
     if known is None:
-        gram, output_gram = data.grams(entry.name)
+        gram, output_gram = data.grams(entry.name, aim is None)
         wanted, gram = (weight, gram) if aim is None else aim
         known = fit(wanted, entry.structure, gram=gram, output_gram=output_gram, refine=entry.refine)
     return known if aim is None else _of_weight(known, weight)

@@ -87,8 +87,10 @@ def model_runs(model: nn.Module, batches: Sequence[Any], forward: Forward | None
     return [partial(go, batch) for batch in batches]
 
 
-def model_passes(patched: Patched, runs: Sequence[Run], masks: Sequence[Tensor | None]) -> tuple[Pass, ...]:
-    """Return the passes of a whole model."""
+def model_passes(
+    patched: Patched, runs: Sequence[Run], masks: Sequence[Tensor | None], behind: Sequence[Run] | None = None
+) -> tuple[Pass, ...]:
+    """Return the passes of a whole model; `behind` runs it where the compressed model runs otherwise."""
 
     def dense(go: Run) -> Any:
         with patched.dense():
@@ -98,7 +100,8 @@ def model_passes(patched: Patched, runs: Sequence[Run], masks: Sequence[Tensor |
         with patched.changed():
             return go()
 
-    return tuple(Pass(partial(dense, go), partial(drifted, go), keep) for go, keep in zip(runs, masks, strict=True))
+    pairs = zip(runs, behind or runs, masks, strict=True)
+    return tuple(Pass(partial(dense, go), partial(drifted, moved), keep) for go, moved, keep in pairs)
 
 
 @contextmanager

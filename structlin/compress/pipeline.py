@@ -56,9 +56,12 @@ class Found:
     choices: Choices
 
 
-def find(model: nn.Module, config: Compression, data: Data, checks: bool) -> Found:
-    """Find the targets and what each gets; `checks` tells whether batches for checks from end to end are known."""
-    targets = find_targets(model, tied=config.tied)
+def find(model: nn.Module, config: Compression, data: Data, checks: bool, meta: bool = False) -> Found:
+    """Find the targets and what each gets; `checks` tells whether batches for checks from end to end are known.
+
+    With `meta`, weights on the meta device are targets too: for plans of sizes that need no values.
+    """
+    targets = find_targets(model, tied=config.tied, meta=meta)
     choices = choose(config, targets, last_target(model, targets))
     data = replace(data, shrinkage=config.shrinkage)
     if isinstance(config, CompressionPlan):

@@ -125,12 +125,13 @@ def openings(targets: Sequence[Target]) -> dict[nn.Module, nn.Module]:
 # Finding -------------------------------------------------------------------------------------------------------------
 
 
-def find_targets(model: nn.Module, *, tied: str = "skip") -> list[Target]:
+def find_targets(model: nn.Module, *, tied: str = "skip", meta: bool = False) -> list[Target]:
     """Find the linear maps of a model, one Target per weight, in module order.
 
     Args:
         model: any module; a root that is itself linear is found under the name "".
         tied: "skip" keeps weights that an embedding shares; "replace" makes all of their users targets.
+        meta: take weights on the meta device too: sizes are known, values are not.
     Returns:
         Targets; those that must stay dense carry a reason.
     Raises:
@@ -145,7 +146,7 @@ def find_targets(model: nn.Module, *, tied: str = "skip") -> list[Target]:
             owners[id(parameter)].append(f"{name}.{attribute}" if name else attribute)
     groups: dict[int, list[tuple[User, str | None]]] = defaultdict(list)
     order: dict[nn.Module, int] = {}
-    for user, weight, reason in _users(names):
+    for user, weight, reason in _users(names, meta):
         # Leaves of packed parameters share nothing: each has its own part.
         packed = any(part for (_, part), _ in user.pieces)
         groups[id(user.leaf) if weight is None or packed else id(weight)].append((user, reason))
@@ -156,7 +157,7 @@ def find_targets(model: nn.Module, *, tied: str = "skip") -> list[Target]:
     return sorted(targets, key=lambda target: order[target.linear])
 
 
-def _users(names: dict[nn.Module, tuple[str, ...]]) -> Iterator[tuple[User, Tensor | None, str | None]]:
+def _users(names: dict[nn.Module, tuple[str, ...]], meta: bool) -> Iterator[tuple[User, Tensor | None, str | None]]:
     """Yield every leaf with the parameter that holds its weight and the reason why it stays dense."""
     inside: set[nn.Module] = set()  # of a module that was opened or refused
     internal = _internal(names)
@@ -188,7 +189,7 @@ def _users(names: dict[nn.Module, tuple[str, ...]]) -> Iterator[tuple[User, Tens
             paths = tuple(".".join(filter(None, (name, path if len(weights) > 1 else ""))) for name in found)
             parameters = tuple(".".join(filter(None, (name, weight_name))) for name in found)
             user = User(leaf, paths, module, opened, path, adapter, pieces, parameters)
-            yield user, sources[path], _value_reason(sources[path])  # type: ignore[arg-type]
+            yield user, sources[path], _value_reason(sources[path], meta)  # type: ignore[arg-type]
 
 
 def _source(module: nn.Module, name: str) -> Tensor | None:
@@ -285,9 +286,9 @@ def _router_reason(target: Target, mixtures: set[tuple[str, int]]) -> str | None
     return None
 
 
-def _value_reason(weight: Tensor) -> str | None:
+def _value_reason(weight: Tensor, meta: bool) -> str | None:
     """Return why the values of a weight cannot be decomposed, None if they can."""
-    if weight.is_meta:
+    if weight.is_meta and not meta:
         return "its weight is on the meta device and has no values"
     if 0 in weight.shape:
         return "its weight is empty"

@@ -31,10 +31,15 @@ def load_model(source: str, *, dtype: torch.dtype | None, device: str | None) ->
     Raises:
         OSError: if there is no such model.
     """
-    names = AutoConfig.from_pretrained(source).architectures or ()
-    cls = next((found for name in names if (found := getattr(transformers, name, None))), AutoModel)
+    cls = class_of(AutoConfig.from_pretrained(source))
     model: Any = cls.from_pretrained(source, dtype="auto" if dtype is None else dtype).eval()
     return model if device is None else model.to(device)
+
+
+def class_of(config: Any) -> Any:
+    """Return the class that a config names, `AutoModel` where it names none that is known."""
+    names = config.architectures or ()
+    return next((found for name in names if (found := getattr(transformers, name, None))), AutoModel)
 
 
 def read_texts(path: Path) -> list[str]:
@@ -91,6 +96,15 @@ def save_folder(model: nn.Module, source: str, target: Path, report: Report | No
     """
     check_free(target)
     target.mkdir(parents=True, exist_ok=True)
+    copy_others(source, target)
+    if report is None:
+        model.save_pretrained(target)  # type: ignore[operator]
+    else:
+        save_pretrained(model, target, report, base_model=source)
+
+
+def copy_others(source: str, target: Path) -> None:
+    """Copy what lies beside the weights of a folder, or the tokenizer of a model on the hub."""
     if Path(source).is_dir():
 
         def left_out(folder: str, names: list[str]) -> set[str]:
@@ -100,10 +114,6 @@ def save_folder(model: nn.Module, source: str, target: Path, report: Report | No
         shutil.copytree(source, target, ignore=left_out, dirs_exist_ok=True)
     else:
         AutoTokenizer.from_pretrained(source).save_pretrained(target)
-    if report is None:
-        model.save_pretrained(target)  # type: ignore[operator]
-    else:
-        save_pretrained(model, target, report, base_model=source)
 
 
 def check_free(target: Path) -> None:

@@ -1,0 +1,98 @@
+"""Long work that survives being killed: finished shards lie in a folder aside, which takes its name at the end.
+
+The folder has a journal of JSON lines. The first says what the work is, each further one what a finished part is. A
+line is written once all that it names has reached the disk; a line that a crash cut off is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from structlin.checkpoint._directory import INDEX, CheckpointError, _sibling, _sync
+from structlin.checkpoint.tensors import check_hashes, write_safetensors
+
+JOURNAL = "journal.jsonl"
+
+
+class Journal:
+    """The finished parts of one piece of work.
+
+    Args:
+        target: the folder to be; the work lies beside it, under a hidden name.
+        about: JSON data that tells this work from others.
+    Attributes:
+        records: of the finished parts, in their order.
+        folder: of the journal, for files that only the work needs.
+        shards: the folder that becomes the target.
+    Raises:
+        CheckpointError: if other work for the same target is unfinished, or a finished shard is damaged.
+    """
+
+    def __init__(self, target: Path, about: Mapping[str, Any]) -> None:
+        self.target = target.resolve()
+        self.folder = _sibling(self.target, "unfinished")
+        self.shards, self.path = self.folder / "model", self.folder / JOURNAL
+        lines = self._lines() if self.shards.is_dir() else []
+        if not lines:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.shards.mkdir(parents=True)
+            self._append(about)
+        elif lines[0] != json.loads(json.dumps(about)):
+            raise CheckpointError(
+                f"{self.folder} holds unfinished work of another model, text or setting; go on with these, or delete it"
+            )
+        self.records: list[dict[str, Any]] = lines[1:]
+        check_hashes(self.shards, {record["shard"]: record["sha256"] for record in self.records})
+
+    def add(self, shard: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Write a shard, then the line that makes it count.
+
+        Args:
+            shard: its file name.
+            tensors: by name.
+            record: JSON data on the part.
+        """
+        digest = write_safetensors(self.shards / shard, tensors, {"format": "pt"})
+        _sync(self.shards)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        line = {"shard": shard, "sha256": digest, "bytes": size, "tensors": sorted(tensors), **record}
+        self._append(line)
+        self.records.append(json.loads(json.dumps(line)))
+
+    def finish(self) -> None:
+        """Write the index, and let the folder take its name."""
+        index = {
+            "metadata": {"total_size": sum(record["bytes"] for record in self.records)},
+            "weight_map": {name: record["shard"] for record in self.records for name in record["tensors"]},
+        }
+        (self.shards / INDEX).write_text(json.dumps(index, indent=2), "utf-8")
+        for path in (*self.shards.rglob("*"), self.shards):
+            _sync(path)
+        if self.target.exists():
+            self.target.rmdir()  # empty, or this fails
+        self.shards.rename(self.target)
+        _sync(self.target.parent)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _lines(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        text = self.path.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
+        if len(whole) < len(text):
+            os.truncate(self.path, len(whole))
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        _sync(self.folder)
