@@ -119,7 +119,7 @@ def make_objective(
         if isinstance(gram, Tensor):
             _check("gram", gram, [(in_features, in_features)])
         root = GramRoot.of(gram) if isinstance(gram, Tensor) else gram
-        inputs = None if root is None else root.rows.to(exact)
+        inputs = None if root is None else root.rows.to(exact, copy=True)
     if output_gram is not None:
         _check("output_gram", output_gram, [(out_features, out_features), (out_features,)])
         metric = (torch.diag(output_gram) if output_gram.ndim == 1 else output_gram).to(exact)
@@ -131,7 +131,7 @@ def make_objective(
             outputs = root.rows.mT
     size = norm(Objective(exact, inputs, outputs).targets) / math.sqrt(exact.numel()) or 1.0
     if inputs is not None:
-        inputs = inputs / size
+        inputs.div_(size)  # in place: a wide layer's is the largest matrix of its fit
     elif outputs is not None:
         outputs = outputs / size
     return Objective(exact, inputs, outputs), scale
