@@ -57,10 +57,7 @@ class Found:
 
 
 def find(model: nn.Module, config: Compression, data: Data, checks: bool, meta: bool = False) -> Found:
-    """Find the targets and what each gets; `checks` tells whether batches for checks from end to end are known.
-
-    With `meta`, weights on the meta device are targets too: for plans of sizes that need no values.
-    """
+    """Find the targets (for plans also on `meta`) and what each gets; `checks`: whether held-back batches are known."""
     targets = find_targets(model, tied=config.tied, meta=meta)
     choices = choose(config, targets, last_target(model, targets))
     data = replace(data, shrinkage=config.shrinkage)

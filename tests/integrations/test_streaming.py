@@ -174,8 +174,7 @@ def test_a_killed_run_goes_on_and_does_no_layer_again(calibrated, tmp_path, monk
         left[0] = point
         try:
             streaming.stream_folder(str(source), tmp_path / "small", config, batches=given)
-        except (KilledError, CheckpointError) as error:
-            assert point, error
+        except KilledError:
             assert not (tmp_path / "small").exists()
         else:
             break
