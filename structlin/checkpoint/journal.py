@@ -39,17 +39,21 @@ class Journal:
         self.target = target.resolve()
         self.folder = _sibling(self.target, "unfinished")
         self.shards, self.path = self.folder / "model", self.folder / JOURNAL
+        self.about = about
         lines = self._lines() if self.shards.is_dir() else []
-        if not lines:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.shards.mkdir(parents=True)
-            self._append(about)
-        elif lines[0] != json.loads(json.dumps(about)):
+        if lines[1:] and lines[0] != json.loads(json.dumps(about)):
             raise CheckpointError(
                 f"{self.folder} holds unfinished work of another model, text or setting; go on with these, or delete it"
             )
         self.records: list[dict[str, Any]] = lines[1:]
         check_hashes(self.shards, {record["shard"]: record["sha256"] for record in self.records})
+
+    def begin(self) -> None:
+        """Make the folder, unless it holds finished parts."""
+        if not self.records:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.shards.mkdir(parents=True)
+            self._append(self.about)
 
     def add(self, shard: str, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Write a shard, then the line that makes it count.

@@ -92,6 +92,7 @@ def compress_stream(
         work = _Work(model, config, data, read, journal, chains, choices, device, advance)
         if REST not in work.done:
             work.look()
+        journal.begin()
         shards = 0
         for number, position, members in pieces:
             shards += number is not None
