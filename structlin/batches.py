@@ -51,6 +51,17 @@ def to_device(value: Any, device: torch.device | None) -> Any:
     return value
 
 
+def cast_to(value: Any, like: Tensor) -> Any:
+    """Move tensors of nested mappings, tuples and lists to the device of another, floating ones to its dtype too."""
+    if isinstance(value, Tensor):
+        return value.to(like) if value.is_floating_point() else value.to(like.device)
+    if isinstance(value, Mapping):
+        return {key: cast_to(item, like) for key, item in value.items()}
+    if isinstance(value, tuple | list) and not hasattr(value, "_fields"):
+        return type(value)(cast_to(item, like) for item in value)
+    return value
+
+
 def copied(value: Any) -> Any:
     """Copy the tensors of nested mappings, tuples and lists, for a model that may write into its batch."""
     if isinstance(value, Tensor):

@@ -77,6 +77,7 @@ def _stream(given: argparse.Namespace, config: Compression) -> None:
     report = streaming.stream_folder(
         given.model, Path(given.output), config, batches=_calibration(given) or (),
         dtype=DTYPES.get(given.dtype), device=given.device,
+        run_dtype=DTYPES.get(given.run_dtype),
     )  # fmt: skip
     print(report.to_json() if given.json else f"{report}\nwritten to {given.output}")
 
@@ -187,6 +188,7 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument(
                 "--stream", action="store_true", help="open one block at a time; goes on where it stopped"
             )
+            added.add_argument("--run-dtype", choices=DTYPES, help="with --stream, of each block while it is at work")
         _add_settings(added)
     for name, run, text in (
         ("inspect", _inspect, "Show the structured layers of a compressed folder."),

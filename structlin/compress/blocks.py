@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structlin.batches import device_of, to_device
+from structlin.batches import cast_to
 from structlin.compress.patched import Pass, Patched, Run, model_passes, without_cache
 from structlin.compress.targets import Target
 
@@ -127,9 +127,9 @@ class _Call:
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         args, kwargs = list(self.args), dict(self.kwargs)
-        device = device_of(block)
-        if device is not None and device != hidden.device:  # blocks of a streamed model visit an accelerator
-            args, kwargs, hidden = to_device(args, device), to_device(kwargs, device), hidden.to(device)
+        like = next(block.parameters(), hidden)
+        if (like.device, like.dtype) != (hidden.device, hidden.dtype):  # a block of a streamed model, opened elsewhere
+            args, kwargs, hidden = cast_to(args, like), cast_to(kwargs, like), hidden.to(like)
         if isinstance(self.key, int):
             args[self.key] = hidden
         else:

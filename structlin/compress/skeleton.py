@@ -94,12 +94,14 @@ class StandIns:
         answers: dict[nn.Module, nn.Module] = {}
         handles = []
         for number, chain in enumerate(self.chains):
-            if has_values(chain[0][1]):
+            # What is beside hidden states may depend on the batch; where nothing is, blocks need not run again.
+            runs = has_values(chain[0][1]) and bool(self.beside.get(number, True))
+            if runs:
                 handles.append(chain[0][1].register_forward_hook(partial(self._note, number)))
             for position, (_, block) in enumerate(chain):
                 last = position == len(chain) - 1 and number in self.ends
                 end = self.ends[number][behind][batch] if last else None
-                if position or not has_values(block):
+                if position or not runs:
                     answers[block] = _StandIn(partial(self._answer, number, end))
         try:
             with replaced(answers):
@@ -113,7 +115,9 @@ class StandIns:
 
     def _answer(self, number: int, end: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         states = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
-        hidden = next(states, None) if end is None else end
+        hidden = next(states, None)
+        if end is not None and hidden is not None:
+            hidden = end.to(hidden)
         beside = self.beside[number]
         return hidden if beside is None else (hidden, *beside)
 

@@ -52,6 +52,7 @@ def compress_stream(
     journal: Journal,
     *,
     device: str | None = None,
+    dtype: torch.dtype | None = None,
     progress: bool | None = None,
 ) -> Report:
     """Compress a model part by part into the shards of a journal; parts that it has already are not done again.
@@ -67,6 +68,7 @@ def compress_stream(
         read: returns the stored values of tensors by name.
         journal: where to.
         device: where each block is fitted and run; None is the CPU.
+        dtype: in which it is; None takes that of the model, in which it is stored in any case.
         progress: show a progress bar on stderr (needs tqdm); None shows it on a terminal.
     Returns:
         The report, without a measured quality.
@@ -83,13 +85,14 @@ def compress_stream(
         )
     check_apart(model, chains)
     pieces, covered = split(targets, chains), Coverage.of(model, targets, set())
+    sizes = {target.name: target.linear.weight.element_size() for target in targets}
     if journal.records:
         replace_layers(model, _table(model, journal))
     total = sum(number is not None for number, _, _ in pieces) + 1
     bar = progress_bar("compress", "layer", len(targets), progress)
     with torch.inference_mode(False), torch.no_grad(), without_cache(model), bar as advance:
         advance(sum(len(found["rows"]) for found in journal.records))
-        work = _Work(model, config, data, read, journal, chains, choices, device, advance)
+        work = _Work(model, config, data, read, journal, chains, choices, device, dtype, advance)
         if REST not in work.done:
             work.look()
         journal.begin()
@@ -103,7 +106,7 @@ def compress_stream(
         if REST not in work.done:
             model = work.rest(f"model-{total:05d}-of-{total:05d}.safetensors")
     swap_modules(model, {})  # tells integrations that layers were swapped
-    return _report(model, config, targets, covered, journal)
+    return _report(model, config, targets, sizes, covered, journal)
 
 
 class _Work:
@@ -111,10 +114,11 @@ class _Work:
 
     def __init__(
         self, model: nn.Module, config: Compression, data: Data, read: Read, journal: Journal,
-        chains: Sequence[Chain], choices: Choices, device: str | None, advance: Callable[..., None],
+        chains: Sequence[Chain], choices: Choices, device: str | None, dtype: torch.dtype | None,
+        advance: Callable[..., None],
     ) -> None:  # fmt: skip
         self.model, self.config, self.source, self.journal, self.chains = model, config, read, journal, chains
-        self.choices, self.device, self.advance = choices, device, advance
+        self.choices, self.device, self.dtype, self.advance = choices, device, dtype, advance
         self.data = replace(data, shrinkage=config.shrinkage)
         self.done = {found["part"]: found for found in journal.records}
         self.masks = masks_of(config.mask, data.batches)
@@ -148,8 +152,8 @@ class _Work:
         if self.data.batches and (self.stream is None or self.stream.chain is not self.chains[number]):
             self._start(number, position)
         fill(slots_in(name, block), self.read)
-        if self.device is not None:
-            block.to(self.device)
+        stored = next((p.dtype for p in block.parameters() if p.is_floating_point()), None)
+        block.to(device=self.device, dtype=self.dtype)
         fresh = self._targets(members)
         patched = Patched(self.model, {**openings(fresh), **self.outer.opened}, dict(self.outer.swaps))
         passes: tuple[Pass, ...] = ()
@@ -165,9 +169,12 @@ class _Work:
         for parameter, value in patched.values.items():
             parameter.copy_(value)
         inner = {old: new for outcome in outcomes for old, new in outcome.modules.items()}
+        dense = slots_in(name, block)  # the targets keep what is swapped out
         swap_modules(block, assemble(inner, fresh))
+        if self.dtype is not None:
+            block.to(dtype=stored)
         self._store(name, slots_in(name, block), shard, outcomes, table_of(block, name), blocks, states)
-        empty(slots_in(name, block))
+        empty([*dense, *slots_in(name, block)])
         for path in self.journal.folder.glob(f"states-{number}-*"):
             if path.name != states:
                 path.unlink()
@@ -294,9 +301,11 @@ def _table(model: nn.Module, journal: Journal) -> Checkpoint:
 
 
 def _report(
-    model: nn.Module, config: Compression, targets: Sequence[Target], covered: Coverage, journal: Journal
+    model: nn.Module, config: Compression, targets: Sequence[Target], sizes: Mapping[str, int], covered: Coverage,
+    journal: Journal,
 ) -> Report:  # fmt: skip
-    rows = {row["name"]: LayerReport(**row) for found in journal.records for row in found["rows"]}
+    written_rows = [row for found in journal.records for row in found["rows"]]
+    rows = {row["name"]: LayerReport(**{**row, "itemsize": sizes[row["name"]]}) for row in written_rows}
     blocks = tuple(BlockReport(**block) for found in journal.records for block in found["blocks"])
     compressed = sum(size for t in targets if rows[t.name].structure for _, size in t.pieces())
     covered = replace(covered, compressed=compressed, skipped=covered.skipped - compressed)

@@ -38,6 +38,7 @@ def stream_folder(
     batches: Sequence[Any] = (),
     dtype: torch.dtype | None = None,
     device: str | None = None,
+    run_dtype: torch.dtype | None = None,
     progress: bool | None = None,
 ) -> Report:
     """Compress a folder of safetensors into a new one, block by block; unfinished work is gone on with.
@@ -49,6 +50,7 @@ def stream_folder(
         batches: of calibration.
         dtype: of the weights; None keeps the stored one.
         device: where blocks are fitted and run.
+        run_dtype: in which they are; they are stored in `dtype` in any case.
         progress: as in `compress_model`.
     Raises:
         ValueError: if a setting needs the whole model, or the model has no chain of blocks.
@@ -58,7 +60,8 @@ def stream_folder(
     folder = readable(Path(source))
     model, places = open_skeleton(folder, dtype)
     about = {
-        "work": 1, "config": config.to_record(), "dtype": str(model.dtype), "batches": _digest(batches),
+        "work": 1, "config": config.to_record(), "dtypes": [str(model.dtype), str(run_dtype)],
+        "batches": _digest(batches),
         "files": {s: (folder / s).stat().st_size for s in sorted({stored.shard for stored in places.values()})},
     }  # fmt: skip
 
@@ -68,7 +71,7 @@ def stream_folder(
 
     journal = Journal(target, about)
     data = Data(batches=tuple(batches))
-    report = compress_stream(model, config, data, read, journal, device=device, progress=progress)
+    report = compress_stream(model, config, data, read, journal, device=device, dtype=run_dtype, progress=progress)
     copy_others(str(folder), journal.shards)
     _write_config(model, journal.shards)
     if any(row.structure for row in report.layers):

@@ -124,6 +124,27 @@ def test_blocks_are_refined(tmp_path):
     assert not torch.equal(norm, torch.ones(32))
 
 
+def test_blocks_of_half_precision_run_in_float32(tmp_path):
+    model = llama(dtype="bfloat16").bfloat16()
+    source = folder_of(model, tmp_path / "dense")
+    config = Compression("lowrank", ratio=0.5)
+    report = streaming.stream_folder(
+        str(source), tmp_path / "small", config, batches=batches(), run_dtype=torch.float32
+    )
+    assert all(tensor.dtype == torch.bfloat16 for tensor in tensors(tmp_path / "small").values() if tensor.ndim > 1)
+    loaded = type(model).from_pretrained(tmp_path / "small").eval()
+    assert loaded.dtype == torch.bfloat16
+    assert report.bytes_after == 2 * loaded.num_parameters()
+    wide = llama()
+    wide.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
+    expected = structlin.compress_model(
+        wide, "lowrank", ratio=0.5, calibration=batches(), validation=[], output_metric=False, allocation="uniform",
+        block_epochs=0,
+    )  # fmt: skip
+    for ours, theirs in zip(report.layers, expected.layers, strict=True):
+        assert (ours.output_error or 0) == pytest.approx(theirs.output_error or 0, rel=0.02)
+
+
 def test_an_encoder_and_a_decoder_are_two_chains(tmp_path):
     config = transformers.T5Config(
         vocab_size=40, d_model=32, d_kv=8, d_ff=64, num_layers=3, num_heads=4, decoder_start_token_id=0
