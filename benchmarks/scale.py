@@ -7,8 +7,8 @@ Models: "1B" has 16 blocks of width 2048, "3B" 26 of width 3072 (both bfloat16, 
 rank at .5 with calibration on 8 x 512 tokens (random letters), 3B without. "kills" is 16 blocks of width 256, killed
 ten times by SIGKILL after times drawn at random, and compared with a run that was not. "plan" plans Llama 70 B on the
 meta device. Each runs in a process of its own; peak is its largest resident set, and the bar 4 x the largest linear map
-in float32 + 1.5 GiB. Folders are made in --work and deleted. Blocks run and are fitted in float32 (--run-dtype):
-bfloat16 products are slow on CPUs without units for them. Stores results/scale.jsonl and .md; rows of other models stay.
+in float32 + 1.5 GiB. Folders are made in --work and deleted. Blocks run and are fitted in float32 (--run-dtype), since
+bfloat16 is slow on CPUs without units for it. Stores results/scale.jsonl and .md; rows of other models stay.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def measure(name: str, work: Path) -> dict[str, Any]:
     steps = [b - a for a, b in itertools.pairwise(times)]
     parameters = VOCABULARY * width * 2 + blocks * (16 * width**2 + 2 * width) + width
     row = {
-        "model": name, "parameters": parameters, "seconds": times[-1], 
+        "model": name, "parameters": parameters, "seconds": times[-1],
         "calibration": f"{samples} x 512" if samples else "none",
         "first_block": steps[1], "last_block": steps[blocks], "peak": peak, "steps": steps,
         "bar": 4 * max(VOCABULARY * width, 4 * width**2) * 4 / 2**20 + 1536,

@@ -61,8 +61,7 @@ def _compress(given: argparse.Namespace) -> None:
     structure: Any = given.structure
     if "layers" in settings["rules"]:
         structure, settings = CompressionPlan.from_record(settings["rules"]), {}
-    if given.block_epochs is not None:
-        settings["block_epochs"] = given.block_epochs
+    settings |= {n: v for n in ("block_epochs", "blocks") if (v := getattr(given, n)) is not None}
     if given.stream or (given.device is None and _is_large(given.model)):
         _stream(given, with_settings(structure, settings, "structlin compress"))
         return
@@ -188,6 +187,7 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument(
                 "--stream", action="store_true", help="open one block at a time; goes on where it stopped"
             )
+            added.add_argument("--blocks", nargs="*", metavar="PATTERN", help="the model's blocks; default: found")
             added.add_argument("--run-dtype", choices=DTYPES, help="with --stream, of each block while it is at work")
         _add_settings(added)
     for name, run, text in (
