@@ -5,7 +5,7 @@
 
 Models: "1B" has 16 blocks of width 2048, "3B" 26 of width 3072 (both bfloat16, 32,000 tokens). 1B is compressed by low
 rank at .5 with calibration on 8 x 512 tokens (random letters), 3B without. "kills" is 16 blocks of width 256, killed
-ten times by SIGKILL after times drawn at random, and compared with a run that was not. "plan" plans Llama 70 B on the
+ten times by SIGKILL at random points, and compared with a run that was not. "plan" plans Llama 70 B on the
 meta device. Each runs in a process of its own; peak is its largest resident set, and the bar 4 x the largest linear map
 in float32 + 1.5 GiB. Folders are made in --work and deleted. Blocks run and are fitted in float32 (--run-dtype), since
 bfloat16 is slow on CPUs without units for it. Stores results/scale.jsonl and .md; rows of other models stay.
@@ -40,7 +40,7 @@ NAME = "scale"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
 VOCABULARY = 32_000
 SIZES = {  # width, blocks, calibration samples
-    "1B": (2048, 16, 8), "1B, 2 blocks": (2048, 2, 8), "1B, 4 blocks": (2048, 4, 8), "3B": (3072, 26, 0),
+    "1B": (2048, 16, 8), "1B, 2 blocks": (2048, 2, 1), "3B": (3072, 26, 0),
     "3B, 2 blocks": (3072, 2, 0), "kills": (256, 16, 2),
 }  # fmt: skip
 KILLS = 10
@@ -91,37 +91,52 @@ def hashes(folder: Path) -> dict[str, str]:
 
 def watched(arguments: Sequence[str], target: Path) -> tuple[list[float], float]:
     """Run a command; return when each part was finished (seconds), and the peak resident set in MiB."""
-    journal = target.with_name(f".{target.name}.structlin-unfinished") / "journal.jsonl"
+    journal = journal_of(target)
     start, times, peak = time.perf_counter(), [0.0], 0.0
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
     while process.poll() is None:
         time.sleep(0.2)
         status = Path(f"/proc/{process.pid}/status").read_text().partition("VmHWM:")[2].split()
         peak = max(peak, int(status[0]) / 1024 if status else 0.0)
-        lines = journal.read_text().count("\n") if journal.exists() else 0
-        while len(times) < lines:
+        while len(times) < lines_of(journal):
             times.append(time.perf_counter() - start)
     if process.returncode:
         raise SystemExit(f"{arguments} failed")
     return [*times, time.perf_counter() - start], peak
 
 
-def killed(arguments: Sequence[str], seconds: float) -> int:
-    """Run a command to its end, and kill it on the way ten times, spread over so many seconds; return the kills."""
+def killed(arguments: Sequence[str], target: Path, seconds: float) -> int:
+    """Run a command to its end, and kill it ten times on the way, within so many seconds of a part; return the kills."""
+    journal = journal_of(target)
     random.seed(0)
     count = 0
     while True:
+        before = lines_of(journal)
         process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
-        try:
-            process.wait(random.uniform(0.5, 1.5) * seconds if count < KILLS else None)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            count += 1
-        else:
-            if process.returncode:
-                raise SystemExit(f"{arguments} failed")
+        while process.poll() is None:
+            time.sleep(0.02)
+            if count < KILLS and lines_of(journal) > max(before, 1):
+                time.sleep(random.uniform(0, 0.8 * seconds))
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+        if process.returncode == 0:
             return count
+        if process.returncode != -signal.SIGKILL:
+            raise SystemExit(f"{arguments} failed")
+        count += 1
+
+
+def journal_of(target: Path) -> Path:
+    """Return the journal of unfinished work."""
+    return target.with_name(f".{target.name}.structlin-unfinished") / "journal.jsonl"
+
+
+def lines_of(journal: Path) -> int:
+    """Count lines; the work may end meanwhile."""
+    try:
+        return journal.read_text().count("\n")
+    except OSError:
+        return 0
 
 
 def measure(name: str, work: Path) -> dict[str, Any]:
@@ -146,8 +161,7 @@ def measure(name: str, work: Path) -> dict[str, Any]:
     if name == "kills":
         expected = hashes(target)
         shutil.rmtree(target)
-        start_up = times[2] - steps[2]
-        row["kills"] = killed(command(source, target, samples), start_up + (times[-1] - start_up) / KILLS)
+        row["kills"] = killed(command(source, target, samples), target, steps[2])
         row["same"] = "yes" if hashes(target) == expected else "no"
     shutil.rmtree(source)
     shutil.rmtree(target)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from structlin.batches import cast_to
+from structlin.compress.observe import run_until
 from structlin.compress.patched import Pass, Patched, Run, model_passes, without_cache
 from structlin.compress.targets import Target
 
@@ -168,14 +169,17 @@ class _Recording:
         self.last = first
 
 
-def record(chain: Chain, go: Run) -> _Recording | None:
-    """Run a model and record the calls of a chain; None if its blocks do not run once each, one after the other."""
+def record(chain: Chain, go: Run, stop: bool = False) -> _Recording | None:
+    """Run a model and record the calls of a chain; None if its blocks do not run once each, one after the other.
+
+    With `stop` the model runs up to the last block only.
+    """
     found, handles = _Recording(), []
     for _, block in chain:
         handles.append(block.register_forward_pre_hook(found.before, with_kwargs=True))
         handles.append(block.register_forward_hook(found.after))
     try:
-        go()
+        run_until(go, {chain[-1][1]: None}, lambda *_: None, stop)
     finally:
         for handle in handles:
             handle.remove()
@@ -202,9 +206,9 @@ class Stream:
         for number, (go, behind) in enumerate(zip(runs, drifted or runs, strict=True)):
             with torch.no_grad():
                 with patched.dense():
-                    dense = record(chain, go)
+                    dense = record(chain, go, stop=True)
                 with patched.changed():
-                    moved = record(chain, behind)
+                    moved = record(chain, behind, stop=True)
             if dense is None or moved is None:
                 raise ValueError(
                     f"blocks {chain[0][0]!r} to {chain[-1][0]!r} run one after the other in the first batch, but not "

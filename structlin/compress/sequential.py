@@ -43,19 +43,23 @@ def shifted(
         The weight to approximate and the square root of G by name; the weight in float32 or wider.
     """
     statistics = collect_behind(group, passes)
+    grams, changes = statistics.grams, dict[str, Tensor]()
+    for target in group:
+        gram, cross = grams[target.name], statistics.cross_grams[target.name]
+        changes[target.name] = (cross - gram).mH @ target.linear.weight.detach().to(gram.dtype).mH  # (in, out)
+    del statistics, cross  # a wide layer's are large
     found: dict[str, Aim] = {}
     factors: dict[int, tuple[Tensor, GramRoot]] = {}  # by the Gram, which layers share
     for target in group:
-        weight, gram = target.linear.weight.detach(), statistics.grams[target.name]
-        if not statistics.tokens[target.name] or gram.diagonal().real.mean() <= 0:
+        weight, gram = target.linear.weight.detach(), grams[target.name]
+        if gram.diagonal().real.mean() <= 0:
             found[target.name] = weight, None
             continue
         wide = torch.promote_types(weight.dtype, torch.float32)
-        change = (statistics.cross_grams[target.name] - gram).mH @ weight.to(gram.dtype).mH  # (in, out)
         if id(gram) not in factors:
             factors[id(gram)] = _factor(gram, shrinkage)
         factor, root = factors[id(gram)]
-        shift = torch.cholesky_solve(change.to(factor.dtype), factor).mH.to(wide)
+        shift = torch.cholesky_solve(changes[target.name].to(factor.dtype), factor).mH.to(wide)
         found[target.name] = weight.to(wide) + towards * shift, root
     return found
 
@@ -65,7 +69,7 @@ def _factor(gram: Tensor, shrinkage: float) -> tuple[Tensor, GramRoot]:
     shrunken = gram.to(torch.promote_types(gram.dtype, torch.float64), copy=True)
     shrunken.diagonal().add_(shrinkage * shrunken.diagonal().real.mean())
     mean = shrunken.diagonal().real.mean()
-    factor = torch.linalg.cholesky(shrunken)
+    factor = torch.linalg.cholesky(shrunken, out=shrunken)
     return factor, GramRoot(factor.mT.to(gram.dtype) / mean.sqrt().to(gram.dtype.to_real()))
 
 
