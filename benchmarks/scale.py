@@ -106,7 +106,7 @@ def watched(arguments: Sequence[str], target: Path) -> tuple[list[float], float]
 
 
 def killed(arguments: Sequence[str], target: Path, seconds: float) -> int:
-    """Run a command to its end, and kill it ten times on the way, within so many seconds of a part; return the kills."""
+    """Run a command to its end, killed ten times on the way, up to so many seconds after a part; return the kills."""
     journal = journal_of(target)
     random.seed(0)
     count = 0
