@@ -47,7 +47,7 @@ KILLS = 10
 SHARED = ("machine", "threads", "python", "torch", "structlin")
 COLUMNS = {
     "model": ("model", ""), "parameters": ("parameters", ","), "calibration": ("calibration", ""),
-    "seconds": ("seconds", ".0f"), "seconds/block, first": ("first_block", ".1f"),
+    "seconds": ("seconds", ".0f"), "seconds/block, second": ("second_block", ".1f"),
     "last": ("last_block", ".1f"), "peak MiB": ("peak", ".0f"), "bar MiB": ("bar", ".0f"), "kills": ("kills", ""),
     "same bytes": ("same", ""), "command": ("command", ""),
 }  # fmt: skip
@@ -155,7 +155,7 @@ def measure(name: str, work: Path) -> dict[str, Any]:
     row = {
         "model": name, "parameters": parameters, "seconds": times[-1],
         "calibration": f"{samples} x 512" if samples else "none",
-        "first_block": steps[1], "last_block": steps[blocks], "peak": peak, "steps": steps,
+        "second_block": steps[1], "last_block": steps[blocks - 1], "peak": peak, "steps": steps,
         "bar": 4 * max(VOCABULARY * width, 4 * width**2) * 4 / 2**20 + 1536,
     }  # fmt: skip
     if name == "kills":
