@@ -212,7 +212,8 @@ def save(folder: Path, name: str, rows: Sequence[dict[str, Any]], about: dict[st
     found = {cell(row): row for row in known} | {cell(row): row for row in rows}
     order = ["dense", *STAGES, HEALED]
     ordered = sorted(found.values(), key=lambda r: (r["calibrated"], -r["ratio"], order.index(r["stage"]), r["seed"]))
-    store(folder, name, f"Ladder of stages: {name.removeprefix('ladder_')}", NOTES, {}, ordered, COLUMNS)
+    store(folder, name, f"Ladder of stages: {name.removeprefix('ladder_')}", NOTES, about, ordered, COLUMNS)
+    path.write_text("".join(json.dumps(row) + "\n" for row in ordered), encoding="utf-8")  # each with its own command
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ SLOPES = (-0.4, -0.2, 0.2, 0.4)  # of the ratio over depth: relative change from
 # (benchmarks/results/structures_tried.md) ...
 EXPONENT = 1.5
 # ... and refinement leaves about this share of it: with all of it, models at .5 and below are so far off that what the
-# outputs do in a trial says nothing about the refined model (benchmarks/results/ladder.md).
+# outputs do in a trial says nothing about the refined model.
 LEFT = 0.25
 
 

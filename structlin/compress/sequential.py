@@ -15,8 +15,8 @@ from structlin.compress.sums import Held, Sums
 from structlin.compress.targets import Target
 from structlin.fitting.objective import GramRoot
 
-# Share of the way from the weight itself to the regression towards the dense outputs, which overfits the calibration
-# text (benchmarks/results/ladder.md).
+# Share of the way from the weight itself to the regression towards the dense outputs, as GPTAQ and PIFA publish it: all
+# of the way overfits the calibration text.
 TOWARDS = 0.25
 
 Aim = tuple[Tensor, GramRoot | None]  # what a fit approximates, and the square root of the Gram of its inputs
