@@ -80,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     train, held_back = sentences[: -SENTENCES // 8], sentences[-SENTENCES // 8 :]
     student = copy.deepcopy(teacher)
     calibration = [{key: value[None] for key, value in sentence.items()} for sentence in train]
-    structlin.compress_model(student, args.structure, ratio=args.ratio, calibration=calibration, progress=False)
+    structlin.compress_model(  # the Trainer does what the refinement of blocks would
+        student, args.structure, ratio=args.ratio, calibration=calibration, block_epochs=0, progress=False
+    )
     before = distance(student, teacher, held_back)
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
