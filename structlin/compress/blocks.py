@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -249,7 +249,7 @@ def parts(
     chains: Sequence[Chain],
     runs: Sequence[Run],
     masks: Sequence[Tensor | None],
-) -> Iterator[Part]:
+) -> Generator[Part, None, None]:
     """Yield the parts of a model in the order in which they run; each is to be compressed before the next is asked for.
 
     Time: for each chain two runs over all batches, and two of each block. What is no chain when the model runs on the

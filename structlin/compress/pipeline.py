@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 
 import torch
@@ -120,8 +121,9 @@ def work(
     screen = only_faster if config.require_speedup else list
     outcomes, blocks = dict[str, Outcome](), list[BlockReport]()
     bar = progress_bar("compress", "layer", len(found.targets), progress)
-    with torch.inference_mode(False), torch.no_grad(), seeded(config.seed), bar as advance:
-        for part in parts(patched, found.targets, chains, runs, masks):
+    pieces = closing(parts(patched, found.targets, chains, runs, masks))  # an error, too, restores what it changed
+    with torch.inference_mode(False), torch.no_grad(), seeded(config.seed), bar as advance, pieces as left:
+        for part in left:
             done = fit_part(part, found.choices, purse, data, config, patched, advance, screen)
             outcomes |= {outcome.target.name: outcome for outcome in done}
             if epochs and part.passes and part.own:
@@ -132,8 +134,7 @@ def work(
 
 def compress(found: Found, evaluate: Evaluate | Evaluator | None, dry_run: bool, progress: bool | None) -> Report:
     """Carry the settings out: steps 2 to 6."""
-    model, targets = found.model, found.targets
-    found = observe(found)
+    found, model, targets = observe(found), found.model, found.targets
     evaluator = Evaluator.of(model, found.data, evaluate)
     patched = Patched(model, openings(targets))
     outcomes, blocks = work(found, divide(found, evaluator), patched, True, progress)

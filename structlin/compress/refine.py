@@ -17,10 +17,9 @@ from structlin.heal.run import Run, Stream, requiring_gradients
 from structlin.layers.factored import Factored
 
 EPOCHS = 10  # passes over the batches
-RATE = 0.03  # peak learning rate, relative to the root mean square entry of a parameter ...
-REACH = (
-    2.0  # ... but at most RATE * REACH times the relative error at the start: what is nearly right needs small steps
-)
+# Peak learning rate, relative to the root mean square entry of a parameter: RATE, but at most RATE * REACH times the
+# relative error at the start. What is nearly right needs small steps.
+RATE, REACH = 0.03, 2.0
 BETAS = (0.9, 0.95)
 LEAST = 1e-3  # root mean square that a parameter of zeros counts as
 HELD_BACK = 10  # one batch in so many tells when to stop
@@ -86,14 +85,15 @@ def refine(
         return _distance(pick(each.drifted())[1], wanted[number], kind, each)
 
     numbers = list(range(len(part.passes)))
-    judges = numbers[HELD_BACK // 2 :: HELD_BACK] or None
-    learning = [n for n in numbers if judges is None or n not in judges]
+    # With few batches the same ones judge: the best weights on them are kept.
+    judges = numbers[HELD_BACK // 2 :: HELD_BACK] or numbers
+    learning = [number for number in numbers if number not in judges] or numbers
     modules = nn.ModuleList([part.module, *layers])
     with requiring_gradients(modules, set(trained.values())), torch.enable_grad():
         options = HealOptions(epochs=epochs, every=len(learning), clip=None)
         stream = Stream(learning, epochs, next(iter(trained.values())).device)
         with torch.no_grad():
-            start = sum(loss(number).item() for number in judges or learning) / len(judges or learning)
+            start = sum(loss(number).item() for number in judges) / len(judges)
         optimizer = _WideAdam(list(trained.values()), RATE * min(1.0, REACH * math.sqrt(start)))
         run = Run(part.module, loss, optimizer, trained, stream, judges, options, epochs * len(learning))
         found = run.run(lambda *_, **__: None)

@@ -168,7 +168,8 @@ class BlockReport:
     Args:
         name: dotted name; empty for the whole model.
         before: distance from the dense block's outputs, behind the compressed layers before it, on batches that the
-            refinement did not learn from: |y' - y|^2 / |y|^2, or the KL divergence of a model's logits.
+            refinement did not learn from, where there are six or more: |y' - y|^2 / |y|^2, or the KL divergence of a
+            model's logits.
         after: the same with the refined parameters.
         steps: optimizer steps.
         seconds: time taken.

@@ -265,6 +265,29 @@ def test_a_dry_run_and_a_failure_change_nothing(monkeypatch):
     assert not any(vars(module).get("forward") for module in model.modules())
 
 
+def test_an_error_restores_the_cache_setting_at_once(monkeypatch):
+    model = Deep(2)
+    model.config = SimpleNamespace(use_cache=True)
+    seen = []
+
+    def fails(*args):
+        seen.append(model.config.use_cache)
+        raise ValueError("here")
+
+    monkeypatch.setattr(pipeline, "fit_part", fails)
+    with pytest.raises(ValueError, match="here") as caught:
+        compress_model(model, "lowrank", ratio=0.5, calibration=batches(6))
+    assert seen == [False]
+    assert model.config.use_cache, caught
+
+
+def test_few_batches_never_end_worse_on_themselves():
+    report = compress_model(
+        Deep(2), "lowrank", ratio=0.5, calibration=batches(3), validation=[], block_epochs=30, **FITS
+    )
+    assert all(block.after <= block.before for block in report.blocks)
+
+
 def test_half_precision_is_refined_in_steps_finer_than_its_own():
     dense, data = Deep(2).bfloat16().eval(), [x.bfloat16() for x in batches(40)]
     model = copy.deepcopy(dense)
