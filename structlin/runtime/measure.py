@@ -17,6 +17,7 @@ from structlin.runtime.machines import name_of, remember, shipped
 from structlin.runtime.planner import CPU, Machine
 
 TOKENS = 256  # enough for the native kernel to work in tiles
+SLOW = 1e10  # FLOP/s; a large bfloat16 product takes seconds on CPUs without units for it
 
 
 def measure_machine(device: torch.device | str = "cpu") -> Machine:
@@ -42,9 +43,13 @@ def measure_machine(device: torch.device | str = "cpu") -> Machine:
 def _measured(device: torch.device, machine: Machine) -> Machine:
     seconds = partial(_seconds, device)
 
-    def rate(dtype: torch.dtype) -> float:
-        a = torch.ones(1024, 1024, device=device, dtype=dtype)
-        return 2 * 1024**3 / seconds(lambda: torch.mm(a, a))
+    def rate(dtype: torch.dtype, size: int = 1024) -> float:
+        a = torch.ones(size, size, device=device, dtype=dtype)
+        return 2 * size**3 / seconds(lambda: torch.mm(a, a))
+
+    half_flops = rate(torch.bfloat16, 128)
+    if half_flops > SLOW:
+        half_flops = rate(torch.bfloat16)
 
     small, near, far = (torch.ones(n, n, device=device) for n in (16, 1024, 8192 if device.type == "cuda" else 4096))
     stack = torch.ones(128, 32, 32, device=device)
@@ -53,7 +58,7 @@ def _measured(device: torch.device, machine: Machine) -> Machine:
     return replace(
         machine,
         flops=rate(torch.float32),
-        half_flops=rate(torch.bfloat16),
+        half_flops=half_flops,
         op=2 * op,  # with the view before it
         half_op=max(0.0, seconds(lambda: torch.mm(half, half)) - op),
         # Matrix times vector reads 4 B per entry; a layout copy reads and writes: 8 B.
