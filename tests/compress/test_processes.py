@@ -14,7 +14,7 @@ import structlin
 from structlin import Compression, collect_statistics, compress_model, plan_compression
 from structlin.compress import fit_layers, pipeline, speed
 from structlin.compress.data import Data
-from structlin.compress.processes import dealt, gathered, ranks, shared, spread, together
+from structlin.compress.processes import dealt, follow, gathered, ranks, shared, spread, together
 from structlin.compress.report import Quality
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo by TCP is tried on POSIX only")
@@ -37,14 +37,14 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """Blocks, and a head that most batches go through."""
+    """Blocks, a head that comes before another layer in the list of modules but last in a run, and that layer."""
 
     def __init__(self, blocks=2, size=16):
         super().__init__()
         torch.manual_seed(0)
         self.layers = nn.ModuleList(Block(size) for _ in range(blocks))
-        self.rare = nn.Linear(size, size)
         self.head = nn.Linear(size, 12)
+        self.rare = nn.Linear(size, size)
 
     def forward(self, x, way="often"):
         for layer in self.layers:
@@ -179,6 +179,9 @@ def primitives(folder):
     assert [item for _, item in shares] == list("abcde")
     assert [owner for owner, _ in shares] == [1, 0, 1, 1, 0]
     assert spread(list, [], []) == []
+    halves = torch.full((2,), rank + 0.5, dtype=torch.bfloat16)
+    follow([halves])
+    assert halves.tolist() == [0.5, 0.5]
 
     def odd():
         if rank == 1:
