@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from structlin.compress.statistics import Statistics
 
@@ -98,7 +99,7 @@ def check_same(model: nn.Module, batches: Any) -> None:
     """
     if ranks()[1] == 1:
         return
-    first, *others = gathered(lambda: [_digest(model.state_dict()), _digest(batches)])
+    first, *others = gathered(lambda: [_digest(list(model.parameters())), _digest(batches)])
     for rank, other in enumerate(others, 1):
         for what, ours, theirs in zip(("another model", "other batches"), first, other, strict=True):
             if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=1e-6, atol=0, equal_nan=True):
@@ -110,7 +111,7 @@ def check_same(model: nn.Module, batches: Any) -> None:
 
 def _digest(value: Any) -> Tensor:
     """Return the size and the norm of the first entries of each tensor in nested mappings, tuples and lists."""
-    starts = [(t.numel(), t.detach().flatten()[:_ENTRIES]) for t in _tensors(value) if not t.is_meta]
+    starts = [(t.numel(), t.detach().flatten()[:_ENTRIES]) for t in _tensors(value) if not (t.is_meta or is_lazy(t))]
     norms = [(n, torch.linalg.vector_norm(s.to(torch.complex128)).item()) for n, s in starts]
     return torch.tensor(norms, dtype=torch.float64)
 
@@ -129,17 +130,22 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 def _tried(work: Callable[[], R]) -> tuple[R | Exception, bytes]:
     """Return the result or the error of work, and the same for other ranks."""
     try:
-        own: R | Exception = work()
+        own = work()
+        return own, _packed(False, own)
     except Exception as error:
         try:
-            own = error
             pickle.loads(pickle.dumps(error))
+            return error, _packed(True, error)
         except Exception:  # every rank is to raise the same
-            own = RuntimeError(f"{type(error).__name__}: {error}")
-            own.__cause__ = error
+            plain = RuntimeError(f"{type(error).__name__}: {error}")
+            plain.__cause__ = error
+            return plain, _packed(True, plain)
+
+
+def _packed(failed: bool, value: Any) -> bytes:
     buffer = io.BytesIO()
-    torch.save((isinstance(own, Exception), own), buffer)
-    return own, buffer.getvalue()
+    torch.save((failed, value), buffer)
+    return buffer.getvalue()
 
 
 def _opened(packed: bytes, own: Any) -> Any:

@@ -190,6 +190,8 @@ def primitives(folder):
     for call in (gathered, together):
         with pytest.raises(RuntimeError, match="OddError: of rank 1"):
             call(odd)
+    with pytest.raises(Exception, match="pickle"):
+        gathered(lambda: odd if rank == 1 else None)
     with pytest.raises(KeyError, match="of rank 0"):
         shared(lambda: {}["of rank 0"])
 
