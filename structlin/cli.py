@@ -9,17 +9,23 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from structlin.checkpoint import CheckpointError, verify
 from structlin.compress import Compression, CompressionPlan, compress_model, plan_compression, to_dense_
 from structlin.compress.config import ALLOCATIONS, with_settings
+from structlin.compress.processes import ranks, shared
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 REFUSED = (ValueError, TypeError, OSError, RuntimeError, CheckpointError, ImportError)
@@ -54,6 +60,11 @@ def _plan(given: argparse.Namespace) -> None:
 
 
 def _compress(given: argparse.Namespace) -> None:
+    with _process_group(given):
+        _compress_here(given)
+
+
+def _compress_here(given: argparse.Namespace) -> None:
     folders = _folders()
     target = Path(given.output)
     folders.check_free(target)  # before the work, not after it
@@ -62,13 +73,34 @@ def _compress(given: argparse.Namespace) -> None:
     if "layers" in settings["rules"]:
         structure, settings = CompressionPlan.from_record(settings["rules"]), {}
     settings |= {n: v for n in ("block_epochs", "blocks") if (v := getattr(given, n)) is not None}
-    if given.stream or (given.device is None and _is_large(given.model)):
+    if given.stream or (given.device is None and shared(lambda: _is_large(given.model))):
         _stream(given, with_settings(structure, settings, "structlin compress"))
         return
     model = folders.load_model(given.model, dtype=DTYPES.get(given.dtype), device=given.device)
     report = compress_model(model, structure, calibration=_calibration(given), **settings)
-    folders.save_folder(report.model, given.model, target, report)
-    print(report.to_json() if given.json else f"{report}\nwritten to {target}")
+    shared(lambda: folders.save_folder(report.model, given.model, target, report))
+    if ranks()[0] == 0:
+        print(report.to_json() if given.json else f"{report}\nwritten to {target}")
+
+
+@contextmanager
+def _process_group(given: argparse.Namespace) -> Iterator[None]:
+    """Join the processes that torchrun started, if it did: each has its own device, and the first one speaks."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        yield
+        return
+    cuda = torch.device(given.device or "cpu").type == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        given.device = "cuda"
+    # The fits of one rank may take long; torchrun sees to it that none waits for one that has ended.
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(days=1))
+    try:
+        if ranks()[0]:
+            warnings.simplefilter("ignore")
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def _stream(given: argparse.Namespace, config: Compression) -> None:

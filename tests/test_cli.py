@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 transformers = pytest.importorskip("transformers")
 
@@ -98,3 +101,26 @@ def test_refusals_exit_with_1_and_say_why(arguments, message, source, tmp_path, 
 def test_wrong_usage_exits_with_2():
     found = subprocess.run([sys.executable, "-m", "structlin.cli", "compress"], capture_output=True, check=False)
     assert found.returncode == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo is tried on POSIX only")
+def test_torchrun_writes_the_folder_of_one_process(source, tmp_path, capsys):
+    one, two = tmp_path / "one", tmp_path / "two"
+    settings = ["--structure", "lowrank", "--ratio", "0.5", "--block-epochs", "1", *texts(source)]
+    assert main(["compress", str(source), str(one), *settings]) == 0
+    alone = capsys.readouterr().out
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "structlin.cli"]
+    command = [sys.executable, *launch, "compress", str(source), str(two), *settings]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    together = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert together.returncode == 0, together.stderr
+    seconds = re.compile(r"\d+\.\d+( s)?$", re.MULTILINE)
+    printed = [seconds.sub("", text.replace(str(to), "")) for text, to in ((alone, one), (together.stdout, two))]
+    assert printed[0] == printed[1]
+    assert "cosine" in printed[0]
+    assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in two.iterdir())
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, two))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, atol=1e-6, rtol=1e-6, equal_nan=True)

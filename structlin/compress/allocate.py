@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from structlin.compress.data import Data
+from structlin.compress.processes import shared, spread
 from structlin.compress.targets import Target
 from structlin.fitting.objective import Objective, make_objective
 
@@ -58,7 +59,8 @@ def allocate(shares: Sequence[Share], data: Data, distance: Distance) -> dict[st
     The first of the best trials wins, so that no division is taken that moves the outputs more than the given one.
 
     Time: a forward pass over the held-back batches for each of at most seven trials, and one eigenproblem for each
-    layer's smaller side. Source: LEMS, for trials from end to end and for layers that stay dense.
+    layer's smaller side; ranks share the trials. Source: LEMS, for trials from end to end and for layers that stay
+    dense.
 
     Args:
         shares: the layers and their ratios, in the order in which they run.
@@ -79,7 +81,9 @@ def allocate(shares: Sequence[Share], data: Data, distance: Distance) -> dict[st
         answers = [curves[share.name].answers(ratios[share.name]) for share in shares]
         return distance({old: new for each in answers for old, new in each.items()})
 
-    return min(_divisions(shares, curves, data, given), key=moved)
+    divisions = shared(lambda: list(_divisions(shares, curves, data, given)))
+    distances = spread(lambda mine: map(moved, mine), divisions, [1.0] * len(divisions))
+    return divisions[min(range(len(divisions)), key=distances.__getitem__)]
 
 
 def _divisions(

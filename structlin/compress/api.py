@@ -14,6 +14,7 @@ from structlin.compress.data import Data
 from structlin.compress.evaluate import Evaluate, Evaluator
 from structlin.compress.patched import Patched
 from structlin.compress.plan import CompressionPlan
+from structlin.compress.processes import check_same
 from structlin.compress.report import Report
 from structlin.compress.statistics import Statistics
 from structlin.compress.targets import openings
@@ -38,6 +39,9 @@ def compress_model(
     All layers are fitted before any is swapped: on an error the model is as it was. Biases, dtype, device,
     `requires_grad`, the training flag and forward and backward hooks are kept. A module reachable under several names
     stays one module; layers that share a weight share its factors. Fits run on as many threads as torch has.
+
+    Where torch.distributed is initialised, every rank must call this with the same model and all batches: work is
+    shared, and every rank's model and report become those of a single process.
 
     Args:
         model: any module.
@@ -69,6 +73,7 @@ def compress_model(
     if isinstance(evaluate, Evaluator):
         validation = ()
     data = Data.gather(calibration, validation, forward, config.held_back)
+    check_same(model, (data.batches, data.held_back))
     checks = bool(evaluate.batches if isinstance(evaluate, Evaluator) else data.held_back)
     return pipeline.compress(pipeline.find(model, config, data, checks), evaluate, dry_run, progress)
 
@@ -114,6 +119,7 @@ def plan_compression(
     check_model(model)
     config = with_settings(structure, settings, "plan_compression")
     data = Data.gather(calibration, validation, forward, config.held_back)
+    check_same(model, (data.batches, data.held_back))
     found = pipeline.observe(pipeline.find(model, config, data, bool(data.held_back), meta=True))
     ratios = pipeline.divide(found, Evaluator.of(model, found.data, None))
     patched = Patched(model, openings(found.targets))

@@ -13,15 +13,17 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from structlin.batches import Forward, copied, device_of, evaluating, run, to_device
-from structlin.compress.config import Mask, check_mask
+from structlin.compress.config import Compression, Mask, check_mask
 from structlin.compress.data import Data
 from structlin.compress.gradients import add_gradients, sampled_loss, through, watch
 from structlin.compress.observe import OutputSearch, hooked, replaced
 from structlin.compress.patched import Pass, Patched, model_passes, model_runs
+from structlin.compress.processes import dealt, shared, summed
 from structlin.compress.sequential import collect_behind
 from structlin.compress.statistics import Statistics
-from structlin.compress.sums import Sums, scalar, zeros
+from structlin.compress.sums import Sums, scalar, sum_dtype, zeros
 from structlin.compress.targets import Target, find_targets, module_names, openings
+from structlin.compress.workers import seeded
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -44,6 +46,7 @@ class Collecting:
         tied: "skip" or "replace", as in `Compression`.
         clip: limit on the norm of a token's output gradient in multiples of the batch's mean, and the reciprocal of the
             least one; None takes all gradients as they are.
+        exact: see `Sums`.
     Raises:
         ValueError: if an option is out of range.
     """
@@ -53,6 +56,7 @@ class Collecting:
     mask: Mask = "auto"
     tied: str = "skip"
     clip: float | None = None
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in (torch.float32, torch.float64):
@@ -131,7 +135,7 @@ def collect(
     """
     leaves = [(leaf, keys_of(target)) for target in targets for leaf in target.leaves]
     opened = openings(targets)
-    sums, output_grams = Sums(how.dtype), {}
+    sums, output_grams = Sums(how.dtype, how.exact), {}
     with (
         evaluating(model, *opened.values()),
         replaced(opened),
@@ -140,7 +144,9 @@ def collect(
     ):
         if loss is not None:
             output_grams = {
-                name: zeros(t, size, how.dtype, how.diagonal(size))
+                name: zeros(
+                    t, size, sum_dtype(how.dtype, 1 if how.diagonal(size) else size, how.exact), how.diagonal(size)
+                )
                 for t in targets
                 for size in (t.linear.out_features,)
                 for name in t.parts
@@ -158,7 +164,7 @@ def collect(
                 search.settle(result)
             sums.settle()
             if loss is not None:
-                add_gradients(output_grams, outputs, loss(result, batch), keep, how.clip)
+                add_gradients(output_grams, outputs, loss(result, batch), keep, how.dtype, how.clip)
         (grams,), tokens = sums.result(targets, 1)
     return Statistics(grams, tokens, output_grams)
 
@@ -257,7 +263,7 @@ def collect_shifted(
 def collect_passes(targets: Sequence[Target], passes: Sequence[Pass], how: Collecting) -> Statistics:
     """Collect the input Grams of targets in the part of the model that the passes run, on its dense inputs."""
     leaves = [(leaf, keys_of(target)) for target in targets for leaf in target.leaves]
-    sums = Sums(how.dtype)
+    sums = Sums(how.dtype, how.exact)
     for each in passes:
         with hooked(leaves, partial(sums.add, keep=each.keep)):
             each.dense()
@@ -267,21 +273,33 @@ def collect_passes(targets: Sequence[Target], passes: Sequence[Pass], how: Colle
 
 
 def both_sides(
-    model: nn.Module, targets: Sequence[Target], data: Data, mask: Mask, metric: bool, search: OutputSearch
+    model: nn.Module, targets: Sequence[Target], data: Data, config: Compression, metric: bool, search: OutputSearch
 ) -> Statistics:  # fmt: skip
     """Collect the statistics of a compression: Grams of the inputs and, with `metric`, of sampled loss gradients.
 
-    A model that gradients do not pass is a warning, and its fits go without.
+    The batches are dealt to the ranks. A model that gradients do not pass is a warning, and its fits go without.
     """
-    how = Collecting(mask=mask, output="auto", clip=CLIP)
+    how = Collecting(mask=config.mask, output="auto", clip=CLIP, exact=True)
+
+    def batches() -> Iterator[Any]:
+        for number, batch in dealt(tuple(enumerate(data.batches))):
+            torch.manual_seed(config.seed * 1_000_003 + number)  # the same labels are drawn on whichever rank
+            yield batch
+
+    def collected(loss: Loss | None) -> Statistics:
+        with seeded(config.seed):
+            statistics = summed(lambda: collect(model, targets, batches(), data.forward, loss, how, search))
+        search.key = shared(lambda: search.key)
+        return statistics
+
     if metric:
         try:
-            return collect(model, targets, data.batches, data.forward, sampled_loss, how, search)
+            return collected(sampled_loss)
         except (RuntimeError, TypeError, ValueError) as error:  # a run without a loss raises again what is not about it
-            statistics = collect(model, targets, data.batches, data.forward, None, how, search)
+            statistics = collected(None)
             warnings.warn(f"fitted without the metric of the model's outputs: {error}", stacklevel=5)
             return statistics
-    return collect(model, targets, data.batches, data.forward, None, how, search)
+    return collected(None)
 
 
 def keys_of(target: Target) -> str | tuple[str, ...]:

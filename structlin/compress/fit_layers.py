@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from structlin.compress.blocks import Part
@@ -16,6 +18,7 @@ from structlin.compress.config import Choice, Compression
 from structlin.compress.data import Data
 from structlin.compress.patched import Patched
 from structlin.compress.plan import PlanEntry, Wanted, dense_entry, fingerprint
+from structlin.compress.processes import spread
 from structlin.compress.report import LayerReport, Outcome
 from structlin.compress.sequential import Aim, shifted
 from structlin.compress.targets import Target
@@ -126,11 +129,48 @@ def _sized(
 # Fits ----------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """What was found for one layer. It goes from rank to rank: each builds modules of its own.
+
+    Args:
+        entry: of the plan.
+        fits: one for each matrix; none where the layer stays dense or has no values.
+        seconds: that they took.
+    """
+
+    entry: PlanEntry
+    fits: Sequence[Fit] = ()
+    seconds: float = 0.0
+
+    @property
+    def error(self) -> float | None:
+        """Relative to the weights."""
+        return _mean(found.error for found in self.fits)
+
+    @property
+    def output_error(self) -> float | None:
+        """The same in the norm of the Grams, None without."""
+        return _mean(found.output_error for found in self.fits)
+
+    def to(self, device: torch.device) -> Fitted:
+        """Move all factors."""
+
+        def moved(found: Fit) -> Fit:
+            return replace(found, factors=tuple(factor.to(device) for factor in found.factors))
+
+        known = self.entry.fitted
+        entry = self.entry if known is None else replace(self.entry, fitted=(known[0], moved(known[1])))
+        return replace(self, entry=entry, fits=[moved(found) for found in self.fits])
+
+
 def fit_part(
     part: Part, choices: Mapping[str, Wanted], purse: Purse, data: Data, config: Compression,
     patched: Patched, advance: Callable[..., None], screen: Callable[[list[Outcome]], list[Outcome]],
 ) -> list[Outcome]:  # fmt: skip
     """Fit the layers of a part; with passes group after group of the same inputs, each behind those before it.
+
+    The layers of a group are dealt to the ranks.
 
     Args:
         part: see `Part`.
@@ -148,28 +188,41 @@ def fit_part(
     for group in _groups(part.targets, grams) if shift or purse.ratios else [part.targets]:
         wanted = {t.name: purse.choice(t, choices[t.name], len(group)) for t in group}
         behind = [t for t in group if shift and _is_fitted(wanted[t.name]) and t.name in grams]
-        aims = shifted(behind, part.passes, data.shrinkage) if behind else {}
-
-        def work(target: Target, wanted: Mapping[str, Wanted] = wanted, aims: Mapping[str, Aim] = aims) -> Outcome:
-            aim, choice = aims.get(target.name), wanted[target.name]
-            entry = choice if isinstance(choice, PlanEntry) else size_layer(target, choice, data, config.budget, aim)
-            if entry.structure is not None and target.linear.weight.is_meta:
-                return Outcome(target, entry, stays_dense(entry), {})  # a plan of sizes
-            # A plan's fits are to the inputs of the dense model.
-            known = None if choice is entry and aim is not None else entry.fit_of(target.linear.weight)
-            return fit_layer(entry, target, data, aim, known)
-
-        found = []
-        for outcome in each(work, group, False, ""):
-            found.append(outcome)
-            error = outcome.row.output_error if outcome.row.output_error is not None else outcome.row.error
-            advance(1, outcome.target.name + ("" if error is None else f" {error:.3f}"))
-        purse.settle(found)
-        found = screen(found)
+        costs = [t.linear.weight.numel() if _is_fitted(wanted[t.name]) else 0 for t in group]
+        work = partial(_fit_some, wanted=wanted, behind=behind, part=part, data=data, config=config, advance=advance)
+        fits = spread(work, group, costs)
+        pairs = zip(group, fits, strict=True)
+        built = [build_layer(target, found.to(target.linear.weight.device), data) for target, found in pairs]
+        purse.settle(built)
+        found = screen(built)
         for outcome in found:
             patched.swaps.update(outcome.modules)
         result += found
     return result
+
+
+def _fit_some(
+    mine: Sequence[Target], *, wanted: Mapping[str, Wanted], behind: Sequence[Target], part: Part, data: Data,
+    config: Compression, advance: Callable[..., None],
+) -> Iterator[Fitted]:  # fmt: skip
+    """Fit those layers of a group that are dealt to this rank."""
+    names = {target.name for target in mine}
+    aims = shifted(behind, part.passes, data.shrinkage, names=names) if behind else {}
+
+    def work(target: Target) -> Fitted:
+        aim, choice = aims.get(target.name), wanted[target.name]
+        entry = choice if isinstance(choice, PlanEntry) else size_layer(target, choice, data, config.budget, aim)
+        if entry.structure is not None and target.linear.weight.is_meta:
+            return Fitted(entry)  # a plan of sizes
+        # A plan's fits are to the inputs of the dense model.
+        known = None if choice is entry and aim is not None else entry.fit_of(target.linear.weight)
+        return fit_layer(entry, target, data, aim, known)
+
+    for found in each(work, mine, False, ""):
+        error = found.error if found.output_error is None else found.output_error
+        advance(1, found.entry.name + ("" if error is None else f" {error:.3f}"))
+        yield found
+    advance(len(wanted) - len(mine))  # of other ranks
 
 
 def _groups(targets: Sequence[Target], grams: Mapping[str, Tensor]) -> list[list[Target]]:
@@ -188,8 +241,8 @@ def _is_fitted(choice: Wanted) -> bool:
     return choice.structure is not None if isinstance(choice, PlanEntry) else isinstance(choice, Choice)
 
 
-def fit_layer(entry: PlanEntry, target: Target, data: Data, aim: Aim | None, known: Fit | None) -> Outcome:
-    """Fit one layer, unless its fit is known, and build what replaces each module that uses the weight.
+def fit_layer(entry: PlanEntry, target: Target, data: Data, aim: Aim | None, known: Fit | None) -> Fitted:
+    """Fit one layer, unless its fit is known.
 
     Args:
         entry: of the plan.
@@ -201,14 +254,29 @@ def fit_layer(entry: PlanEntry, target: Target, data: Data, aim: Aim | None, kno
         ValueError: naming the layer, or RuntimeError where the error is of another kind.
     """
     if entry.structure is None:
-        return Outcome(target, entry, stays_dense(entry), {})
+        return Fitted(entry)
     start = time.perf_counter()
     try:
         fits = _fit_stack(entry, target, data) if target.stacked else [_fit(entry, target, data, aim, known)]
+    except Exception as error:
+        raise _named(entry.name, error) from error
+    return Fitted(entry, fits, time.perf_counter() - start)
+
+
+def build_layer(target: Target, found: Fitted, data: Data) -> Outcome:
+    """Build what replaces each module that uses a weight.
+
+    Raises:
+        ValueError: naming the layer, or RuntimeError where the error is of another kind.
+    """
+    entry = found.entry
+    if not found.fits or entry.structure is None:
+        return Outcome(target, entry, stays_dense(entry), {})
+    try:
         layer: Any = (
-            StructuredExpertLinear.from_fits(fits, target.linear)
+            StructuredExpertLinear.from_fits(found.fits, target.linear)
             if target.stacked
-            else from_fit(fits[0], target.linear)
+            else from_fit(found.fits[0], target.linear)
         )
         modules = replacements(target, layer)
     except Exception as error:
@@ -217,8 +285,8 @@ def fit_layer(entry: PlanEntry, target: Target, data: Data, aim: Aim | None, kno
     row = replace(
         stays_dense(entry), structure=show(entry.structure), reason=None,
         parameters_after=entry.parameters_after, flops_after=layer.flops_per_token,
-        error=_mean(found.error for found in fits), output_error=_mean(found.output_error for found in fits),
-        seconds=time.perf_counter() - start, hooks=count_hooks(target), called=None if target.on_request else called,
+        error=found.error, output_error=found.output_error,
+        seconds=found.seconds, hooks=count_hooks(target), called=None if target.on_request else called,
         itemsize=target.linear.weight.element_size(),
     )  # fmt: skip
     return Outcome(target, entry, row, modules)
@@ -246,8 +314,8 @@ def _fit_stack(entry: PlanEntry, target: Target, data: Data) -> list[Fit]:
 def _mean(errors: Iterable[float | None]) -> float | None:
     """Return the root mean square of the errors of a stack, None if one is unknown."""
     found = list(errors)
-    if len(found) == 1:
-        return found[0]
+    if len(found) < 2:
+        return found[0] if found else None
     known = [error for error in found if error is not None]
     return math.sqrt(sum(error**2 for error in known) / len(known)) if len(known) == len(found) else None
 

@@ -53,9 +53,10 @@ def add_gradients(
     outputs: Sequence[tuple[str, GradientEdge]],
     loss: Tensor,
     keep: Tensor | None,
+    dtype: torch.dtype,
     clip: float | None,
 ) -> None:
-    """Add the second moments of a loss's gradients at the recorded outputs.
+    """Add the second moments of a loss's gradients at the recorded outputs; products are of a dtype.
 
     Raises:
         ValueError: if the loss is no scalar, or gradients are not finite, naming the layer.
@@ -67,7 +68,7 @@ def add_gradients(
     for (name, _), gradient in zip(outputs, gradients, strict=True):
         if gradient is not None:
             with plainly(gradient.device):
-                rows = as_rows(gradient, keep, grams[name].dtype.to_real())
+                rows = as_rows(gradient, keep, dtype)
                 _add_gradient(name, grams[name], rows if clip is None else _clipped(rows, clip))
 
 
@@ -81,4 +82,4 @@ def _clipped(rows: Tensor, clip: float) -> Tensor:
 def _add_gradient(name: str, total: Tensor, rows: Tensor) -> None:
     total += rows.abs().square().sum(0) if total.ndim == 1 else rows.mT @ rows.conj()
     if not total.isfinite().all():
-        raise ValueError(not_finite(name, "output gradients", total.dtype))
+        raise ValueError(not_finite(name, "output gradients", rows.dtype))

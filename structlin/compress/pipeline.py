@@ -11,6 +11,7 @@
    The model keeps its modules: what is compressed answers in their place.
 5. commit   swap all modules, or none.
 6. report   what became of every parameter, and how good the model is before and after.
+Ranks of torch.distributed share steps 2 to 4 (see `processes`), and come to the same result.
 
 Without batches, step 4 has one part, the whole model, whose maps are fitted side by side and not refined.
 """
@@ -39,6 +40,7 @@ from structlin.compress.observe import OutputSearch, replaced
 from structlin.compress.output import declared_output, last_target
 from structlin.compress.patched import Patched, model_runs
 from structlin.compress.plan import CompressionPlan
+from structlin.compress.processes import ranks, shared, together
 from structlin.compress.refine import EPOCHS, refine
 from structlin.compress.report import BlockReport, Coverage, Outcome, Report
 from structlin.compress.speed import only_faster
@@ -84,8 +86,7 @@ def observe(found: Found) -> Found:
         targets = [target for target in found.targets if not target.reason and not target.on_request]
         # A plan is carried out with the kind of statistics that it was made with.
         metric = config.output_metric if made is None else made.output_energy > 0
-        with seeded(config.seed):
-            data = replace(data, statistics=both_sides(found.model, targets, data, config.mask, metric, search))
+        data = replace(data, statistics=both_sides(found.model, targets, data, config, metric, search))
     if isinstance(config, CompressionPlan):
         config.check_statistics(data.statistics)
     elif search.key is not None and declared_output(found.model) is None:
@@ -96,13 +97,12 @@ def observe(found: Found) -> Found:
 
 def divide(found: Found, evaluator: Evaluator | None) -> dict[str, float]:
     """Decide the ratio of each layer; empty where each keeps that of its rule."""
-    judged = evaluator is not None and evaluator.batches
-    if not judged or isinstance(found.config, CompressionPlan) or found.config.allocation == "uniform":
+    given = isinstance(found.config, CompressionPlan) or found.config.allocation == "uniform"
+    if given or evaluator is None or not evaluator.batches:
         return {}
     opened = openings(found.targets)
 
     def distance(modules: Mapping[nn.Module, nn.Module]) -> float:
-        assert evaluator is not None
         with evaluating(*opened.values()), replaced(opened), replaced(modules):
             return evaluator.distance(found.model)
 
@@ -120,7 +120,7 @@ def work(
     chains = find_chains(model, config.blocks) if batches else []
     screen = only_faster if config.require_speedup else list
     outcomes, blocks = dict[str, Outcome](), list[BlockReport]()
-    bar = progress_bar("compress", "layer", len(found.targets), progress)
+    bar = progress_bar("compress", "layer", len(found.targets), False if ranks()[0] else progress)
     pieces = closing(parts(patched, found.targets, chains, runs, masks))  # an error, too, restores what it changed
     with torch.inference_mode(False), torch.no_grad(), seeded(config.seed), bar as advance, pieces as left:
         for part in left:
@@ -135,7 +135,7 @@ def work(
 def compress(found: Found, evaluate: Evaluate | Evaluator | None, dry_run: bool, progress: bool | None) -> Report:
     """Carry the settings out: steps 2 to 6."""
     found, model, targets = observe(found), found.model, found.targets
-    evaluator = Evaluator.of(model, found.data, evaluate)
+    evaluator = together(lambda: Evaluator.of(model, found.data, evaluate))
     patched = Patched(model, openings(targets))
     outcomes, blocks = work(found, divide(found, evaluator), patched, True, progress)
     covered = Coverage.of(model, targets, {outcome.target.name for outcome in outcomes if outcome.modules})
@@ -144,7 +144,7 @@ def compress(found: Found, evaluate: Evaluate | Evaluator | None, dry_run: bool,
     report = Report(root, tuple(o.row for o in outcomes), covered, planned.settings(), blocks=tuple(blocks))
     if report.verdict:
         warnings.warn(report.verdict, stacklevel=3)
-    if evaluator is None:
-        return report
-    report = replace(report, qualities=(evaluator.dense,))
-    return report if dry_run else report.measure("compressed", evaluator)
+    if evaluator is not None:
+        report = replace(report, qualities=(evaluator.dense,))
+        report = report if dry_run else together(lambda: report.measure("compressed", evaluator))
+    return replace(report, qualities=shared(lambda: report.qualities))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from structlin.batches import divergence, pick, squared_error
 from structlin.compress.blocks import LIMIT, Part, Shelf
 from structlin.compress.patched import Pass
+from structlin.compress.processes import follow, shared, together
 from structlin.compress.report import BlockReport
 from structlin.heal.options import HealOptions
 from structlin.heal.run import Run, Stream, requiring_gradients
@@ -96,8 +97,10 @@ def refine(
             start = sum(loss(number).item() for number in judges) / len(judges)
         optimizer = _WideAdam(list(trained.values()), RATE * min(1.0, REACH * math.sqrt(start)))
         run = Run(part.module, loss, optimizer, trained, stream, judges, options, epochs * len(learning))
-        found = run.run(lambda *_, **__: None)
-    return [BlockReport(part.name, found.loss_before, found.loss_after, found.steps, found.seconds)]
+        found = together(lambda: run.run(lambda *_, **__: None))
+    # Steps follow one another, so that batches cannot be dealt: every rank takes all steps, and rank 0's count.
+    follow(list(trained.values()))
+    return shared(lambda: [BlockReport(part.name, found.loss_before, found.loss_after, found.steps, found.seconds)])
 
 
 def _copies(part: Part, swaps: Mapping[nn.Module, nn.Module]) -> dict[nn.Parameter, nn.Parameter]:

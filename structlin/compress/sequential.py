@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from structlin.compress.observe import run_until
 from structlin.compress.patched import Pass
+from structlin.compress.processes import dealt, summed
 from structlin.compress.statistics import Statistics
 from structlin.compress.sums import Held, Sums
 from structlin.compress.targets import Target
@@ -23,7 +24,11 @@ Aim = tuple[Tensor, GramRoot | None]  # what a fit approximates, and the square 
 
 
 def shifted(
-    group: Sequence[Target], passes: Sequence[Pass], shrinkage: float, towards: float = TOWARDS
+    group: Sequence[Target],
+    passes: Sequence[Pass],
+    shrinkage: float,
+    towards: float = TOWARDS,
+    names: Container[str] | None = None,
 ) -> dict[str, Aim]:
     """Find the weights and input Grams that stand for the layers of a group behind compressed layers.
 
@@ -36,18 +41,21 @@ def shifted(
 
     Args:
         group: layers with the same inputs.
-        passes: of the part of the model that they are in.
+        passes: of the part of the model that they are in; they are dealt to the ranks.
         shrinkage: relative to the mean eigenvalue.
         towards: a, from 0 (the weight itself) to 1.
+        names: of the layers of the group that this rank fits; None for all.
     Returns:
         The weight to approximate and the square root of G by name; the weight in float32 or wider.
     """
-    statistics = collect_behind(group, passes)
+    statistics = summed(lambda: collect_behind(group, dealt(passes), exact=True))
+    group = [target for target in group if names is None or target.name in names]
     grams, changes = statistics.grams, dict[str, Tensor]()
     for target in group:
         gram, cross = grams[target.name], statistics.cross_grams[target.name]
         changes[target.name] = (cross - gram).mH @ target.linear.weight.detach().to(gram.dtype).mH  # (in, out)
-    del statistics, cross  # a wide layer's are large
+        del cross
+    del statistics  # a wide layer's are large
     found: dict[str, Aim] = {}
     factors: dict[int, tuple[Tensor, GramRoot]] = {}  # by the Gram, which layers share
     for target in group:
@@ -73,17 +81,20 @@ def _factor(gram: Tensor, shrinkage: float) -> tuple[Tensor, GramRoot]:
     return factor, GramRoot(factor.mT.to(gram.dtype) / mean.sqrt().to(gram.dtype.to_real()))
 
 
-def collect_behind(targets: Sequence[Target], passes: Sequence[Pass], dtype: torch.dtype = torch.float32) -> Statistics:
+def collect_behind(
+    targets: Sequence[Target], passes: Sequence[Pass], dtype: torch.dtype = torch.float32, exact: bool = False
+) -> Statistics:
     """Collect the shifted statistics of targets that are found already; see `calibrate.collect_shifted`.
 
     Args:
         targets: in the part of the model that the passes run.
         passes: see `Pass`.
         dtype: of the sums.
+        exact: see `Sums`.
     """
     label: dict[nn.Module, str] = {leaf: target.name for target in targets for leaf in target.leaves}
     watched = {linear: linear for linear in label}
-    sums, stop = Sums(dtype), False
+    sums, stop = Sums(dtype, exact), False
     with torch.inference_mode(False), torch.no_grad():
         for number, each in enumerate(passes):
             held = Held(each.keep, dtype)

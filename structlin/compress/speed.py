@@ -6,10 +6,12 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from structlin.compress.processes import shared
 from structlin.compress.report import Outcome
 from structlin.layers.freeze import freeze_, unfreeze_
 from structlin.layers.linear import StructuredLinear
@@ -70,11 +72,15 @@ def only_faster(outcomes: Sequence[Outcome]) -> list[Outcome]:
         if layer is None:
             found.append(outcome)
             continue
-        ratios = {tokens: time_ratio(layer, linear, tokens) for tokens in TOKENS}
+        ratios = shared(partial(_ratios, layer, linear))  # every rank is to leave the same layers dense
         slowest = max(ratios, key=lambda tokens: ratios[tokens])
         measured = replace(outcome, row=replace(outcome.row, speed=ratios[slowest]))
         found.append(measured if ratios[slowest] < 1 else _left_dense(measured, layer, slowest))
     return found
+
+
+def _ratios(layer: nn.Module, dense: nn.Linear) -> dict[int, float]:
+    return {tokens: time_ratio(layer, dense, tokens) for tokens in TOKENS}
 
 
 def _left_dense(outcome: Outcome, layer: StructuredLinear, tokens: int) -> Outcome:

@@ -26,8 +26,9 @@ OUTPUT_SHRINKAGE = 0.3
 ROUNDING = 1e-3  # relative difference of energies that are summed in another order, or on another device
 _KEY = "structlin_statistics"  # in the metadata of the file
 
-# Per field and name: shape, dtype, and a number that names with one and the same tensor have in common.
-_Outline = dict[str, dict[str, tuple[tuple[int, ...], str, int]]]
+# Per field and name: shape, dtype, and a number that names with one and the same tensor have in common; None for layers
+# that were not called.
+_Outline = dict[str, dict[str, tuple[tuple[int, ...], str, int | None]]]
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,15 @@ class Statistics:
             outlines, total, {name: sum(tokens[name] for _, tokens in gathered) for name in self.tokens}
         )
 
+    def rounded(self, dtype: torch.dtype) -> Statistics:
+        """Return the same sums in another dtype, complex ones in its counterpart."""
+
+        def total(what: str, name: str) -> Tensor:
+            found: Tensor = getattr(self, what)[name]
+            return found.to(dtype.to_complex() if found.is_complex() else dtype)
+
+        return self._summed([self._outline()], total, dict(self.tokens))
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file; a shared tensor is written once. A file of that name is replaced at the end.
 
@@ -236,19 +246,26 @@ class Statistics:
     def _outline(self) -> _Outline:
         numbers = {id(tensor): number for number, tensor in enumerate(self._distinct())}
         return {
-            what: {name: (tuple(t.shape), str(t.dtype), numbers[id(t)]) for name, t in getattr(self, what).items()}
+            what: {
+                name: (tuple(t.shape), str(t.dtype), numbers[id(t)] if self.tokens[name] else None)
+                for name, t in getattr(self, what).items()
+            }
             for what in FIELDS
         }
 
     def _summed(
         self, outlines: Sequence[_Outline], total: Callable[[str, str], Tensor], tokens: dict[str, int]
     ) -> Statistics:
-        """Compute `total(field, name)` once for all names that share a tensor in every outline."""
+        """Compute `total(field, name)` once for all names that share a tensor in every outline.
+
+        Zero Grams of layers that were not called count as shared, if others with inputs are.
+        """
         parts: dict[str, dict[str, Tensor]] = {what: {} for what in FIELDS}
-        sums: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        sums: dict[tuple[str, tuple[int | str | None, ...]], Tensor] = {}
         for what in FIELDS:
             for name in outlines[0][what]:
-                shared = what, tuple(outline[what][name][2] for outline in outlines)
+                numbers = tuple(outline[what][name][2] for outline in outlines)
+                shared = what, (name,) if set(numbers) == {None} else numbers
                 if shared not in sums:
                     sums[shared] = total(what, name)
                 parts[what][name] = sums[shared]

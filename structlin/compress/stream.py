@@ -218,7 +218,8 @@ class _Work:
         seen = [target for target in chosen if not target.on_request]
         statistics = None
         if seen and part.passes:
-            statistics = collect_passes(seen, part.passes, Collecting(mask=self.config.mask))
+            how = Collecting(mask=self.config.mask, exact=True)
+            statistics = collect_passes(seen, part.passes, how).rounded(how.dtype)
             if self.config.sequential is not False:
                 statistics = _without_values(statistics, seen)
         data = replace(self.data, statistics=statistics)

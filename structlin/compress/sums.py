@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from structlin.compress.targets import Target
 
+EXACT = 4096  # features up to which exact sums are in float64
+
 
 @dataclass(eq=False)
 class _Seen:
@@ -37,10 +39,11 @@ class Sums:
 
     Args:
         dtype: of the products and sums, its complex counterpart for complex inputs.
+        exact: sum in float64, up to 4096 features: rounded to float32, sums do not depend on the order of the batches.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, exact: bool = False) -> None:
+        self.dtype, self.exact = dtype, exact
         self.totals: dict[frozenset[str], list[Tensor]] = {}
         self.tokens: Counter[frozenset[str]] = Counter()
         self.known: frozenset[frozenset[str]] = frozenset()  # sets of the passes before this one
@@ -77,7 +80,7 @@ class Sums:
             for total, product in zip(self.totals[key], seen.products, strict=True):
                 total.add_(product)
         else:
-            self.totals[key] = seen.products
+            self.totals[key] = [p.to(sum_dtype(p.dtype, len(p), self.exact)) for p in seen.products]
 
     def result(self, targets: Sequence[Target], count: int) -> tuple[list[dict[str, Tensor]], dict[str, int]]:
         """Return `count` sums for each name and the tokens; layers that are in the same sets share their tensors."""
@@ -87,7 +90,9 @@ class Sums:
         for name, target in {part: one for one in targets for part in one.parts}.items():
             keys = tuple(key for key in self.totals if name in key)
             if not keys:
-                found[keys] = [zeros(target, target.linear.in_features, self.dtype) for _ in range(count)]
+                size = target.linear.in_features
+                dtype = sum_dtype(self.dtype, size, self.exact)
+                found[keys] = [zeros(target, size, dtype) for _ in range(count)]
             elif keys not in found:
                 first, *rest = (self.totals[key] for key in keys)
                 found[keys] = [sum(others, start) for start, *others in zip(first, *rest, strict=True)]
@@ -166,6 +171,11 @@ def _products(name: str, rows: Tensor, partner: Tensor | None) -> list[Tensor]:
 def not_finite(name: str, what: str, dtype: torch.dtype) -> str:
     """Write the message for a sum that is not finite."""
     return f"layer {name!r}: NaN or infinite {what}, or too large to square in {dtype}; look for them in this batch"
+
+
+def sum_dtype(dtype: torch.dtype, size: int, exact: bool) -> torch.dtype:
+    """Return the dtype of sums of (size, size) products."""
+    return torch.promote_types(dtype, torch.float64) if exact and size <= EXACT else dtype
 
 
 def scalar(target: Target, dtype: torch.dtype) -> torch.dtype:

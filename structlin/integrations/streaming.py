@@ -22,6 +22,7 @@ from structlin.compress import Report
 from structlin.compress.config import Compression
 from structlin.compress.data import Data
 from structlin.compress.plan import CompressionPlan
+from structlin.compress.processes import ranks
 from structlin.compress.stream import compress_stream
 from structlin.integrations.folders import class_of, copy_others
 from structlin.integrations.model_card import CARD, model_card
@@ -53,10 +54,15 @@ def stream_folder(
         run_dtype: in which they are; they are stored in `dtype` in any case.
         progress: as in `compress_model`.
     Raises:
-        ValueError: if a setting needs the whole model, or the model has no chain of blocks.
+        ValueError: if a setting needs the whole model, the model has no chain of blocks, or there are several ranks.
         CheckpointError: if the folder's tensors are not those of the model by name.
     """
     check_settings(config)
+    if ranks()[1] > 1:
+        raise ValueError(
+            f"{ranks()[1]} processes cannot stream a model together; run one, without torchrun, or compress the "
+            "model in memory, without --stream"
+        )
     folder = readable(Path(source))
     model, places = open_skeleton(folder, dtype)
     about = {

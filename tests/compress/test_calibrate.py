@@ -502,6 +502,18 @@ def test_all_reduce_sums_the_ranks(tmp_path):
     assert first.grams["q"] is not first.grams["k"]
 
 
+def test_parts_without_inputs_leave_shared_sums_shared():
+    model = Attention()
+    part = collect_statistics(model, [(X[0],)])
+    zeros = {name: torch.zeros_like(gram) for name, gram in part.grams.items()}
+    empty = Statistics(zeros, dict.fromkeys(zeros, 0))
+    for merged in (part.merge(empty), empty.merge(part)):
+        assert merged.grams["q"] is merged.grams["k"]
+        assert merged.grams["q"] is not merged.grams["o"]
+        assert torch.equal(merged.grams["q"], part.grams["q"])
+    assert empty.merge(empty).grams["q"] is not empty.merge(empty).grams["k"]
+
+
 def test_all_reduce_needs_a_process_group():
     with pytest.raises(RuntimeError, match=r"there is no process group; call torch.distributed.init_process_group"):
         Statistics({}, {}).all_reduce()

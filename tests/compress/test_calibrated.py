@@ -88,7 +88,8 @@ def test_statistics_and_batches_give_the_same(mlp):
     first, second = (copy.deepcopy(mlp) for _ in range(2))
     compress_model(first, "lowrank", ratio=0.5, calibration=data, validation=data[:1], **PLAIN)
     compress_model(second, "lowrank", ratio=0.5, calibration=collect_statistics(mlp, data))
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):  # batches are summed in float64
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 def test_roots_are_computed_once(mlp):

@@ -325,6 +325,13 @@ def test_a_plan_is_carried_out(tmp_path):
     assert report.compression.entries == plan.entries
 
 
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    source = folder_of(llama(), tmp_path / "dense")
+    monkeypatch.setattr(streaming, "ranks", lambda: (1, 2))
+    with pytest.raises(ValueError, match=r"2 processes cannot stream a model together; run one, without torchrun, or"):
+        streaming.stream_folder(str(source), tmp_path / "small", Compression("lowrank", ratio=0.5))
+
+
 # The command ---------------------------------------------------------------------------------------------------------
 
 
