@@ -31,18 +31,27 @@ class Patched:
     opened: Mapping[nn.Module, nn.Module]
     swaps: dict[nn.Module, nn.Module] = field(default_factory=dict)
     values: dict[nn.Parameter, nn.Parameter] = field(default_factory=dict)
+    answering: bool = False  # within `changed`, which may be entered again at no cost
 
     @contextmanager
     def dense(self) -> Iterator[None]:
         """Let opened modules answer, so that leaves are called, in evaluation mode."""
+        assert not self.answering
         with evaluating(self.model, *self.opened.values()), replaced(self.opened):
             yield
 
     @contextmanager
     def changed(self) -> Iterator[None]:
         """Let all compressed layers and refined parameters answer."""
-        with self.dense(), evaluating(*self.swaps.values()), replaced(self.swaps), self._substituted():
+        if self.answering:
             yield
+            return
+        with self.dense(), evaluating(*self.swaps.values()), replaced(self.swaps), self._substituted():
+            self.answering = True
+            try:
+                yield
+            finally:
+                self.answering = False
 
     @contextmanager
     def _substituted(self) -> Iterator[None]:

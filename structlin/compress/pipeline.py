@@ -8,12 +8,11 @@
 4. for each block of the model, in the order in which they run:
    fit      each map to the inputs that the compressed maps before it give, its sizes chosen by real fits;
    refine   all parameters of the block together, towards the dense block's outputs.
-   The model keeps its modules: what is compressed answers in their place.
+   The model keeps its modules: what is compressed answers in their place. Without batches there is one part, the
+   whole model, whose maps are fitted side by side and not refined.
 5. commit   swap all modules, or none.
 6. report   what became of every parameter, and how good the model is before and after.
 Ranks of torch.distributed share steps 2 to 4 (see `processes`), and come to the same result.
-
-Without batches, step 4 has one part, the whole model, whose maps are fitted side by side and not refined.
 """
 
 from __future__ import annotations
@@ -43,6 +42,7 @@ from structlin.compress.plan import CompressionPlan
 from structlin.compress.processes import ranks, shared, together
 from structlin.compress.refine import EPOCHS, refine
 from structlin.compress.report import BlockReport, Coverage, Outcome, Report
+from structlin.compress.scramble import widened
 from structlin.compress.speed import only_faster
 from structlin.compress.targets import Target, find_targets, openings
 from structlin.compress.workers import seeded
@@ -115,7 +115,7 @@ def work(
     """Fit and refine part by part; with `behind`, each behind the compressed ones before it."""
     model, config, data, purse = found.model, found.config, found.data, Purse(ratios)
     epochs = EPOCHS if config.block_epochs is None else config.block_epochs
-    batches = data.batches if behind and (config.sequential is not False or epochs) else ()
+    batches = widened(data.batches, config.seed) if behind and (config.sequential is not False or epochs) else ()
     runs, masks = model_runs(model, batches, data.forward), masks_of(config.mask, batches)
     chains = find_chains(model, config.blocks) if batches else []
     screen = only_faster if config.require_speedup else list
@@ -128,7 +128,7 @@ def work(
             outcomes |= {outcome.target.name: outcome for outcome in done}
             if epochs and part.passes and part.own:
                 swaps = {old: new for outcome in done for old, new in outcome.modules.items()}
-                blocks += refine(part, swaps, patched.values, epochs)
+                blocks += refine(part, swaps, patched, epochs, len(data.batches))
     return [outcomes[target.name] for target in found.targets], blocks
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from structlin.batches import divergence, pick, squared_error
 from structlin.compress.blocks import LIMIT, Part, Shelf
-from structlin.compress.patched import Pass
+from structlin.compress.patched import Pass, Patched
 from structlin.compress.processes import follow, shared, together
 from structlin.compress.report import BlockReport
 from structlin.heal.options import HealOptions
@@ -52,26 +52,28 @@ class _WideAdam(torch.optim.AdamW):
 def refine(
     part: Part,
     swaps: Mapping[nn.Module, nn.Module],
-    values: dict[nn.Parameter, nn.Parameter],
+    patched: Patched,
     epochs: int,
+    given: int,
 ) -> list[BlockReport]:
     """Train the factors of a part, and the norms and biases of its block, towards the dense part's outputs.
 
     The part runs on the inputs that the compressed layers before it give it. What belongs to the model stays as it is:
-    its new values go to `values`. Source: the block refinement of AA-SVD, here for every structure.
+    its new values go to `patched`. Source: the block refinement of AA-SVD, here for every structure.
 
     Args:
         part: with its passes.
         swaps: its leaves -> the structured layers, which are trained in place.
-        values: parameter of the model -> its refined copy, of all parts; this one adds its own.
-        epochs: passes over the batches at most.
+        patched: the model; gets the refined copies of its parameters.
+        epochs: passes over the given batches, or steps for as many.
+        given: number of passes, the first ones, whose batches are as they were given: some of these judge.
     Returns:
         One report, none if there is nothing to train.
     """
     new = _copies(part, swaps)
-    values |= new
+    patched.values |= new
     layers = dict.fromkeys(swaps.values())
-    owned = dict.fromkeys(p for layer in layers for p in layer.parameters() if p not in values)
+    owned = dict.fromkeys(p for layer in layers for p in layer.parameters() if p not in patched.values)
     trained = {str(k): p for k, p in enumerate([*owned, *new.values()])}
     if not trained or not part.passes:
         return []
@@ -85,22 +87,27 @@ def refine(
         each = part.passes[number]
         return _distance(pick(each.drifted())[1], wanted[number], kind, each)
 
-    numbers = list(range(len(part.passes)))
     # With few batches the same ones judge: the best weights on them are kept.
-    judges = numbers[HELD_BACK // 2 :: HELD_BACK] or numbers
-    learning = [number for number in numbers if number not in judges] or numbers
+    judges = range(given)[HELD_BACK // 2 :: HELD_BACK] or range(given)
+    learning = [number for number in _in_turn(given, len(part.passes)) if number not in judges] or range(given)
+    rounds = math.ceil(epochs * given / len(part.passes))
     modules = nn.ModuleList([part.module, *layers])
-    with requiring_gradients(modules, set(trained.values())), torch.enable_grad():
-        options = HealOptions(epochs=epochs, every=len(learning), clip=None)
-        stream = Stream(learning, epochs, next(iter(trained.values())).device)
+    with requiring_gradients(modules, set(trained.values())), torch.enable_grad(), patched.changed():
+        options = HealOptions(epochs=rounds, every=given, clip=None)
+        stream = Stream(learning, rounds, next(iter(trained.values())).device)
         with torch.no_grad():
             start = sum(loss(number).item() for number in judges) / len(judges)
         optimizer = _WideAdam(list(trained.values()), RATE * min(1.0, REACH * math.sqrt(start)))
-        run = Run(part.module, loss, optimizer, trained, stream, judges, options, epochs * len(learning))
+        run = Run(part.module, loss, optimizer, trained, stream, judges, options, rounds * len(learning))
         found = together(lambda: run.run(lambda *_, **__: None))
     # Steps follow one another, so that batches cannot be dealt: every rank takes all steps, and rank 0's count.
     follow(list(trained.values()))
     return shared(lambda: [BlockReport(part.name, found.loss_before, found.loss_after, found.steps, found.seconds)])
+
+
+def _in_turn(given: int, count: int) -> list[int]:
+    """Return all numbers below a count, those of scrambled batches in turn with the given ones."""
+    return sorted(range(count), key=lambda number: (number % given, number))
 
 
 def _copies(part: Part, swaps: Mapping[nn.Module, nn.Module]) -> dict[nn.Parameter, nn.Parameter]:

@@ -35,6 +35,7 @@ from structlin.compress.patched import Pass, Patched, model_passes, model_runs, 
 from structlin.compress.plan import CompressionPlan
 from structlin.compress.refine import refine
 from structlin.compress.report import BlockReport, Coverage, LayerReport, Outcome, Report
+from structlin.compress.scramble import widened
 from structlin.compress.skeleton import Read, StandIns, check_apart, empty, fill, slots_in
 from structlin.compress.speed import only_faster
 from structlin.compress.statistics import Statistics
@@ -122,9 +123,10 @@ class _Work:
         self.choices, self.device, self.dtype, self.advance = choices, device, dtype, advance
         self.data = replace(data, shrinkage=config.shrinkage)
         self.done = {found["part"]: found for found in journal.records}
-        self.masks = masks_of(config.mask, data.batches)
+        batches = widened(data.batches, config.seed)
+        self.masks = masks_of(config.mask, batches)
         self.stand_ins = StandIns(chains)
-        runs = model_runs(model, data.batches, data.forward)
+        runs = model_runs(model, batches, data.forward)
         self.runs = [[partial(self.stand_ins.run, b, n, go) for n, go in enumerate(runs)] for b in (False, True)]
         self.stream: Stream | None = None
         self.outer = Patched(model, {})  # layers outside of the chains: stored at the end, they answer until then
@@ -219,7 +221,7 @@ class _Work:
         statistics = None
         if seen and part.passes:
             how = Collecting(mask=self.config.mask, exact=True)
-            statistics = collect_passes(seen, part.passes, how).rounded(how.dtype)
+            statistics = collect_passes(seen, part.passes[: len(self.data.batches)], how).rounded(how.dtype)
             if self.config.sequential is not False:
                 statistics = _without_values(statistics, seen)
         data = replace(self.data, statistics=statistics)
@@ -229,7 +231,7 @@ class _Work:
             blocks = []
             if self.config.block_epochs and part.passes and part.own:
                 swaps = {old: new for outcome in outcomes for old, new in outcome.modules.items()}
-                blocks = refine(part, swaps, patched.values, self.config.block_epochs)
+                blocks = refine(part, swaps, patched, self.config.block_epochs, len(self.data.batches))
         return outcomes, blocks
 
     def _store(

@@ -13,6 +13,7 @@ from structlin.compress import blocks, pipeline
 from structlin.compress.blocks import Shelf, Stream, find_chains, parts
 from structlin.compress.patched import Patched, model_runs
 from structlin.compress.refine import refine
+from structlin.compress.scramble import scrambled
 from structlin.compress.targets import find_targets
 from structlin.layers.factored import Factored
 
@@ -335,7 +336,50 @@ def test_a_model_that_gradients_do_not_pass_goes_without_the_metric():
 
 def test_a_part_without_passes_is_not_refined():
     part = SimpleNamespace(name="", module=nn.Linear(2, 2), own=frozenset(), passes=(), targets=())
-    assert refine(part, {}, {}, 3) == []
+    assert refine(part, {}, Patched(part.module, {}), 3, 0) == []
+
+
+def test_scrambled_text_keeps_what_every_row_has_once_and_what_is_padded():
+    rows = torch.tensor([[101, 5, 6, 7, 8, 102, 0, 0], [101, 9, 5, 5, 11, 12, 13, 102]])
+    batch = {"input_ids": rows, "attention_mask": (rows > 0).long()}
+    (found,) = scrambled([batch], share=0.9)
+    assert found["attention_mask"] is batch["attention_mask"]
+    changed = found["input_ids"] != rows
+    assert changed.any(1).all()
+    assert not changed[(rows == 101) | (rows == 102) | (rows == 0)].any()
+    assert set(found["input_ids"].flatten().tolist()) <= set(rows.flatten().tolist())
+    assert torch.equal(scrambled([batch], share=0.9)[0]["input_ids"], found["input_ids"])
+    assert not torch.equal(scrambled([batch], share=0.9, seed=1)[0]["input_ids"], found["input_ids"])
+
+
+@pytest.mark.parametrize("kind", ["tensors", "floats", "empty", "all special"])
+def test_what_has_no_tokens_to_exchange_is_not_scrambled(kind):
+    ids = torch.tensor([[1, 2, 3], [1, 3, 2]])
+    given = {"tensors": [ids], "floats": [{"input_ids": ids.float()}], "empty": [], "all special": [{"input_ids": ids}]}
+    assert scrambled(given[kind]) == []
+
+
+class Reads(nn.Module):
+    """A language model of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.body = nn.Embedding(50, 16), Deep(2)
+
+    def forward(self, input_ids):
+        return self.body(self.table(input_ids))
+
+
+def test_blocks_are_refined_on_scrambled_text_too_and_judged_on_the_given_one(monkeypatch):
+    seen = []
+    monkeypatch.setattr(pipeline, "refine", lambda part, *rest: seen.append((len(part.passes), rest[-1])) or [])
+    data = [{"input_ids": torch.randint(50, (4, 7))} for _ in range(12)]
+    compress_model(Reads(), "lowrank", ratio=0.5, calibration=data, validation=[], **FITS)
+    assert seen == [(24, 12), (24, 12)]
+    monkeypatch.undo()
+    report = compress_model(Reads(), "lowrank", ratio=0.5, calibration=data, validation=[], block_epochs=4, **FITS)
+    assert [block.steps for block in report.blocks] == [2 * 23, 2 * 23]
 
 
 def test_a_stream_keeps_what_blocks_share():

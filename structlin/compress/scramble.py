@@ -1,0 +1,66 @@
+"""More calibration text than was given: batches with some of their tokens exchanged, which the dense model answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Of the tokens that are exchanged. The dense blocks say what is right for any input, so that a block which is refined
+# on more than the calibration text overfits it less: benchmarks/results/ladder_minilm.md.
+SHARE = 0.3
+KEY = "input_ids"
+
+
+def widened(batches: Sequence[Any], seed: int) -> tuple[Any, ...]:
+    """Return batches and, if they are tokens, a scrambled copy of each behind them."""
+    return (*batches, *scrambled(batches, seed=seed))
+
+
+def scrambled(batches: Sequence[Any], share: float = SHARE, seed: int = 0) -> list[Any]:
+    """Copy batches and exchange a share of their tokens for tokens drawn from all of them.
+
+    Tokens that every row has exactly once (the first, a separator) stay, as do padded ones.
+
+    Args:
+        batches: mappings with integer `input_ids` (rows, tokens); without one in each, there is nothing to exchange.
+        share: of the tokens.
+        seed: of the draws.
+    Returns:
+        The copies, or an empty list.
+    """
+    if not batches or not all(isinstance(batch, Mapping) and _are_tokens(batch.get(KEY)) for batch in batches):
+        return []
+    once = _once([batch[KEY] for batch in batches])
+    known = [_free(batch, once) for batch in batches]
+    pool = torch.cat([batch[KEY][free] for batch, free in zip(batches, known, strict=True)]).cpu()
+    if not len(pool):
+        return []
+    generator, found = torch.Generator().manual_seed(seed), []
+    for batch, free in zip(batches, known, strict=True):
+        ids = batch[KEY]
+        drawn = pool[torch.randint(len(pool), ids.shape, generator=generator)].to(ids.device)
+        chosen = free & (torch.rand(ids.shape, generator=generator) < share).to(ids.device)
+        found.append({**batch, KEY: torch.where(chosen, drawn, ids)})
+    return found
+
+
+def _are_tokens(ids: object) -> bool:
+    return isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point()
+
+
+def _once(rows: Sequence[Tensor]) -> Tensor:
+    """Return the tokens that every row has exactly once."""
+    counts = [torch.unique(row, return_counts=True) for ids in rows for row in ids.cpu()]
+    singles = torch.cat([tokens[number == 1] for tokens, number in counts])
+    tokens, number = torch.unique(singles, return_counts=True)
+    return tokens[number == len(counts)]
+
+
+def _free(batch: Mapping[str, Any], once: Tensor) -> Tensor:
+    """Return which tokens of a batch may be exchanged."""
+    ids, mask = batch[KEY], batch.get("attention_mask")
+    free = ~torch.isin(ids, once.to(ids.device))
+    return free & mask.bool() if isinstance(mask, Tensor) and mask.shape == ids.shape else free
