@@ -79,13 +79,14 @@ class Compression:
         tied: "skip" leaves a weight that an embedding shares dense; "replace" compresses it for all of its users,
             also where one of them is the output layer.
         skip_last: leave the output layer dense unless a rule names it.
-        refine: refinement steps of each fit; None takes the structure's default.
+        refine: refinement steps of each fit; None takes 100 where its block is refined, else the structure's default.
         output_metric: weigh errors at a layer's outputs by what they do to the model's outputs, where batches are given
             and gradients reach the layers (see `calibrate.sampled_loss`).
         sequential: fit each layer to the inputs that the compressed layers before it produce, a quarter of the way
             towards the original outputs. None: where calibration is given as batches, which it needs.
         block_epochs: passes over the batches in which all parameters of a block are refined together, towards the dense
-            block's outputs; 0 leaves that out. None: 10, where calibration is given as batches.
+            block's outputs; 0 leaves that out. None: 10, where calibration is given as batches. Batches of tokens
+            (`input_ids`) are scrambled in half of the steps, against overfitting (see `scramble`).
         blocks: globs, each naming the blocks of one chain, such as ["model.layers.*"]; None finds them, and an empty
             list takes the whole model as one block.
         require_speedup: leave a layer dense unless its replacement, frozen and timed on this machine, is faster for one

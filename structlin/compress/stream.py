@@ -119,7 +119,8 @@ class _Work:
         chains: Sequence[Chain], choices: Choices, device: str | None, dtype: torch.dtype | None,
         advance: Callable[..., None],
     ) -> None:  # fmt: skip
-        self.model, self.config, self.source, self.journal, self.chains = model, config, read, journal, chains
+        self.model, self.source, self.journal, self.chains = model, read, journal, chains
+        self.config = config.changed(block_epochs=config.block_epochs or 0)
         self.choices, self.device, self.dtype, self.advance = choices, device, dtype, advance
         self.data = replace(data, shrinkage=config.shrinkage)
         self.done = {found["part"]: found for found in journal.records}
