@@ -54,7 +54,7 @@ class Problem:
 
     def weighted_start(self) -> Factors:
         """Low rank from the whitened SVD, the K-matrix from what it leaves."""
-        low = self.exact.low_rank(self.exact.weight, leading_basis(self.exact.targets, RANK))
+        low = self.exact.low_rank(self.exact.weight, self.exact.basis(self.exact.weight, RANK))
         rest = self.exact.weight - low[0] @ low[1]
         return [factor.to(self.rows.dtype) for factor in (*low, *CHAIN.decompose(rest))]
 
@@ -82,7 +82,7 @@ class Problem:
     def completed(self, chain: Sequence[Tensor]) -> Factors:
         """Put the best low rank before the K-matrix."""
         rest = self.objective.weight - to_dense(self.chain, chain)
-        return [*self.objective.low_rank(rest, leading_basis(self.objective.error(rest), RANK)), *chain]
+        return [*self.objective.low_rank(rest, self.objective.basis(rest, RANK)), *chain]
 
     def _left_by(self, chain: Sequence[Tensor]) -> Tensor:
         return self.objective.targets - apply(self.chain, chain, self.rows, self.plans[1])

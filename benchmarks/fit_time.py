@@ -27,7 +27,7 @@ from structlin.compress.config import AUTO
 from structlin.compress.statistics import SHRINKAGE
 from structlin.equation.structure import show
 from structlin.fitting.fit import fit
-from structlin.fitting.objective import GramRoot
+from structlin.fitting.objective import InputGram
 from structlin.runtime import kernels
 
 NAME, RATIO = "fit_time", 0.5
@@ -36,10 +36,9 @@ NOTES = __doc__.partition("\n\n    python")[0] + "\n\n" + __doc__.rpartition("la
 
 def measure(layer: Layer) -> dict[str, Any]:
     """Fit as `compress_model` does with calibration."""
-    ridge = SHRINKAGE * layer.gram.diagonal().mean() * torch.eye(len(layer.gram), dtype=layer.gram.dtype)
-    root = GramRoot.of(layer.gram + ridge)
+    gram = InputGram.of(layer.gram, SHRINKAGE)
     start = time.process_time()
-    found = fit(layer.weight, AUTO, ratio=RATIO, gram=root)
+    found = fit(layer.weight, AUTO, ratio=RATIO, gram=gram)
     seconds = time.process_time() - start
     say(f"  {layer.name:20s} {show(found.structure)}: {found.minimised:.5f}, {seconds:.1f} s")
     return {"seconds": seconds, "error": found.minimised, "structure": show(found.structure)}

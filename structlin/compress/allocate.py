@@ -171,13 +171,7 @@ class _Curve:
     @classmethod
     def of(cls, share: Share, data: Data) -> _Curve:
         objective, scale = make_objective(share.target.linear.weight, *data.grams(share.name))
-        rows = objective.targets
-        if rows.shape[0] >= rows.shape[1]:
-            energy, vectors = torch.linalg.eigh(rows.mH @ rows)
-        else:
-            energy, left = torch.linalg.eigh(rows @ rows.mH)
-            vectors = rows.mH @ left
-            vectors = vectors / torch.linalg.vector_norm(vectors, dim=0).clamp_min(1e-300)
+        energy, vectors = objective.spectrum()
         energy = energy.clamp_min(0)
         tails = torch.cat([energy.cumsum(0).flip(0), energy.new_zeros(1)])
         return cls(share, objective, scale, vectors, (tails / tails[0].clamp_min(1e-300)).cpu())

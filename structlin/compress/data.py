@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from structlin.batches import Forward
 from structlin.compress.statistics import SHRINKAGE, Statistics
-from structlin.fitting.objective import GramRoot
+from structlin.fitting.objective import InputGram
 
 MOST_HELD_BACK = 8  # batches
 
@@ -26,7 +26,7 @@ class Data:
         batches: what statistics are collected from, and what sequential fits run.
         held_back: batches that the statistics do not know, for checks from end to end.
         forward: calls the model on a batch.
-        shrinkage: of the Grams, see `Statistics.root`.
+        shrinkage: of the Grams, see `Statistics.shrunken`.
     """
 
     statistics: Statistics | None = None
@@ -65,7 +65,7 @@ class Data:
             batches = tuple(batch for k, batch in enumerate(batches) if k not in chosen)
         return cls(None, batches, held_back, forward)
 
-    def expert_grams(self, names: Sequence[str]) -> list[tuple[GramRoot | None, Tensor | None]]:
+    def expert_grams(self, names: Sequence[str]) -> list[tuple[InputGram | None, Tensor | None]]:
         """Return the same for the matrices of a stack, each shrunk towards the pooled Gram where it saw few inputs.
 
         The pooled Gram counts as `in_features` further inputs of each matrix: an expert that saw none of its own is
@@ -77,12 +77,12 @@ class Data:
             return [(None, None) for _ in names]
         pooled = torch.stack([known.grams[name] for name in names]).sum(0) / tokens
         mixed = {name: known.grams[name] + len(pooled) * pooled for name in names}
-        roots = Statistics(mixed, known.tokens)
-        return [(roots.root(name, self.shrinkage), known.metric(name)) for name in names]
+        pools = Statistics(mixed, known.tokens)
+        return [(pools.shrunken(name, self.shrinkage), known.metric(name)) for name in names]
 
-    def grams(self, name: str, inputs: bool = True) -> tuple[GramRoot | None, Tensor | None]:
-        """Return the square root of a layer's input Gram, if wanted, and its output Gram; None where unknown."""
+    def grams(self, name: str, inputs: bool = True) -> tuple[InputGram | None, Tensor | None]:
+        """Return a layer's shrunken input Gram, if wanted, and its output Gram; None where unknown."""
         if self.statistics is None or not self.statistics.tokens.get(name):
             return None, None
-        root = self.statistics.root(name, self.shrinkage) if inputs else None  # takes an eigendecomposition
-        return root, self.statistics.metric(name)
+        gram = self.statistics.shrunken(name, self.shrinkage) if inputs else None
+        return gram, self.statistics.metric(name)

@@ -14,13 +14,13 @@ from structlin.compress.processes import dealt, summed
 from structlin.compress.statistics import Statistics
 from structlin.compress.sums import Held, Sums
 from structlin.compress.targets import Target
-from structlin.fitting.objective import GramRoot
+from structlin.fitting.objective import InputGram
 
 # Share of the way from the weight itself to the regression towards the dense outputs, as GPTAQ and PIFA publish it: all
 # of the way overfits the calibration text.
 TOWARDS = 0.25
 
-Aim = tuple[Tensor, GramRoot | None]  # what a fit approximates, and the square root of the Gram of its inputs
+Aim = tuple[Tensor, InputGram | None]  # what a fit approximates, and the Gram of its inputs
 
 
 def shifted(
@@ -34,10 +34,9 @@ def shifted(
 
     With original inputs x and those x' of the compressed model, sum ||W x - V x'||^2 + s ||W - V||^2 is
     tr((T - V) G (T - V)^H) and a constant, with G = sum x' x'^H + s I and T = W (sum x x'^H + s I) G^-1. W + a (T - W)
-    takes the place of W. The shrinkage s is that of `Statistics.root`. Source: GPTAQ, SAES-SVD.
+    takes the place of W. The shrinkage s is that of `Statistics.shrunken`. Source: GPTAQ, SAES-SVD.
 
-    Memory: 16 in^2 B beside the sums, since T - W = W (sum (x - x') x'^H) G^-1 needs one Cholesky factor in float64,
-    which is the square root too.
+    Memory: 8 in^2 B beside the sums, since T - W = W (sum (x - x') x'^H) G^-1 needs one Cholesky factor in float64.
 
     Args:
         group: layers with the same inputs.
@@ -46,7 +45,7 @@ def shifted(
         towards: a, from 0 (the weight itself) to 1.
         names: of the layers of the group that this rank fits; None for all.
     Returns:
-        The weight to approximate and the square root of G by name; the weight in float32 or wider.
+        The weight to approximate and G by name; the weight in float32 or wider.
     """
     statistics = summed(lambda: collect_behind(group, dealt(passes), exact=True))
     group = [target for target in group if names is None or target.name in names]
@@ -57,28 +56,28 @@ def shifted(
         del cross
     del statistics  # a wide layer's are large
     found: dict[str, Aim] = {}
-    factors: dict[int, tuple[Tensor, GramRoot]] = {}  # by the Gram, which layers share
-    for target in group:
-        weight, gram = target.linear.weight.detach(), grams[target.name]
-        if gram.diagonal().real.mean() <= 0:
-            found[target.name] = weight, None
-            continue
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        if id(gram) not in factors:
-            factors[id(gram)] = _factor(gram, shrinkage)
-        factor, root = factors[id(gram)]
-        shift = torch.cholesky_solve(changes[target.name].to(factor.dtype), factor).mH.to(wide)
-        found[target.name] = weight.to(wide) + towards * shift, root
+    for gram in {id(gram): gram for gram in grams.values()}.values():  # which layers share
+        sharing = [target for target in group if grams[target.name] is gram]
+        mean = gram.diagonal().real.mean()
+        factor = _factor(gram, shrinkage * mean) if mean > 0 else None
+        for target in sharing:
+            weight = target.linear.weight.detach()
+            aim = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            if factor is not None:
+                shift = torch.cholesky_solve(changes[target.name].to(factor.dtype), factor).mH
+                aim = aim + towards * shift.to(aim.dtype)
+            found[target.name] = aim, None
+        del factor  # before the Gram is normalised: a wide layer's are large
+        shrunken = InputGram.of(gram, shrinkage)
+        found |= {target.name: (found[target.name][0], shrunken) for target in sharing}
     return found
 
 
-def _factor(gram: Tensor, shrinkage: float) -> tuple[Tensor, GramRoot]:
-    """Return the Cholesky factor of the shrunken Gram in float64, and the square root that it is."""
-    shrunken = gram.to(torch.promote_types(gram.dtype, torch.float64), copy=True)
-    shrunken.diagonal().add_(shrinkage * shrunken.diagonal().real.mean())
-    mean = shrunken.diagonal().real.mean()
-    factor = torch.linalg.cholesky(shrunken, out=shrunken)
-    return factor, GramRoot(factor.mT.to(gram.dtype) / mean.sqrt().to(gram.dtype.to_real()))
+def _factor(gram: Tensor, ridge: Tensor) -> Tensor:
+    """Return the Cholesky factor in float64 of a Gram with a ridge on its diagonal."""
+    wide = gram.to(torch.promote_types(gram.dtype, torch.float64), copy=True)
+    wide.diagonal().add_(ridge)
+    return torch.linalg.cholesky(wide, out=wide)
 
 
 def collect_behind(

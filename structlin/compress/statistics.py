@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from structlin.checkpoint.tensors import read_safetensors, write_safetensors
-from structlin.fitting.objective import GramRoot
+from structlin.fitting.objective import InputGram
 
 FIELDS = ("grams", "output_grams", "cross_grams")
 OLD_NAMES = {"cross_grams": "crosses"}  # of fields, in files that are still read
@@ -85,21 +85,19 @@ class Statistics:
     tokens: Mapping[str, int]
     output_grams: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     cross_grams: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-    _roots: dict[tuple[int, float], GramRoot | None] = field(default_factory=dict, init=False, repr=False)
+    _shrunken: dict[tuple[int, float], InputGram | None] = field(default_factory=dict, init=False, repr=False)
 
-    def root(self, name: str, shrinkage: float = SHRINKAGE) -> GramRoot | None:
-        """Return the square root of a layer's shrunken Gram G + shrinkage tr(G) / n I, computed once for each Gram.
+    def shrunken(self, name: str, shrinkage: float = SHRINKAGE) -> InputGram | None:
+        """Return a layer's shrunken Gram G + shrinkage tr(G) / n I, computed once for each Gram.
 
         The Gram of a few thousand tokens is noisy where it is small. With 3 % of its mean eigenvalue added to all of
         them, fits of MiniLM's weights get better on held-out text, and converge faster.
         """
         gram = self.grams[name]
         key = id(gram), shrinkage  # layers with the same inputs share one Gram, which this object keeps alive
-        if key not in self._roots:
-            eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            found = GramRoot.of(gram + shrinkage * gram.diagonal().mean() * eye)
-            self._roots[key] = None if found is None else GramRoot(found.rows.to(gram.dtype))
-        return self._roots[key]
+        if key not in self._shrunken:
+            self._shrunken[key] = InputGram.of(gram, shrinkage)
+        return self._shrunken[key]
 
     def metric(self, name: str) -> Tensor | None:
         """Return a layer's shrunken output Gram H + .3 tr(H) / n I, or its diagonal; None without a loss."""

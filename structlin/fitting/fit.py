@@ -13,7 +13,7 @@ from torch import Tensor
 from structlin.equation.spec import Spec
 from structlin.equation.structure import Family, Structure
 from structlin.fitting.budget import Budget, NoMemberError, within
-from structlin.fitting.objective import GramRoot, Objective, make_objective, norm
+from structlin.fitting.objective import InputGram, Objective, make_objective, norm
 from structlin.fitting.refine import Refinement, low_rank_summand
 from structlin.runtime.contract import to_dense
 
@@ -45,7 +45,7 @@ def fit(
     structure: Structure | Families,
     *,
     ratio: float | None = None,
-    gram: Tensor | GramRoot | None = None,
+    gram: Tensor | InputGram | None = None,
     output_gram: Tensor | None = None,
     refine: int | None = None,
     budget: Budget = "parameters",
@@ -64,7 +64,7 @@ def fit(
             several to choose from, whose sizes follow from `ratio`.
         ratio: kept / dense, in (0, 1].
         gram: G = sum x x^T over the layer's inputs x, (in, in), at any scale; it may be singular, and zero counts as
-            none. Its `GramRoot` saves the eigendecomposition.
+            none. An `InputGram` shares its square root among layers.
         output_gram: H, (out, out), or its diagonal (out,): weights of the rows, for example a diagonal Fisher.
         refine: number of refinement steps; None takes the structure's `refine_steps`, or 300 if that is 0 and the given
             Gram rules the closed form out.
@@ -106,7 +106,7 @@ def extend(
     structure: Structure,
     weight: Tensor,
     *,
-    gram: Tensor | GramRoot | None = None,
+    gram: Tensor | InputGram | None = None,
     output_gram: Tensor | None = None,
 ) -> Fit:
     """Change the rank of the low-rank summand of a fit: solve for it in closed form, keep all other factors.
@@ -133,6 +133,8 @@ class _Problem:
 
     def best(self, families: Sequence[Sequence[Structure]], refine: int | None) -> Fit:
         """Race the sizes of each family, then the families, and refine the winner to the end."""
+        if len(families) == len(families[0]) == 1:
+            return self.fit_with(families[0][0], refine)
         winners = [
             min((self._started(each, refine) for each in sizes), key=lambda run: run.error) for sizes in families
         ]
@@ -141,7 +143,8 @@ class _Problem:
         # A family that lost goes on only if the one that went on ends above its error so far: then it was misjudged.
         for run in sorted((run for run in winners if not run.finished), key=Run.expected):
             if run.error < least:
-                least = min(least, run.advance())
+                run.advance()
+                least = min(least, run.error)
                 done.append(run)
         return min(
             (self.measured(run.structure, run.spec, run.result()) for run in done), key=lambda fit: fit.minimised
@@ -162,10 +165,10 @@ class _Problem:
         """Decompose, and prepare the refinement if there is something to gain."""
         spec = structure.spec(self.weight.shape[1], self.weight.shape[0])
         factors = self._start(structure, spec)
-        if not steps and self.objective.plain and len(spec.equations) == 1:
+        if (not steps and self.objective.plain and len(spec.equations) == 1) or _is_low_rank(spec):
             return Run(structure, spec, factors, self.objective, None)
         # float32 is enough for the steps, unless the weight itself has the digits of float64.
-        objective = self.objective if not steps or self.weight.dtype == torch.float64 else self._single
+        objective = self._double if not steps or self.weight.dtype == torch.float64 else self._single
         refinement = Refinement(spec, [f.to(objective.weight.dtype) for f in factors], objective, steps)
         return Run(structure, spec, factors, self.objective, refinement)
 
@@ -173,11 +176,17 @@ class _Problem:
     def _single(self) -> Objective:
         return self.objective.to(torch.complex64 if self.weight.is_complex() else torch.float32)
 
+    @cached_property
+    def _double(self) -> Objective:
+        return self.objective.to(self.objective.weight.dtype)
+
     def extended(self, found: Fit, structure: Structure) -> Fit:
         """Solve for the low-rank summand; take the other factors from a fit."""
         spec = structure.spec(self.weight.shape[1], self.weight.shape[0])
+        if _is_low_rank(spec):
+            return self.fit_with(structure, 0)
         known = _rescaled(found.spec, found.factors, 1 / self.scale, self.objective.weight.dtype)
-        return self.measured(structure, spec, Refinement(spec, known, self.objective, 0).result())
+        return self.measured(structure, spec, Refinement(spec, known, self._double, 0).result())
 
     def measured(self, structure: Structure, spec: Spec, factors: Sequence[Tensor]) -> Fit:
         """Round the factors to the dtype of the weight, and compute the error of the result."""
@@ -190,7 +199,7 @@ class _Problem:
     def _start(self, structure: Structure, spec: Spec) -> list[Tensor]:
         weight = self.objective.weight
         if _is_low_rank(spec) and not self.objective.plain:
-            return [weight.new_zeros(shape) for shape in spec.shapes]  # eliminated, so its start does not matter
+            return list(self.objective.low_rank(weight, self.objective.basis(weight, spec.shapes[0][1])))
         factors = [factor.to(weight.dtype) for factor in structure.decompose(weight)]
         shapes = tuple(tuple(factor.shape) for factor in factors)
         if shapes != spec.shapes:
@@ -220,8 +229,9 @@ class Run:
     def finished(self) -> bool:
         return self.refinement is None or self.refinement.finished
 
-    def advance(self, until: int | None = None) -> float:
-        return self.error if self.refinement is None else self.refinement.advance(until)
+    def advance(self, until: int | None = None) -> None:
+        if self.refinement is not None:
+            self.refinement.advance(until)
 
     def expected(self) -> float:
         """Refine through PACE and extrapolate: the log of the error falls on at that pace per learning rate.
@@ -230,12 +240,14 @@ class Run:
         """
         if self.refinement is None:
             return self.error
-        before, begin = self.advance(PACE[0]), self.refinement.progress
-        now, end = self.advance(PACE[1]), self.refinement.progress
+        self.advance(PACE[0])
+        before, begin = self.error, self.refinement.progress
+        self.advance(PACE[1])
+        now, end = self.error, self.refinement.progress
         return now if self.finished else now * (now / before) ** ((1 - end) / (end - begin))
 
     def result(self) -> Sequence[Tensor]:
-        return self.factors if self.refinement is None else self.refinement.result()
+        return self.factors if self.refinement is None else self.refinement.result(self.objective)
 
 
 def _is_low_rank(spec: Spec) -> bool:

@@ -20,41 +20,56 @@ class Objective:
     """The squared error ||inputs (W - What)^T outputs||^2 = tr(H (W - What) G (W - What)^H).
 
     `inputs` and `outputs` are Gram square roots, of G and H: at most `in_features` rows stand for all calibration
-    tokens. None is the identity; without both, this is the Frobenius error.
+    tokens. Where a root of G is larger than the weight, G itself is there in its place. None is the identity; without
+    all, this is the Frobenius error. G or its root may have fewer digits than the weight: products with it do too.
     """
 
     weight: Tensor  # the target W, (out_features, in_features), with entries near 1
     inputs: Tensor | None = None  # (rows, in_features) with inputs^T conj(inputs) = G
     outputs: Tensor | None = None  # (out_features, out_features) with outputs outputs^H = conj(H), invertible
+    gram: Tensor | None = None  # conj(G), (in_features, in_features), in place of `inputs`
 
     @property
     def plain(self) -> bool:
         """Whether the objective is the Frobenius error."""
-        return self.inputs is None and self.outputs is None
+        return self.inputs is None and self.outputs is None and self.gram is None
 
     @cached_property
     def targets(self) -> Tensor:
-        """Outputs of the weight for `inputs`, which the approximation is to match: (rows, out_features)."""
-        return self.error(self.weight)
-
-    @cached_property
-    def gram(self) -> Tensor | None:
-        """The conjugate of G, inputs^H inputs."""
-        return None if self.inputs is None else self.inputs.mH @ self.inputs
+        """Outputs of the weight for `inputs` or `gram`, which the approximation is to match: (rows, out_features)."""
+        return self._product(self.weight)
 
     @cached_property
     def total(self) -> float:
-        """Norm of the targets, the denominator of relative errors; 1 if it is zero."""
-        return norm(self.targets) or 1.0
+        """Norm of the weight, the denominator of relative errors; 1 if it is zero."""
+        return self.error(self.weight) or 1.0
 
-    def error(self, difference: Tensor) -> Tensor:
-        """Map a difference of weights (out, in) to the residual (rows, out) whose norm is the error."""
-        rows = difference.mT if self.inputs is None else self.inputs @ difference.mT
-        return rows if self.outputs is None else rows @ self.outputs
+    def error(self, difference: Tensor) -> float:
+        """Compute the root of the squared error that a difference of weights (out, in) is."""
+        if self.gram is None:
+            return norm(self._image(difference))
+        return math.sqrt(max(inner(self._columns(difference), self._image(difference)), 0.0))
 
     def relative_error(self, approximation: Tensor) -> float:
-        """Compute the error of a dense approximation (out, in) relative to the norm of the targets."""
-        return norm(self.error(self.weight - approximation.to(self.weight.dtype))) / self.total
+        """Compute the error of a dense approximation (out, in) relative to the norm of the weight."""
+        return self.error(self.weight - approximation.to(self.weight.dtype)) / self.total
+
+    def basis(self, difference: Tensor, rank: int) -> Tensor:
+        """Compute the orthonormal basis (out, rank) of outputs on which a difference (out, in) is the largest."""
+        if self.gram is None:
+            return leading_basis(self._image(difference), rank)
+        return linalg.leading_vectors(self._energy(difference), rank).to(difference.dtype)
+
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """Return the energies of the weight's outputs, ascending, and their orthonormal directions (out, number)."""
+        if self.gram is not None:
+            return torch.linalg.eigh(self._energy(self.weight))
+        rows = self.targets
+        if rows.shape[0] >= rows.shape[1]:
+            return torch.linalg.eigh(rows.mH @ rows)
+        energy, left = torch.linalg.eigh(rows @ rows.mH)
+        vectors = rows.mH @ left
+        return energy, vectors / torch.linalg.vector_norm(vectors, dim=0).clamp_min(1e-300)
 
     def low_rank(self, difference: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
         """Factor the best approximation of a difference (out, in) whose outputs lie in the span of a basis (out, rank).
@@ -72,41 +87,66 @@ class Objective:
 
     def to(self, dtype: torch.dtype) -> Objective:
         """Convert all tensors to a dtype."""
-        roots = (None if root is None else root.to(dtype) for root in (self.inputs, self.outputs))
-        return Objective(self.weight.to(dtype), *roots)
+        others = (None if each is None else each.to(dtype) for each in (self.inputs, self.outputs, self.gram))
+        return Objective(self.weight.to(dtype), *others)
+
+    def _columns(self, difference: Tensor) -> Tensor:
+        return difference.mT if self.outputs is None else difference.mT @ self.outputs  # (in, out)
+
+    def _image(self, difference: Tensor) -> Tensor:
+        return self.targets if difference is self.weight else self._product(difference)
+
+    def _product(self, difference: Tensor) -> Tensor:
+        """Multiply the columns of a difference by `inputs` or `gram`: (rows, out)."""
+        columns, factor = self._columns(difference), self.inputs if self.gram is None else self.gram
+        return columns if factor is None else (factor @ columns.to(factor.dtype)).to(columns.dtype)
+
+    def _energy(self, difference: Tensor) -> Tensor:
+        energy = self._columns(difference).mH @ self._image(difference)  # (out, out)
+        return energy.to(linalg.working_dtype(energy))
 
 
 @dataclass(frozen=True)
-class GramRoot:
-    """Gram square root: rows X (rows, n) with X^T conj(X) = G / (mean of its diagonal)."""
+class InputGram:
+    """G of the inputs of layers, of a mean diagonal of about 1, and a square root, computed once if needed."""
 
-    rows: Tensor
+    matrix: Tensor
 
     @classmethod
-    def of(cls, gram: Tensor) -> GramRoot | None:
-        """Compute the root of a positive semi-definite G (n, n) in float64 or complex128, of any scale, even singular.
+    def of(cls, gram: Tensor, shrinkage: float = 0.0) -> InputGram | None:
+        """Normalise a positive semi-definite G (n, n) of any scale, even singular, in float32 or more.
 
-        None for G = 0, which carries no information.
+        The shrinkage, relative to the mean of the diagonal, is added to it. None for G = 0, which carries no
+        information.
         """
-        gram = gram.detach().to(linalg.working_dtype(gram))
+        gram = gram.detach().to(torch.promote_types(gram.dtype, torch.float32))
         largest = gram.abs().max()
         if largest == 0:
             return None
         gram = gram / largest  # its entries may be near the largest or smallest floats
-        mean = gram.diagonal().real.mean()
-        values, vectors = torch.linalg.eigh((gram + gram.mH) / (2 * mean))
-        kept = values > _NOISE * values[-1]
-        return cls((values[kept].sqrt() * vectors[:, kept]).mT)
+        gram.div_(gram.diagonal().real.mean()).diagonal().add_(shrinkage)
+        return cls(gram)
+
+    @cached_property
+    def root(self) -> Tensor:
+        """Rows X (rows, n) with X^T conj(X) = G: the Cholesky factor, or from eigenvectors if G is singular."""
+        gram = self.matrix.to(linalg.working_dtype(self.matrix))
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if failed:
+            values, vectors = torch.linalg.eigh((gram + gram.mH) / 2)
+            kept = values > _NOISE * values[-1]
+            factor = values[kept].sqrt() * vectors[:, kept]
+        return factor.mT.to(self.matrix.dtype)
 
 
 def make_objective(
-    weight: Tensor, gram: Tensor | GramRoot | None = None, output_gram: Tensor | None = None
+    weight: Tensor, gram: Tensor | InputGram | None = None, output_gram: Tensor | None = None
 ) -> tuple[Objective, float]:
     """Check and normalise the arguments of a fit (`fit` describes them).
 
     Returns:
-        The objective in float64 (complex128), and the scale that its weight was divided by. Weight and targets have a
-        root mean square of 1 unless they are zero.
+        The objective in float64 (complex128), but for a Gram of fewer digits if the weight has no more; and the scale
+        that its weight was divided by. The weight has a root mean square of 1 unless it is zero, as have the roots.
     Raises:
         ValueError: if a Gram has the wrong shape or values that are not finite.
     """
@@ -114,27 +154,26 @@ def make_objective(
     exact = weight.detach().to(linalg.working_dtype(weight))
     scale = norm(exact) / math.sqrt(exact.numel()) or 1.0
     exact = exact / scale
-    inputs = outputs = None
+    inputs = outputs = matrix = None
+    if isinstance(gram, Tensor):
+        _check("gram", gram, [(in_features, in_features)])
+        gram = InputGram.of(gram)
     if gram is not None:
-        if isinstance(gram, Tensor):
-            _check("gram", gram, [(in_features, in_features)])
-        root = GramRoot.of(gram) if isinstance(gram, Tensor) else gram
-        inputs = None if root is None else root.rows.to(exact, copy=True)
+        digits = torch.promote_types(gram.matrix.dtype, weight.dtype)
+        if in_features > out_features:  # a root would have as many entries, and cost more than all the rest
+            matrix = gram.matrix.to(digits).conj().resolve_conj()
+        else:
+            inputs = gram.root.to(digits)
     if output_gram is not None:
         _check("output_gram", output_gram, [(out_features, out_features), (out_features,)])
         metric = (torch.diag(output_gram) if output_gram.ndim == 1 else output_gram).to(exact)
         mean = metric.diagonal().real.mean()
         if mean > 0:
             # The ridge makes a singular H invertible, as `low_rank` needs it.
-            root = GramRoot.of(metric / mean + 1e-6 * torch.eye(out_features).to(exact))
+            root = InputGram.of(metric / mean + 1e-6 * torch.eye(out_features).to(exact))
             assert root is not None
-            outputs = root.rows.mT
-    size = norm(Objective(exact, inputs, outputs).targets) / math.sqrt(exact.numel()) or 1.0
-    if inputs is not None:
-        inputs.div_(size)  # in place: a wide layer's is the largest matrix of its fit
-    elif outputs is not None:
-        outputs = outputs / size
-    return Objective(exact, inputs, outputs), scale
+            outputs = root.root.mT
+    return Objective(exact, inputs, outputs, matrix), scale
 
 
 def _check(name: str, gram: Tensor, shapes: list[tuple[int, ...]]) -> None:
@@ -148,8 +187,8 @@ def leading_basis(rows: Tensor, rank: int) -> Tensor:
     """Compute the orthonormal basis (n, rank) of the leading right singular vectors (conjugated) of rows (m, n)."""
     exact = rows.to(linalg.working_dtype(rows))
     if exact.shape[0] >= exact.shape[1]:  # the eigenproblem of the smaller side
-        return torch.linalg.eigh(exact.mH @ exact)[1][:, -rank:].to(rows.dtype)
-    left = torch.linalg.eigh(exact @ exact.mH)[1][:, -rank:]
+        return linalg.leading_vectors(exact.mH @ exact, rank).to(rows.dtype)
+    left = linalg.leading_vectors(exact @ exact.mH, min(rank, exact.shape[0]))
     images = exact.mH @ left
     if rank > left.shape[1]:  # more columns than rows can give: qr completes the basis
         images = torch.nn.functional.pad(images, (0, rank - left.shape[1]))
@@ -160,3 +199,8 @@ def norm(tensor: Tensor) -> float:
     """Return the Frobenius norm, computed in float64."""
     wide = torch.promote_types(tensor.dtype, torch.float64)  # the squares of 1e30 overflow float32
     return torch.linalg.vector_norm(tensor, dtype=wide).item()
+
+
+def inner(a: Tensor, b: Tensor) -> float:
+    """Return the real part of the inner product of two tensors of one shape."""
+    return torch.vdot(a.reshape(-1), b.reshape(-1)).real.item()

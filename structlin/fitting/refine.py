@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from structlin.equation.spec import Spec
-from structlin.fitting.objective import Objective, leading_basis
+from structlin.fitting.objective import Objective, inner
 from structlin.runtime import kernels, planner
 from structlin.runtime.contract import apply, to_dense
 from structlin.runtime.eager import plain, suits, unobserved
@@ -128,22 +128,19 @@ class Refinement:
         self._work = [factor.detach().clone() for k, part in enumerate(parts) if k != self._low for factor in part]
         self._plan: Plan | None = None
         self._chain: Chain | None = None
-        self._gram: Tensor | None = None  # inputs^H inputs
+        self._gram = objective.gram  # the dense matrix is cheaper than its many rows times the factors
         rows = objective.inputs
         if rows is not None and others:
-            if rows.shape[0] > spec.out_features:  # the dense matrix is cheaper than so many products with the factors
-                self._gram = objective.gram
-            else:
-                machine = machine_of(rows.device)
-                self._plan = planner.find_plan(self._rest, rows.shape[0], machine=machine, itemsize=rows.element_size())
-                if kernels.available() and unobserved() and plain(self._work) and suits((rows, *self._work)):
-                    chain = chain_of(self._rest)
-                    faster = chain.seconds(rows.shape[0], machine=machine) < self._plan.seconds
-                    self._chain = chain if faster else None
+            machine = machine_of(rows.device)
+            self._plan = planner.find_plan(self._rest, rows.shape[0], machine=machine, itemsize=rows.element_size())
+            if kernels.available() and unobserved() and plain(self._work) and suits((rows, *self._work)):
+                chain = chain_of(self._rest)
+                faster = chain.seconds(rows.shape[0], machine=machine) < self._plan.seconds
+                self._chain = chain if faster else None
         self._basis: Tensor | None = None
         if self._low is not None:
             with torch.no_grad():
-                self._basis = leading_basis(self.objective.error(self._difference(self._work)), self._rank)
+                self._basis = self.objective.basis(self._difference(self._work), self._rank)
         self._best = self._state(self._measure())
         self._limit = DIVERGED * max(1.0, self.error)
         self._adam = self._restart()
@@ -184,16 +181,16 @@ class Refinement:
         self._keep(self._measure())  # a step measures the factors before it only
         return self.error
 
-    def result(self) -> list[Tensor]:
-        """Return the best factors, with the best low-rank summand for them."""
-        best = self._best.factors
+    def result(self, objective: Objective | None = None) -> list[Tensor]:
+        """Return the best factors, with the best low-rank summand for them in an objective that may be more exact."""
+        best, objective = self._best.factors, objective or self.objective
         if self._low is None:
             return list(best)
         with torch.no_grad():
-            difference = self._difference(best)
-            basis = leading_basis(self.objective.error(difference), self._rank)
+            difference = objective.weight - to_dense(self._rest, [f.to(objective.weight.dtype) for f in best])
+            basis = objective.basis(difference, self._rank)
             parts = [part for _, part in self._rest.split(best)]
-            parts.insert(self._low, self.objective.low_rank(difference, basis))
+            parts.insert(self._low, objective.low_rank(difference, basis))
         return [factor for part in parts for factor in part]
 
     # One step ------------------------------------------------------------------------------------------------------
@@ -224,14 +221,14 @@ class Refinement:
         """
         weighted = remainder if self._gram is None else self._gram @ remainder
         if self._basis is None:
-            return _dot(remainder, weighted), weighted
+            return inner(remainder, weighted), weighted
         if move:
             self._basis = torch.linalg.qr(weighted.mH @ (remainder @ self._basis))[0]
         outside = remainder - (remainder @ self._basis) @ self._basis.mH
         if self._gram is None:
-            return _dot(outside, outside), outside
+            return inner(outside, outside), outside
         weighted = weighted - (weighted @ self._basis) @ self._basis.mH
-        return _dot(outside, weighted), weighted
+        return inner(outside, weighted), weighted
 
     def _measure(self) -> float:
         with torch.no_grad():
@@ -277,7 +274,3 @@ class Refinement:
             group["lr"] = self._schedule.rate * group["base"] * fade
         self._adam.step()
         self._schedule.step(error)
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    return torch.vdot(a.reshape(-1), b.reshape(-1)).real.item()

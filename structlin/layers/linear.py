@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from structlin.equation.structure import Structure, hyperparameters
 from structlin.fitting.fit import Families, Fit, fit
-from structlin.fitting.objective import GramRoot
+from structlin.fitting.objective import InputGram
 from structlin.layers.factored import Factored
 from structlin.layers.weight import LazyWeight
 from structlin.runtime import contract, planner
@@ -79,7 +79,7 @@ class StructuredLinear(Factored):
         *,
         structure: Structure | Families | None = None,
         ratio: float | None = None,
-        gram: Tensor | GramRoot | None = None,
+        gram: Tensor | InputGram | None = None,
         output_gram: Tensor | None = None,
         refine: int | None = None,
         **fields: Any,

@@ -74,7 +74,7 @@ def test_calibrated_low_rank_keeps_the_outputs_better(mlp):
     for row in changed(report):
         assert row.output_error is not None
         target = next(t for t in find_targets(mlp) if t.name == row.name)
-        expected = fit(target.linear.weight, LowRank(rank_of(row)), gram=statistics.root(row.name)).output_error
+        expected = fit(target.linear.weight, LowRank(rank_of(row)), gram=statistics.shrunken(row.name)).output_error
         assert row.output_error == pytest.approx(expected, rel=0.05)
     assert "output error" in str(report)
 
@@ -92,9 +92,9 @@ def test_statistics_and_batches_give_the_same(mlp):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-def test_roots_are_computed_once(mlp):
+def test_shrunken_grams_are_computed_once(mlp):
     statistics = collect_statistics(mlp, batches(3))
-    assert statistics.root("2") is statistics.root("2")
+    assert statistics.shrunken("2") is statistics.shrunken("2")
 
 
 def test_layers_without_tokens_are_fitted_plainly(mlp):

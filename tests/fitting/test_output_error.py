@@ -12,7 +12,7 @@ from structlin import SumLinear
 from structlin.equation.structure import from_record, registered, show, to_record
 from structlin.fitting.budget import within
 from structlin.fitting.fit import PACE, RACE, Run, fit
-from structlin.fitting.objective import GramRoot, make_objective
+from structlin.fitting.objective import InputGram, make_objective
 from structlin.fitting.refine import HALVINGS, HURRY, WARM_UP, WINDOW, Refinement, Schedule, low_rank_summand
 from structlin.runtime.contract import to_dense
 from structlin.runtime.planner import flops_per_token
@@ -262,10 +262,10 @@ def test_low_rank_summands_are_recognised():
     assert summand(Kronecker(terms=2)) is None
 
 
-def test_a_root_saves_the_eigendecomposition():
+def test_a_gram_in_its_own_form_gives_the_same():
     gram = gram_of(16)
     weight = torch.randn(8, 16)
-    by_root, by_gram = (fit(weight, LowRank(3), gram=given) for given in (GramRoot.of(gram), gram))
+    by_root, by_gram = (fit(weight, LowRank(3), gram=given) for given in (InputGram.of(gram), gram))
     assert torch.equal(by_root.factors[0], by_gram.factors[0])
 
 
@@ -302,7 +302,13 @@ def test_the_winner_of_a_race_goes_on_from_where_it_stands(monkeypatch):
     torch.manual_seed(0)
     weight, gram, steps = torch.randn(48, 64), gram_of(64), []
     step = Refinement._step
-    monkeypatch.setattr(Refinement, "_step", lambda self: steps.append(self.spec) or step(self))
+
+    def counted(self):
+        before = self.steps_taken
+        step(self)
+        steps.extend([self.spec] * (self.steps_taken - before))  # none if it diverged
+
+    monkeypatch.setattr(Refinement, "_step", counted)
     found = fit(weight, FAMILIES, ratio=0.6, gram=gram)
     raced = Counter(steps)
     steps.clear()
