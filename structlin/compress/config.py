@@ -85,8 +85,8 @@ class Compression:
         sequential: fit each layer to the inputs that the compressed layers before it produce, a quarter of the way
             towards the original outputs. None: where calibration is given as batches, which it needs.
         block_epochs: passes over the batches in which all parameters of a block are refined together, towards the dense
-            block's outputs; 0 leaves that out. None: 10, where calibration is given as batches. Batches of tokens
-            (`input_ids`) are scrambled in half of the steps, against overfitting (see `scramble`).
+            block's outputs; 0 leaves that out. None: 10, where calibration is given as batches. Each takes in
+            scrambled copies of batches of tokens (`input_ids`), against overfitting (see `scramble`).
         blocks: globs, each naming the blocks of one chain, such as ["model.layers.*"]; None finds them, and an empty
             list takes the whole model as one block.
         require_speedup: leave a layer dense unless its replacement, frozen and timed on this machine, is faster for one
@@ -94,7 +94,7 @@ class Compression:
         mask: which tokens count in calibration, see `collect_statistics`.
         held_back: share of the calibration batches (at most 8 of them) that only checks see, unless `validation` is
             given.
-        shrinkage: share of the Gram's mean eigenvalue that is added to all of them, see `Statistics.root`.
+        shrinkage: share of the Gram's mean eigenvalue that is added to all of them, see `Statistics.shrunken`.
         seed: of torch's generators while a model is compressed; their states are restored afterwards.
     Raises:
         ValueError: if a setting is out of range, a name unknown, or a rule contradicts itself.

@@ -65,7 +65,7 @@ def refine(
         part: with its passes.
         swaps: its leaves -> the structured layers, which are trained in place.
         patched: the model; gets the refined copies of its parameters.
-        epochs: passes over the given batches, or steps for as many.
+        epochs: passes over the batches and their scrambled copies.
         given: number of passes, the first ones, whose batches are as they were given: some of these judge.
     Returns:
         One report, none if there is nothing to train.
@@ -90,15 +90,14 @@ def refine(
     # With few batches the same ones judge: the best weights on them are kept.
     judges = range(given)[HELD_BACK // 2 :: HELD_BACK] or range(given)
     learning = [number for number in _in_turn(given, len(part.passes)) if number not in judges] or range(given)
-    rounds = math.ceil(epochs * given / len(part.passes))
     modules = nn.ModuleList([part.module, *layers])
     with requiring_gradients(modules, set(trained.values())), torch.enable_grad(), patched.changed():
-        options = HealOptions(epochs=rounds, every=given, clip=None)
-        stream = Stream(learning, rounds, next(iter(trained.values())).device)
+        options = HealOptions(epochs=epochs, every=given, clip=None)
+        stream = Stream(learning, epochs, next(iter(trained.values())).device)
         with torch.no_grad():
             start = sum(loss(number).item() for number in judges) / len(judges)
         optimizer = _WideAdam(list(trained.values()), RATE * min(1.0, REACH * math.sqrt(start)))
-        run = Run(part.module, loss, optimizer, trained, stream, judges, options, rounds * len(learning))
+        run = Run(part.module, loss, optimizer, trained, stream, judges, options, epochs * len(learning))
         found = together(lambda: run.run(lambda *_, **__: None))
     # Steps follow one another, so that batches cannot be dealt: every rank takes all steps, and rank 0's count.
     follow(list(trained.values()))

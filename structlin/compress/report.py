@@ -108,7 +108,7 @@ class LayerReport:
         flops_before: per token, 2 in out.
         flops_after: per token, of the cheaper sequential contraction.
         error: relative Frobenius error of the weight as fitted, before its block is refined; None where it stayed.
-        output_error: relative error of the outputs, in the norms that the fit minimised (see `Statistics.root`),
+        output_error: relative error of the outputs, in the norms that the fit minimised (see `Statistics.shrunken`),
             likewise; None without calibration.
         seconds: time of the fit.
         reason: why it stayed dense, None where it did not.

@@ -379,7 +379,7 @@ def test_blocks_are_refined_on_scrambled_text_too_and_judged_on_the_given_one(mo
     assert seen == [(24, 12), (24, 12)]
     monkeypatch.undo()
     report = compress_model(Reads(), "lowrank", ratio=0.5, calibration=data, validation=[], block_epochs=4, **FITS)
-    assert [block.steps for block in report.blocks] == [2 * 23, 2 * 23]
+    assert [block.steps for block in report.blocks] == [4 * 23, 4 * 23]
 
 
 def test_a_stream_keeps_what_blocks_share():
