@@ -46,7 +46,7 @@ Grams of the inputs of the dense model, no output metric, no refinement. Rows:
   instead, each head on its own. *any ranks*: heads of one layer share its ranks by the singular values.
 - MLP hidden units: a share of them stays (*units*), the others go one after the other, the least harmful next, and the
   down projection makes up for them; then a whitened SVD of what remains. Held-back batches choose the share.
-- All other maps are those of the whitened SVD, or of `auto` (held-back batches play no part in it).
+- both: the two together. All other maps are those of the whitened SVD, or of `auto` where the row says so.
 
 *on*: text of the kind that calibration saw; *off*: other text. *kept*: parameters / dense parameters of all linear maps
 but the output layer."""
@@ -157,20 +157,22 @@ def joint_heads(part: Part, names: Names, ratio: float, inputs: bool = False, un
 
 
 def elimination(weight: Tensor, gram: Tensor, count: int) -> Tensor:
-    """Order the last units that stay last: remove `count` columns one by one, each with the least error (OBS)."""
+    """Order the first `count` columns to remove: always the one of least error, others making up for it (OBS).
+
+    Of many columns, a 128th goes at a time.
+    """
     weight, inverse = weight.clone(), torch.linalg.inv(gram)
-    alive = torch.ones(len(gram), dtype=torch.bool)
-    gone: list[int] = []
-    for _ in range(count):
-        error = weight.square().sum(0) / inverse.diagonal()
-        unit = int(error.masked_fill(~alive, torch.inf).argmin())
-        row = inverse[unit] / inverse[unit, unit]
-        weight -= torch.outer(weight[:, unit], row)
-        inverse -= torch.outer(inverse[:, unit].clone(), row)
-        inverse[unit, unit] = 1.0  # of no more use; keeps the error finite
-        alive[unit] = False
-        gone.append(unit)
-    return torch.tensor(gone)
+    gone = torch.zeros(len(gram), dtype=torch.bool)
+    found: list[int] = []
+    while len(found) < count:
+        error = (weight.square().sum(0) / inverse.diagonal()).masked_fill(gone, torch.inf)
+        units = error.topk(min(max(1, len(gram) // 128), count - len(found)), largest=False).indices
+        rows = torch.linalg.solve(inverse[units][:, units], inverse[units])
+        weight.addmm_(weight[:, units], rows, alpha=-1)
+        inverse.addmm_(inverse[:, units], rows, alpha=-1)
+        gone[units] = True
+        found += units.tolist()
+    return torch.tensor(found)
 
 
 def orders(model: nn.Module, names: Names, known: Statistics) -> dict[str, Tensor]:
@@ -256,8 +258,7 @@ class Run:
             "MLP hidden units": ("lowrank", lambda ratio: self.units(self.start(False), ratio)),
             "both": ("lowrank", lambda ratio: self.units(self.joint(ratio), ratio)),
             "auto": ("auto", lambda ratio: [(None, self.start(False))]),
-            "auto, joint value-output": ("auto", lambda ratio: [(None, self.joint(ratio))]),
-            "auto, MLP hidden units": ("auto", lambda ratio: self.units(self.start(False), ratio)),
+            "auto, both": ("auto", lambda ratio: self.units(self.joint(ratio), ratio, (0.75, ratio))),
         }
 
     def start(self, fold: bool) -> Part:
@@ -266,9 +267,9 @@ class Run:
     def joint(self, ratio: float, **options: bool) -> Part:
         return joint_heads(self.start(True), self.names, ratio, **options)
 
-    def units(self, part: Part, ratio: float) -> list[tuple[float | None, Part]]:
-        shares = [share for share in SHARES if share >= ratio]
-        return [(share, fewer_units(part, self.names, self.order, ratio, share)) for share in shares]
+    def units(self, part: Part, ratio: float, shares: Sequence[float] = SHARES) -> list[tuple[float | None, Part]]:
+        chosen = [share for share in shares if share >= ratio]
+        return [(share, fewer_units(part, self.names, self.order, ratio, share)) for share in chosen]
 
     def loss(self, model: nn.Module) -> float:
         """Compute the log perplexity, or 1 - the mean cosine to the dense embeddings, on held-back batches."""
@@ -299,7 +300,7 @@ class Run:
         loss, share, kept, model = min(tried, key=lambda found: found[0])
         seconds = time.perf_counter() - start
         facts = {"ratio": ratio, "fit": fit, "units": share, "kept": kept, "held_back": loss, "seconds": seconds}
-        return facts | self.measure(model)
+        return facts | {"tried": {found[1]: found[0] for found in tried if found[1]}} | self.measure(model)
 
 
 def main(argv: Sequence[str]) -> int:
