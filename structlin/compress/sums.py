@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -37,10 +37,11 @@ class Sums:
 
     Args:
         dtype: of the products and sums, its complex counterpart for complex inputs.
+        blank: names whose sums stay zero: only which layers share them is wanted.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, blank: Collection[str] = ()) -> None:
+        self.dtype, self.blank = dtype, blank
         self.totals: dict[frozenset[str], list[Tensor]] = {}
         self.tokens: Counter[frozenset[str]] = Counter()
         self.known: frozenset[frozenset[str]] = frozenset()  # sets of the passes before this one
@@ -52,11 +53,14 @@ class Sums:
             for seen in self.waiting:
                 if seen.same(x) and seen.partner is partner and name not in seen.names:
                     seen.names.append(name)
+                    if not seen.products and name not in self.blank:
+                        seen.products = _products(name, as_rows(x, keep, self.dtype), partner)
                     break
             else:
                 self.settle(name)
                 rows = as_rows(x, keep, self.dtype)
-                seen = _Seen(_recogniser(x), partner, [name], _products(name, rows, partner), len(rows))
+                products = [] if name in self.blank else _products(name, rows, partner)
+                seen = _Seen(_recogniser(x), partner, [name], products, len(rows))
                 self.waiting.append(seen)
             found = frozenset(seen.names)
             if found in self.known and not any(found < larger for larger in self.known):
@@ -86,7 +90,10 @@ class Sums:
         tokens: dict[str, int] = {}
         for name, target in {part: one for one in targets for part in one.parts}.items():
             keys = tuple(key for key in self.totals if name in key)
-            if not keys:
+            if name in self.blank:
+                blank = torch.zeros((), dtype=scalar(target, self.dtype), device=target.linear.weight.device)
+                found.setdefault(keys, [blank.expand(2 * [target.linear.in_features])] * count)
+            elif not keys:
                 found[keys] = [zeros(target, target.linear.in_features, self.dtype) for _ in range(count)]
             elif keys not in found:
                 first, *rest = (self.totals[key] for key in keys)
