@@ -37,7 +37,7 @@ class Sums:
 
     Args:
         dtype: of the products and sums, its complex counterpart for complex inputs.
-        blank: names whose sums stay zero: only which layers share them is wanted.
+        blank: names of which only the sharing is wanted: sums that no other name is in stay zero.
     """
 
     def __init__(self, dtype: torch.dtype, blank: Collection[str] = ()) -> None:
@@ -90,11 +90,11 @@ class Sums:
         tokens: dict[str, int] = {}
         for name, target in {part: one for one in targets for part in one.parts}.items():
             keys = tuple(key for key in self.totals if name in key)
-            if name in self.blank:
-                blank = torch.zeros((), dtype=scalar(target, self.dtype), device=target.linear.weight.device)
-                found.setdefault(keys, [blank.expand(2 * [target.linear.in_features])] * count)
-            elif not keys:
+            if not keys:
                 found[keys] = [zeros(target, target.linear.in_features, self.dtype) for _ in range(count)]
+            elif keys not in found and not self.totals[keys[0]]:
+                blank = torch.zeros((), dtype=scalar(target, self.dtype), device=target.linear.weight.device)
+                found[keys] = [blank.expand(2 * [target.linear.in_features])] * count
             elif keys not in found:
                 first, *rest = (self.totals[key] for key in keys)
                 found[keys] = [sum(others, start) for start, *others in zip(first, *rest, strict=True)]

@@ -172,7 +172,7 @@ def make_objective(
             # The ridge makes a singular H invertible, as `low_rank` needs it.
             root = InputGram.of(metric / mean + 1e-6 * torch.eye(out_features).to(exact))
             assert root is not None
-            outputs = root.root.mT
+            outputs = root.root.mH.resolve_conj()
     return Objective(exact, inputs, outputs, matrix), scale
 
 
