@@ -120,7 +120,7 @@ class InputGram:
         information.
         """
         gram = gram.detach().to(torch.promote_types(gram.dtype, torch.float32))
-        largest = gram.abs().max()
+        largest = torch.linalg.vector_norm(gram, math.inf)
         if largest == 0:
             return None
         gram = gram / largest  # its entries may be near the largest or smallest floats
