@@ -260,14 +260,23 @@ def collect_shifted(
     return collect_behind(targets, passes, how.dtype)
 
 
-def collect_passes(targets: Sequence[Target], passes: Sequence[Pass], how: Collecting) -> Statistics:
-    """Collect the input Grams of targets in the part of the model that the passes run, on its dense inputs."""
+def collect_passes(
+    targets: Sequence[Target], passes: Sequence[Pass], how: Collecting, blank: bool = False
+) -> Statistics:  # fmt: skip
+    """Collect the input Grams of targets in the part of the model that the passes run, on its dense inputs.
+
+    With `blank`, only which layers share inputs is wanted: Grams stay zero, but for those of stacks, and the passes end
+    as soon as all layers were called.
+    """
     leaves = [(leaf, keys_of(target)) for target in targets for leaf in target.leaves]
-    sums = Sums(how.dtype, how.exact)
+    blanks = {target.name for target in targets if blank and not target.stacked}
+    sums = Sums(how.dtype, how.exact, blanks)
     for each in passes:
         with hooked(leaves, partial(sums.add, keep=each.keep)):
             each.dense()
         sums.settle()
+        if len(blanks) == len(targets) and blanks <= frozenset().union(*sums.totals):
+            break
     (grams,), tokens = sums.result(targets, 1)
     return Statistics(grams, tokens)
 

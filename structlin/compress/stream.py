@@ -38,7 +38,6 @@ from structlin.compress.report import BlockReport, Coverage, LayerReport, Outcom
 from structlin.compress.scramble import widened
 from structlin.compress.skeleton import Read, StandIns, check_apart, empty, fill, slots_in
 from structlin.compress.speed import only_faster
-from structlin.compress.statistics import Statistics
 from structlin.compress.targets import Target, find_targets, openings
 from structlin.compress.workers import seeded
 from structlin.fitting.fit import check_weight
@@ -221,10 +220,10 @@ class _Work:
         seen = [target for target in chosen if not target.on_request]
         statistics = None
         if seen and part.passes:
-            how = Collecting(mask=self.config.mask, exact=True)
-            statistics = collect_passes(seen, part.passes[: len(self.data.batches)], how).rounded(how.dtype)
-            if self.config.sequential is not False:
-                statistics = _without_values(statistics, seen)
+            # Layers behind others are fitted to Grams of their own inputs.
+            how, blank = Collecting(mask=self.config.mask, exact=True), self.config.sequential is not False
+            passes = part.passes[: len(self.data.batches)]
+            statistics = collect_passes(seen, passes, how, blank).rounded(how.dtype)
         data = replace(self.data, statistics=statistics)
         screen = only_faster if self.config.require_speedup else list
         with seeded(self.config.seed):
@@ -285,17 +284,6 @@ class _Work:
         inside = {module for chain in self.chains for _, block in chain for module in block.modules()}
         named = self.model.named_modules(remove_duplicate=False)
         return list(slots_of((name, module) for name, module in named if module not in inside))
-
-
-def _without_values(statistics: Statistics, targets: Sequence[Target]) -> Statistics:
-    """Keep of the Grams only which layers share one: layers behind others are fitted to Grams of their own inputs.
-
-    The matrices of stacks are not.
-    """
-    stacked = {name for target in targets if target.stacked for name in target.parts}
-    blank = {id(gram): gram.new_zeros(()).expand(gram.shape) for gram in statistics.grams.values()}
-    grams = {name: gram if name in stacked else blank[id(gram)] for name, gram in statistics.grams.items()}
-    return Statistics(grams, statistics.tokens)
 
 
 def _store_states(path: Path, stream: Stream, count: int) -> None:

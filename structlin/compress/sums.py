@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -40,10 +40,11 @@ class Sums:
     Args:
         dtype: of the products and sums, its complex counterpart for complex inputs.
         exact: sum in float64, up to 4096 features: rounded to float32, sums do not depend on the order of the batches.
+        blank: names of which only the sharing is wanted: sums that no other name is in stay zero.
     """
 
-    def __init__(self, dtype: torch.dtype, exact: bool = False) -> None:
-        self.dtype, self.exact = dtype, exact
+    def __init__(self, dtype: torch.dtype, exact: bool = False, blank: Collection[str] = ()) -> None:
+        self.dtype, self.exact, self.blank = dtype, exact, blank
         self.totals: dict[frozenset[str], list[Tensor]] = {}
         self.tokens: Counter[frozenset[str]] = Counter()
         self.known: frozenset[frozenset[str]] = frozenset()  # sets of the passes before this one
@@ -55,11 +56,14 @@ class Sums:
             for seen in self.waiting:
                 if seen.same(x) and seen.partner is partner and name not in seen.names:
                     seen.names.append(name)
+                    if not seen.products and name not in self.blank:
+                        seen.products = _products(name, as_rows(x, keep, self.dtype), partner)
                     break
             else:
                 self.settle(name)
                 rows = as_rows(x, keep, self.dtype)
-                seen = _Seen(_recogniser(x), partner, [name], _products(name, rows, partner), len(rows))
+                products = [] if name in self.blank else _products(name, rows, partner)
+                seen = _Seen(_recogniser(x), partner, [name], products, len(rows))
                 self.waiting.append(seen)
             found = frozenset(seen.names)
             if found in self.known and not any(found < larger for larger in self.known):
@@ -93,6 +97,9 @@ class Sums:
                 size = target.linear.in_features
                 dtype = sum_dtype(self.dtype, size, self.exact)
                 found[keys] = [zeros(target, size, dtype) for _ in range(count)]
+            elif keys not in found and not self.totals[keys[0]]:
+                blank = torch.zeros((), dtype=scalar(target, self.dtype), device=target.linear.weight.device)
+                found[keys] = [blank.expand(2 * [target.linear.in_features])] * count
             elif keys not in found:
                 first, *rest = (self.totals[key] for key in keys)
                 found[keys] = [sum(others, start) for start, *others in zip(first, *rest, strict=True)]
@@ -163,7 +170,9 @@ def _products(name: str, rows: Tensor, partner: Tensor | None) -> list[Tensor]:
         shapes = tuple(partner.shape), tuple(rows.shape)
         raise ValueError(f"layer {name!r}: inputs of shapes {shapes} without and with the swaps; leave it out of names")
     products = [left.mT @ rows.conj() for left in (rows, partner) if left is not None]
-    if not all(product.isfinite().all() for product in products):
+    # An extreme is NaN if any entry is; unlike isfinite(), it takes no memory.
+    parts = (torch.view_as_real(product) if product.is_complex() else product for product in products)
+    if not all(extreme.isfinite() for part in parts for extreme in part.aminmax()):
         raise ValueError(not_finite(name, "inputs", rows.dtype))
     return products
 

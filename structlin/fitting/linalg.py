@@ -15,9 +15,6 @@ from torch import Tensor
 
 Shape = tuple[tuple[int, int], tuple[int, int]]
 
-LARGE = 1024  # rows of an eigenproblem from which float32 begins to pay: 2.7 times as fast as float64 at 2048
-RESOLVED = 1e-6  # share of the largest eigenvalue above which float32 tells an eigenvalue from rounding errors
-
 
 def working_dtype(tensor: Tensor) -> torch.dtype:
     """Return the dtype that decompositions compute in: float64, or complex128 for a complex tensor."""
@@ -53,25 +50,7 @@ def leading(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def leading_vectors(gram: Tensor, rank: int) -> Tensor:
-    """Compute an orthonormal basis of the eigenvectors of the largest eigenvalues, which come first.
-
-    Some vectors of a large matrix are taken from an eigenproblem in float32, and corrected by one subspace iteration in
-    the dtype of the matrix. Where their eigenvalues are too small for float32, or all are wanted, the eigenproblem is
-    in that dtype.
-
-    Args:
-        gram: Hermitian and positive semi-definite, (..., n, n), float64 or complex128.
-        rank: number of vectors, 1 to n.
-    Returns:
-        Orthonormal columns (..., n, rank).
-    """
-    n = gram.shape[-1]
-    if n >= LARGE and rank < n and gram.ndim == 2:
-        largest = gram.diagonal().real.max().clamp_min(torch.finfo(torch.float64).tiny)
-        single = torch.complex64 if gram.is_complex() else torch.float32
-        values, vectors = torch.linalg.eigh((gram / largest).to(single))
-        if values[-rank] > RESOLVED * values[-1]:
-            return torch.linalg.qr(gram @ vectors[:, -rank:].flip(-1).to(gram.dtype))[0]
+    """Return orthonormal eigenvectors (..., n, rank) of the largest eigenvalues of (..., n, n), the largest first."""
     return torch.linalg.eigh(gram)[1][..., -rank:].flip(-1)
 
 

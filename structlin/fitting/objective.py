@@ -120,7 +120,7 @@ class InputGram:
         information.
         """
         gram = gram.detach().to(torch.promote_types(gram.dtype, torch.float32))
-        largest = gram.abs().max()
+        largest = torch.linalg.vector_norm(gram, math.inf)
         if largest == 0:
             return None
         gram = gram / largest  # its entries may be near the largest or smallest floats
@@ -172,7 +172,7 @@ def make_objective(
             # The ridge makes a singular H invertible, as `low_rank` needs it.
             root = InputGram.of(metric / mean + 1e-6 * torch.eye(out_features).to(exact))
             assert root is not None
-            outputs = root.root.mT
+            outputs = root.root.mH.resolve_conj()
     return Objective(exact, inputs, outputs, matrix), scale
 
 

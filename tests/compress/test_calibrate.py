@@ -5,6 +5,7 @@ import json
 import socket
 import sys
 from collections import UserDict
+from functools import partial
 
 import pytest
 import torch
@@ -12,9 +13,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 from structlin import LowRankLinear
-from structlin.compress.calibrate import collect_shifted, collect_statistics, statistics_by_layer
+from structlin.compress.calibrate import (
+    Collecting,
+    collect_passes,
+    collect_shifted,
+    collect_statistics,
+    statistics_by_layer,
+)
+from structlin.compress.patched import Pass
 from structlin.compress.statistics import Statistics
 from structlin.compress.sums import Sums
+from structlin.compress.targets import find_targets
 
 F64 = {"rtol": 1e-12, "atol": 1e-12}  # sums of some hundred products, in another order
 F32 = {"rtol": 1e-4, "atol": 1e-4}
@@ -793,3 +802,47 @@ class _Half(nn.Module):
 
     def forward(self, x):
         return self.inner(x)[::2]
+
+
+# Which layers share inputs --------------------------------------------------------------------------------------------
+
+
+class TwoOfOneInput(nn.Module):
+    """Two layers with one input, and one with another, which may be called from the second batch on only."""
+
+    def __init__(self, late):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 3), nn.Linear(4, 5), nn.Linear(3, 2)
+        self.late, self.calls = late, 0
+
+    def forward(self, x):
+        self.calls += 1
+        y = self.a(x), self.b(x)
+        return self.c(y[0]) if self.calls > 1 or not self.late else y[1]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_sharing_is_found_without_grams_and_from_one_batch_where_that_calls_all(late):
+    model, batches = TwoOfOneInput(late), [torch.randn(6, 4) for _ in range(3)]
+    targets = find_targets(model)
+    passes = [Pass(partial(model, x), partial(model, x), None) for x in batches]
+    found = collect_passes(targets, passes, Collecting(), blank=True)
+    assert model.calls == (2 if late else 1)
+    assert found.grams["a"] is found.grams["b"]
+    assert found.grams["a"] is not found.grams["c"]
+    assert found.grams["c"].shape == (3, 3)
+    assert all(gram.count_nonzero() == 0 for gram in found.grams.values())
+    assert all(found.tokens.values())
+    assert collect_passes(targets, passes, Collecting()).grams["a"].count_nonzero() > 0
+
+
+def test_a_sum_that_one_of_two_layers_wants_is_kept():
+    model, x = TwoOfOneInput(False), torch.randn(6, 4)
+    targets = find_targets(model)[:2]
+    sums = Sums(torch.float32, blank={"a"})
+    for name in ("a", "b"):
+        sums.add(name, x, None)
+    sums.settle()
+    (grams,), tokens = sums.result(targets, 1)
+    torch.testing.assert_close(grams["b"], x.mT @ x)
+    assert tokens == {"a": 6, "b": 6}

@@ -71,6 +71,92 @@ def test_both_grams_low_rank_is_the_tail_of_both():
     assert found.output_error == pytest.approx(output_error(weight, found, gram, metric), rel=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize("singular", [False, True])
+@pytest.mark.parametrize("metric", ["none", "diagonal", "full"])
+@pytest.mark.parametrize(("rows", "columns"), [(12, 40), (40, 12), (20, 20)])
+def test_low_rank_is_optimal_whatever_the_shape_and_the_grams(rows, columns, metric, singular, dtype):
+    gram = gram_of(columns, columns // 2 if singular else None, dtype)
+    full = gram_of(rows, dtype=dtype, seed=3) if metric == "full" else None
+    full = torch.rand(rows).double() + 0.1 if metric == "diagonal" else full
+    if metric == "full":
+        full = full + 0.03 * full.diagonal().mean() * torch.eye(rows)
+    weight = torch.randn(rows, columns, dtype=dtype)
+    matrix = torch.eye(rows).to(dtype) if full is None else (full.diag() if full.ndim == 1 else full).to(dtype)
+    values, vectors = torch.linalg.eigh(gram)
+    scaled = torch.linalg.cholesky(matrix).mH @ weight @ (vectors * values.clamp_min(0).sqrt())
+    singulars = torch.linalg.svdvals(scaled).square()
+    expected = math.sqrt(singulars[4:].sum().item() / singulars.sum().item())
+    found = fit(weight, LowRank(4), gram=gram, output_gram=full)
+    assert found.output_error == pytest.approx(expected, rel=1e-4, abs=2e-6)
+    assert output_error(weight, found, gram, matrix) == pytest.approx(expected, rel=1e-4, abs=2e-6)
+    energy, directions = make_objective(weight, gram, full)[0].spectrum()
+    tail = energy.clamp_min(0).flip(0)
+    assert math.sqrt(tail[4:].sum().item() / tail.sum().item()) == pytest.approx(expected, rel=1e-4, abs=2e-6)
+    assert directions.shape == (rows, len(energy))
+
+
+def test_a_wide_layer_takes_no_root_and_one_eigenproblem_of_its_outputs(monkeypatch):
+    sizes = []
+    eigh, cholesky = torch.linalg.eigh, torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "eigh", lambda m: sizes.append(len(m)) or eigh(m))
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda m: sizes.append(len(m)) or cholesky(m))
+    fit(torch.randn(8, 32), LowRank, ratio=0.5, gram=gram_of(32))
+    assert sizes == [8]
+    sizes.clear()
+    fit(torch.randn(32, 8), LowRank, ratio=0.5, gram=InputGram.of(gram_of(8), 0.03))
+    assert sizes == [8, 8]  # Cholesky, and the smaller side of the outputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
+@pytest.mark.parametrize("rank", [None, 5])
+def test_a_root_of_a_gram(dtype, rank):
+    gram = gram_of(16, rank, torch.complex128 if dtype.is_complex else torch.float64)
+    found = InputGram.of(gram.to(dtype), 0.01 if rank is None else 0.0)
+    expected = gram / gram.diagonal().real.mean() + (0.01 * torch.eye(16, dtype=torch.float64) if rank is None else 0)
+    assert found.root.dtype == dtype
+    tolerance = 1e-5 if dtype in (torch.float32, torch.complex64) else 1e-12
+    torch.testing.assert_close(found.root.mT @ found.root.conj(), expected.to(dtype), rtol=0, atol=16 * tolerance)
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8)])
+def test_a_zero_gram_counts_as_none(shape):
+    weight, zero = torch.randn(shape), torch.zeros(shape[1], shape[1])
+    found, plain = fit(weight, LowRank(3), gram=zero), fit(weight, LowRank(3))
+    assert InputGram.of(zero) is None
+    assert found.output_error is None
+    assert all(torch.equal(a, b) for a, b in zip(found.factors, plain.factors, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (64, 48)])
+def test_products_with_a_gram_in_float32_give_the_same_errors(shape):
+    torch.manual_seed(0)
+    weight, x = torch.randn(shape), torch.randn(100, shape[1]) * torch.logspace(0, -2, shape[1])
+    narrow, exact = (InputGram.of((x.mT @ x).to(dtype), 0.03) for dtype in (torch.float32, torch.float64))
+    single, double = (fit(weight, LowRank(12), gram=gram) for gram in (narrow, exact))
+    assert make_objective(weight, narrow)[0].targets.dtype == torch.float64
+    assert single.output_error == pytest.approx(double.output_error, rel=1e-5)
+    assert make_objective(weight, exact)[0].relative_error(
+        to_dense(single.spec, single.factors) / make_objective(weight)[1]
+    ) == pytest.approx(double.output_error, rel=1e-5)
+
+
+def test_the_low_rank_part_of_a_refined_sum_is_solved_for_in_float64():
+    torch.manual_seed(0)
+    weight, gram = torch.randn(24, 48), gram_of(48)
+    exact, _ = make_objective(weight, gram)
+    structure = Sum((LowRank(12), Monarch(blocks=2))).resolve(48, 24)
+    spec, single = structure.spec(48, 24), exact.to(torch.float32)
+    start = [factor.float() for factor in structure.decompose(exact.weight)]
+    refinement = Refinement(spec, start, single, 20)
+    refinement.advance()
+    single, double = (
+        exact.relative_error(to_dense(spec, [f.double() for f in refinement.result(objective)]))
+        for objective in (None, exact)
+    )
+    assert double < single
+
+
 def test_row_weights_protect_their_rows_and_equal_a_diagonal_matrix():
     torch.manual_seed(0)
     weight = torch.randn(16, 16)
