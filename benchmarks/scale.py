@@ -101,7 +101,7 @@ def watched(arguments: Sequence[str], target: Path) -> tuple[list[float], float]
         while len(times) < lines_of(journal):
             times.append(time.perf_counter() - start)
     if process.returncode:
-        raise SystemExit(f"{arguments} failed")
+        raise SystemExit(f"{arguments} failed: exit code {process.returncode}")
     return [*times, time.perf_counter() - start], peak
 
 
@@ -122,7 +122,7 @@ def killed(arguments: Sequence[str], target: Path, seconds: float) -> int:
         if process.returncode == 0:
             return count
         if process.returncode != -signal.SIGKILL:
-            raise SystemExit(f"{arguments} failed")
+            raise SystemExit(f"{arguments} failed: exit code {process.returncode}")
         count += 1
 
 

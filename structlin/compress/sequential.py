@@ -64,7 +64,10 @@ def shifted(
             weight = target.linear.weight.detach()
             aim = weight.to(torch.promote_types(weight.dtype, torch.float32))
             if factor is not None:
-                shift = torch.cholesky_solve(changes[target.name].to(factor.dtype), factor).mH
+                half = torch.linalg.solve_triangular(factor, changes[target.name].to(factor.dtype), upper=False)
+                shift = torch.linalg.solve_triangular(
+                    factor.mH, half, upper=True
+                ).mH  # cholesky_solve copies the factor
                 aim = aim + towards * shift.to(aim.dtype)
             found[target.name] = aim, None
         del factor  # before the Gram is normalised: a wide layer's are large
@@ -77,7 +80,8 @@ def _factor(gram: Tensor, ridge: Tensor) -> Tensor:
     """Return the Cholesky factor in float64 of a Gram with a ridge on its diagonal."""
     wide = gram.to(torch.promote_types(gram.dtype, torch.float64), copy=True)
     wide.diagonal().add_(ridge)
-    return torch.linalg.cholesky(wide, out=wide)
+    columns = wide.mH.resolve_conj() if wide.is_complex() else wide.mT  # LAPACK's order: no copy of a wide layer's
+    return torch.linalg.cholesky(columns, out=columns)
 
 
 def collect_behind(
