@@ -64,11 +64,10 @@ def shifted(
             weight = target.linear.weight.detach()
             aim = weight.to(torch.promote_types(weight.dtype, torch.float32))
             if factor is not None:
+                # Not cholesky_solve, which copies the factor.
                 half = torch.linalg.solve_triangular(factor, changes[target.name].to(factor.dtype), upper=False)
-                shift = torch.linalg.solve_triangular(
-                    factor.mH, half, upper=True
-                ).mH  # cholesky_solve copies the factor
-                aim = aim + towards * shift.to(aim.dtype)
+                shift = torch.linalg.solve_triangular(factor.mH, half, upper=True)
+                aim = aim + towards * shift.mH.to(aim.dtype)
             found[target.name] = aim, None
         del factor  # before the Gram is normalised: a wide layer's are large
         shrunken = InputGram.of(gram, shrinkage)
