@@ -79,7 +79,8 @@ class Compression:
         tied: "skip" leaves a weight that an embedding shares dense; "replace" compresses it for all of its users,
             also where one of them is the output layer.
         skip_last: leave the output layer dense unless a rule names it.
-        refine: refinement steps of each fit; None takes 100 where its block is refined, else the structure's default.
+        refine: refinement steps of each fit; None takes the structure's default, but 100 for a weight of more than
+            65,536 entries whose block is refined.
         output_metric: weigh errors at a layer's outputs by what they do to the model's outputs, where batches are given
             and gradients reach the layers (see `calibrate.sampled_loss`).
         sequential: fit each layer to the inputs that the compressed layers before it produce, a quarter of the way

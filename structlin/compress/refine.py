@@ -17,7 +17,7 @@ from structlin.heal.options import HealOptions
 from structlin.heal.run import Run, Stream, requiring_gradients
 from structlin.layers.factored import Factored
 
-EPOCHS = 10  # passes over the batches
+EPOCHS = 10  # passes over the batches and their scrambled copies
 # Peak learning rate, relative to the root mean square entry of a parameter: RATE, but at most RATE * REACH times the
 # relative error at the start. What is nearly right needs small steps.
 RATE, REACH = 0.03, 2.0
