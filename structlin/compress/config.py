@@ -26,6 +26,9 @@ from structlin.structures import Blast, Kaleidoscope, LowRank, family, sum_of
 # were best in benchmarks/results/structures_tried.md.
 AUTO: Families = (LowRank, sum_of(LowRank, Kaleidoscope), sum_of(LowRank, Blast))
 
+# Refinement steps of fits whose block is refined afterwards, which takes over: small layers have time for all.
+DRAFT, SMALL = 100, 2**16
+
 ALLOCATIONS = ("auto", "uniform", "global")
 TIES = ("skip", "replace")
 VERSION = 1
@@ -55,6 +58,10 @@ class Choice:
     structure: Structure | Families
     ratio: float | None = None
     refine: int | None = None
+
+    def drafted(self, entries: int) -> Choice:
+        """Return the choice for a weight of so many entries whose block is refined: large ones take fewer steps."""
+        return dataclasses.replace(self, refine=DRAFT) if self.refine is None and entries > SMALL else self
 
 
 @dataclass(frozen=True)

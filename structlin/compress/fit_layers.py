@@ -30,9 +30,6 @@ from structlin.layers.expert_linear import StructuredExpertLinear
 from structlin.layers.linear import from_fit
 from structlin.runtime.contract import to_dense
 
-# Refinement steps of fits whose block is refined afterwards, which takes over: small layers have time for all.
-DRAFT, SMALL = 100, 2**16
-
 
 @dataclass
 class Purse:
@@ -186,11 +183,10 @@ def fit_part(
         screen: leaves some of the layers dense.
     """
     shift = bool(part.passes) and config.sequential is not False
-    refined = bool(part.passes) and bool(part.own) and config.block_epochs != 0
     grams = {} if data.statistics is None else data.statistics.grams
     result: list[Outcome] = []
     for group in _groups(part.targets, grams) if shift or purse.ratios else [part.targets]:
-        wanted = {t.name: _drafted(t, purse.choice(t, choices[t.name], len(group)), refined) for t in group}
+        wanted = {t.name: purse.choice(t, choices[t.name], len(group)) for t in group}
         behind = [t for t in group if shift and _is_fitted(wanted[t.name]) and t.name in grams]
         costs = [t.linear.weight.numel() if _is_fitted(wanted[t.name]) else 0 for t in group]
         work = partial(_fit_some, wanted=wanted, behind=behind, part=part, data=data, config=config, advance=advance)
@@ -215,6 +211,8 @@ def _fit_some(
 
     def work(target: Target) -> Fitted:
         aim, choice = aims.get(target.name), wanted[target.name]
+        if isinstance(choice, Choice) and part.passes and part.own and config.block_epochs != 0:
+            choice = choice.drafted(target.linear.weight.numel())
         entry = choice if isinstance(choice, PlanEntry) else size_layer(target, choice, data, config.budget, aim)
         if entry.structure is not None and target.linear.weight.is_meta:
             return Fitted(entry)  # a plan of sizes
@@ -239,13 +237,6 @@ def _groups(targets: Sequence[Target], grams: Mapping[str, Tensor]) -> list[list
     for target in targets:
         groups.setdefault(id(grams.get(target.name, target)), []).append(target)
     return list(groups.values())
-
-
-def _drafted(target: Target, choice: Wanted, refined: bool) -> Wanted:
-    """Set fewer refinement steps for a large layer whose block is refined, where the settings leave them open."""
-    if not refined or target.linear.weight.numel() <= SMALL or not isinstance(choice, Choice):
-        return choice
-    return replace(choice, refine=DRAFT) if choice.refine is None else choice
 
 
 def _is_fitted(choice: Wanted) -> bool:
