@@ -64,10 +64,7 @@ def shifted(
             weight = target.linear.weight.detach()
             aim = weight.to(torch.promote_types(weight.dtype, torch.float32))
             if factor is not None:
-                # Not cholesky_solve, which copies the factor.
-                half = torch.linalg.solve_triangular(factor, changes[target.name].to(factor.dtype), upper=False)
-                shift = torch.linalg.solve_triangular(factor.mH, half, upper=True)
-                aim = aim + towards * shift.mH.to(aim.dtype)
+                aim = aim + towards * _solved(factor, changes.pop(target.name)).mH.to(aim.dtype)
             found[target.name] = aim, None
         del factor  # before the Gram is normalised: a wide layer's are large
         shrunken = InputGram.of(gram, shrinkage)
@@ -81,6 +78,15 @@ def _factor(gram: Tensor, ridge: Tensor) -> Tensor:
     wide.diagonal().add_(ridge)
     columns = wide.mH.resolve_conj() if wide.is_complex() else wide.mT  # LAPACK's order: no copy of a wide layer's
     return torch.linalg.cholesky(columns, out=columns)
+
+
+def _solved(factor: Tensor, columns: Tensor) -> Tensor:
+    """Solve for some columns at a time, in the dtype of the factor; `cholesky_solve` would copy the factor."""
+    parts = []
+    for part in columns.split(512, dim=1):
+        half = torch.linalg.solve_triangular(factor, part.to(factor.dtype), upper=False)
+        parts.append(torch.linalg.solve_triangular(factor.mH, half, upper=True).to(columns.dtype))
+    return torch.cat(parts, dim=1)
 
 
 def collect_behind(

@@ -19,23 +19,22 @@ EXACT = 4096  # features up to which exact sums are in float64
 
 @dataclass(eq=False)
 class _Seen:
-    """The products of one input, held back until it is known which layers receive it."""
+    """One input, held back until it is known which layers receive it."""
 
     same: Callable[[Tensor], bool]
     partner: Tensor | None
     names: list[str]
-    products: list[Tensor]
-    tokens: int
+    rows: Tensor
 
 
 class Sums:
     """Sum products of inputs: layers that are fed the same tensor share one sum.
 
-    An input is the same while the tensor lives and is not written into. Its products are held back until the set of
-    layers that receive it is known, then added to that set's total. The set is known when it is that of an earlier pass
-    and part of no larger one, when one of its layers gets its next input, or when the pass ends. A layer that comes
-    later than that, or with a copy, is counted by itself: memory is lost then, nothing else. The sum of a layer is that
-    over all sets that it is in.
+    An input is the same while the tensor lives and is not written into. It is held back until the set of layers that
+    receive it is known, then its products are added to that set's total. The set is known when it is that of an earlier
+    pass and part of no larger one, when one of its layers gets its next input, or when the pass ends. A layer that
+    comes later than that, or with a copy, is counted by itself: memory is lost then, nothing else. The sum of a layer
+    is that over all sets that it is in.
 
     Args:
         dtype: of the products and sums, its complex counterpart for complex inputs.
@@ -44,7 +43,7 @@ class Sums:
     """
 
     def __init__(self, dtype: torch.dtype, exact: bool = False, blank: Collection[str] = ()) -> None:
-        self.dtype, self.exact, self.blank = dtype, exact, blank
+        self.dtype, self.exact, self.blank = dtype, exact, frozenset(blank)
         self.totals: dict[frozenset[str], list[Tensor]] = {}
         self.tokens: Counter[frozenset[str]] = Counter()
         self.known: frozenset[frozenset[str]] = frozenset()  # sets of the passes before this one
@@ -56,14 +55,11 @@ class Sums:
             for seen in self.waiting:
                 if seen.same(x) and seen.partner is partner and name not in seen.names:
                     seen.names.append(name)
-                    if not seen.products and name not in self.blank:
-                        seen.products = _products(name, as_rows(x, keep, self.dtype), partner)
                     break
             else:
                 self.settle(name)
-                rows = as_rows(x, keep, self.dtype)
-                products = [] if name in self.blank else _products(name, rows, partner)
-                seen = _Seen(_recogniser(x), partner, [name], products, len(rows))
+                seen = _Seen(_recogniser(x), partner, [name], own_rows(x, keep, self.dtype))
+                _check_alike(name, seen.rows, partner)
                 self.waiting.append(seen)
             found = frozenset(seen.names)
             if found in self.known and not any(found < larger for larger in self.known):
@@ -79,12 +75,20 @@ class Sums:
     def _settle(self, seen: _Seen) -> None:
         self.waiting.remove(seen)
         key = frozenset(seen.names)
-        self.tokens[key] += seen.tokens
-        if key in self.totals:
-            for total, product in zip(self.totals[key], seen.products, strict=True):
-                total.add_(product)
-        else:
-            self.totals[key] = [p.to(sum_dtype(p.dtype, len(p), self.exact)) for p in seen.products]
+        self.tokens[key] += len(seen.rows)
+        lefts = [] if key <= self.blank else [left for left in (seen.rows, seen.partner) if left is not None]
+        totals = self.totals.setdefault(key, [])
+        with plainly(seen.rows.device):
+            for number, left in enumerate(lefts):
+                right = seen.rows.conj()
+                if number == len(totals):
+                    product = left.mT @ right
+                    totals.append(product.to(sum_dtype(product.dtype, len(product), self.exact)))
+                elif totals[number].dtype == right.dtype:
+                    totals[number].addmm_(left.mT, right)  # no product beside the total: a wide layer's is large
+                else:
+                    totals[number] += left.mT @ right
+                _check_finite(seen.names[0], totals[number])
 
     def result(self, targets: Sequence[Target], count: int) -> tuple[list[dict[str, Tensor]], dict[str, int]]:
         """Return `count` sums for each name and the tokens; layers that are in the same sets share their tensors."""
@@ -134,9 +138,7 @@ class Held:
         with plainly(x.device):
             rows = next((rows for same, rows in self.live if same(x)), None)
             if rows is None:
-                rows = as_rows(x, self.keep, self.dtype)
-                if rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
-                    rows = rows.clone()  # the model may write into x
+                rows = own_rows(x, self.keep, self.dtype)
                 self.live.append((_recogniser(x), rows))
             self.rows[linear].append(rows)
 
@@ -165,16 +167,23 @@ def as_rows(x: Tensor, keep: Tensor | None, dtype: torch.dtype) -> Tensor:
     return rows.to(dtype.to_complex() if x.is_complex() else dtype)
 
 
-def _products(name: str, rows: Tensor, partner: Tensor | None) -> list[Tensor]:
+def own_rows(x: Tensor, keep: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return the same in memory of its own: the model may write into x."""
+    rows = as_rows(x, keep, dtype)
+    return rows.clone() if rows.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() else rows
+
+
+def _check_alike(name: str, rows: Tensor, partner: Tensor | None) -> None:
     if partner is not None and partner.shape != rows.shape:
         shapes = tuple(partner.shape), tuple(rows.shape)
         raise ValueError(f"layer {name!r}: inputs of shapes {shapes} without and with the swaps; leave it out of names")
-    products = [left.mT @ rows.conj() for left in (rows, partner) if left is not None]
+
+
+def _check_finite(name: str, total: Tensor) -> None:
     # An extreme is NaN if any entry is; unlike isfinite(), it takes no memory.
-    parts = (torch.view_as_real(product) if product.is_complex() else product for product in products)
-    if not all(extreme.isfinite() for part in parts for extreme in part.aminmax()):
-        raise ValueError(not_finite(name, "inputs", rows.dtype))
-    return products
+    parts = torch.view_as_real(total) if total.is_complex() else total
+    if total.numel() and not all(extreme.isfinite() for extreme in parts.aminmax()):
+        raise ValueError(not_finite(name, "inputs", total.dtype))
 
 
 def not_finite(name: str, what: str, dtype: torch.dtype) -> str:

@@ -193,7 +193,8 @@ class _Problem:
         stored = _rescaled(spec, factors, self.scale, self.weight.dtype)
         dense = to_dense(spec, [factor.to(self.objective.weight.dtype) for factor in stored])
         error = relative_error(self.weight.to(dense.dtype), dense)
-        measured = None if self.objective.plain else self.objective.relative_error(dense / self.scale)
+        dense = dense / self.scale  # the copy of before is freed
+        measured = None if self.objective.plain else self.objective.relative_error(dense)
         return Fit(structure, spec, stored, error, measured)
 
     def _start(self, structure: Structure, spec: Spec) -> list[Tensor]:
