@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Of the tokens that are exchanged. The dense blocks say what is right for any input, so that a block which is refined
-# on more than the calibration text overfits it less: benchmarks/results/ladder_minilm.md.
+# Of the tokens that are exchanged. The dense blocks say what is right for any input, so a block that is refined on more
+# than the calibration text overfits it less.
 SHARE = 0.3
 KEY = "input_ids"
 
