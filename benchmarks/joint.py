@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 import transformers
-from ladder import OFF, minilm, perplexity, stories
+from ladder import OFF, minilm, parser_of, perplexity, stories
 from torch import Tensor, nn
 
 import structlin
@@ -33,7 +32,7 @@ from structlin.structures import LowRank
 sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))  # scripts, not a package
 
 from _minilm import embed
-from _results import RESULTS, environment, say, store
+from _results import environment, say, store
 
 SHARES = (1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25)
 NOTES = """\
@@ -326,15 +325,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("stories", "minilm"))
-    parser.add_argument("--model", help="folder (or hub id); minilm: default the one of the PyPI package")
-    parser.add_argument("--data", required=True, type=Path, help="folder of the tokens, or of STS-B")
-    parser.add_argument("--off", type=Path, help="stories: a text of another kind")
-    parser.add_argument("--ratios", nargs="+", type=float, default=[0.75, 0.5, 0.25])
+    parser = parser_of(__doc__)
     parser.add_argument("--fits", nargs="+", help="rows of the table; default all without auto")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table")
     parser.set_defaults(calibrate="docstrings")  # of ladder.py
     return parser.parse_args(argv)
 

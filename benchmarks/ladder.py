@@ -139,18 +139,24 @@ def minilm(args: argparse.Namespace) -> tuple[nn.Module, list[Any], Measure, dic
 # The run -------------------------------------------------------------------------------------------------------------
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """Return a parser with the arguments of every benchmark on these two models."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("stories", "minilm"))
     parser.add_argument("--model", help="folder (or hub id); minilm: default the one of the PyPI package")
     parser.add_argument("--data", required=True, type=Path, help="folder of the tokens, or of STS-B")
     parser.add_argument("--off", type=Path, help="stories: a text of another kind")
-    parser.add_argument("--calibrate", choices=("docstrings", "stsb"), default="docstrings")
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.75, 0.5, 0.25])
-    parser.add_argument("--stages", nargs="+", choices=[*STAGES, HEALED], default=list(STAGES)[:6])
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table")
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = parser_of(__doc__)
+    parser.add_argument("--calibrate", choices=("docstrings", "stsb"), default="docstrings")
+    parser.add_argument("--stages", nargs="+", choices=[*STAGES, HEALED], default=list(STAGES)[:6])
+    parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
 
