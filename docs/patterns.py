@@ -21,6 +21,7 @@ from structlin.structures import (
     PHM,
     Blast,
     Butterfly,
+    Dense,
     Kaleidoscope,
     Kronecker,
     LowRank,
@@ -42,6 +43,7 @@ MEMBERS: dict[str, tuple[Structure, int, int]] = {
     "kmatrix": (Kaleidoscope(), 16, 16),
     "monarch": (Monarch(blocks=4, rank=2), 16, 16),
     "blast": (Blast(blocks=4, rank=2), 16, 16),
+    "dense": (Dense(), 16, 16),
     "sums": (Sum((LowRank(rank=2), Kaleidoscope())), 16, 16),
 }
 CELL, GAP, TOP = 6, 40, 34  # px

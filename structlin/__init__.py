@@ -25,6 +25,7 @@ from structlin.runtime.measure import measure_machine
 from structlin.structures import (
     BlastLinear,
     ButterflyLinear,
+    DenseLinear,
     KaleidoscopeLinear,
     KMatrix,
     KroneckerLinear,
@@ -44,6 +45,7 @@ __all__ = [
     "CheckpointError",
     "Compression",
     "CompressionPlan",
+    "DenseLinear",
     "Evaluator",
     "HealOptions",
     "HealReport",

@@ -11,6 +11,7 @@ from structlin.structures import (
     PHM,
     Blast,
     Butterfly,
+    Dense,
     Kaleidoscope,
     Kronecker,
     LowRank,
@@ -82,6 +83,7 @@ CASES = {
         nested=False,
     ),
     "blast": Case((lambda k: Blast(blocks=1, rank=k), lambda k: Blast(blocks=k, rank=1)), nested=False),
+    "dense": Case(fixed=(Dense(),)),
     "sum": Case(
         (lambda k: Sum((LowRank(rank=1), LowRank(rank=k))),),
         fixed=(Sum((LowRank(rank=1), Kaleidoscope())), Sum((LowRank(rank=1), Blast(blocks=1, rank=1)))),

@@ -5,11 +5,11 @@ from structlin.adapters.attention import MultiheadAttention
 from structlin.adapters.conv import Conv
 from structlin.adapters.embedding import Embedding
 from structlin.adapters.experts import Experts
-from structlin.adapters.linear import DenseLinear, ProbedLinear, TransposedLinear
+from structlin.adapters.linear import PlainLinear, ProbedLinear, TransposedLinear
 
 # The first that recognises a module opens it.
 for form in (
-    DenseLinear(), ProbedLinear(), TransposedLinear(), Conv(), Experts(), MultiheadAttention(), Embedding(),
+    PlainLinear(), ProbedLinear(), TransposedLinear(), Conv(), Experts(), MultiheadAttention(), Embedding(),
 ):  # fmt: skip
     register(form)
 

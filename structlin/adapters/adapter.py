@@ -31,6 +31,7 @@ class Adapter(ABC):
     """
 
     on_request = False  # whether a module becomes a target only where a rule names it
+    narrows = False  # whether its map may lose inputs or outputs; `close` then fills up with zeros
 
     @abstractmethod
     def recognise(self, module: nn.Module) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -12,8 +13,10 @@ from structlin.adapters.adapter import Adapter, shell_of
 from structlin.layers.linear import StructuredLinear
 
 
-class DenseLinear(Adapter):
+class PlainLinear(Adapter):
     """`nn.Linear` itself: it opens to itself."""
+
+    narrows = True
 
     def recognise(self, module: nn.Module) -> bool:
         """Whether the module is an `nn.Linear` and of no subclass."""
@@ -29,7 +32,7 @@ class DenseLinear(Adapter):
 
     def close(self, opened: nn.Module, shell: nn.Module) -> nn.Module:
         """Return an `nn.Linear`."""
-        return opened.to_linear() if isinstance(opened, StructuredLinear) else opened
+        return _dense(opened, shell.in_features, shell.out_features)  # type: ignore[arg-type]
 
 
 class ProbedLinear(Adapter):
@@ -38,6 +41,7 @@ class ProbedLinear(Adapter):
     A probe on random inputs tells: it runs the module's forward with random parameters in float64.
     """
 
+    narrows = True
     transposed = False
 
     def recognise(self, module: nn.Module) -> bool:
@@ -71,8 +75,8 @@ class ProbedLinear(Adapter):
 
     def close(self, opened: nn.Module, shell: nn.Module) -> nn.Module:
         """Fill the shell with the weight and bias."""
-        linear = opened.to_linear() if isinstance(opened, StructuredLinear) else opened
-        assert isinstance(linear, nn.Linear)
+        rows, columns = shell._parameters["weight"].shape  # type: ignore[union-attr]
+        linear = _dense(opened, *((rows, columns) if self.transposed else (columns, rows)))
         weight = linear.weight.detach()
         shell.weight = nn.Parameter(weight.mT.contiguous() if self.transposed else weight, linear.weight.requires_grad)
         shell.bias = linear.bias
@@ -83,6 +87,19 @@ class TransposedLinear(ProbedLinear):
     """Modules with `weight` (in, out) whose forward is x W + b, such as transformers' `Conv1D`."""
 
     transposed = True
+
+
+def _dense(opened: nn.Module, in_features: int, out_features: int) -> nn.Linear:
+    """Return the map as an `nn.Linear` of these sizes, with zeros for the inputs and outputs that it lost."""
+    linear = opened.to_linear() if isinstance(opened, StructuredLinear) else opened
+    assert isinstance(linear, nn.Linear)
+    rows, columns = out_features - linear.out_features, in_features - linear.in_features
+    if rows or columns:
+        weight, bias = F.pad(linear.weight.detach(), (0, columns, 0, rows)), linear.bias
+        linear.weight = nn.Parameter(weight, linear.weight.requires_grad)
+        linear.bias = None if bias is None else nn.Parameter(F.pad(bias.detach(), (0, rows)), bias.requires_grad)
+        linear.in_features, linear.out_features = in_features, out_features
+    return linear
 
 
 _PROBED: dict[tuple[object, ...], bool] = {}  # a model has many modules of one class and size

@@ -18,6 +18,7 @@ from structlin.checkpoint.tensors import Stored, cast
 from structlin.layers.expert_linear import StructuredExpertLinear
 from structlin.layers.factored import Factored
 from structlin.layers.linear import build
+from structlin.structures import Dense
 
 Modules = Mapping[str, nn.Module]  # by every dotted name, shared ones under each of theirs
 T = TypeVar("T")
@@ -87,11 +88,11 @@ def tree_of(old: Modules, checkpoint: Checkpoint) -> tuple[dict[str, nn.Module],
             opened[module] = adapter.open(module).train(module.training)
             opened[module].origin = Origin(adapter, shell_of(module))  # type: ignore[assignment]
         leaf = opened[module].get_submodule(path) if path else module if adapter is None else adapter.open(module)
-        _check_sizes(name, leaf, layers[first], table=adapter is not None and adapter.on_request)
+        _check_sizes(name, leaf, layers[first], adapter)
         if first not in new:
             new[first] = _fitting(name, leaf, layers[first])
             devices[new[first]] = next(leaf.parameters()).device
-            if not path and leaf is not module:
+            if not path and (leaf is not module or _sizes(leaf) != _sizes(new[first])):
                 new[first].origin = Origin(adapter, shell_of(module))  # type: ignore[arg-type, assignment]
         if path:
             owner, _, attribute = path.rpartition(".")
@@ -141,16 +142,24 @@ def spot(name: str, old: Modules, stored: Container[str] = ()) -> tuple[str, str
     raise CheckpointError(f"layer {name!r}: the skeleton {found}; expected the architecture that was saved")
 
 
-def _check_sizes(name: str, leaf: Any, layer: Layer, table: bool) -> None:
-    """Compare a leaf of the skeleton with its layer; the bias of a table is that of the tied output layer."""
-    found, expected = [leaf.out_features, leaf.in_features], [layer.out_features, layer.in_features]
-    if found != expected:
+def _sizes(leaf: Any) -> list[int]:
+    return [leaf.out_features, leaf.in_features]
+
+
+def _check_sizes(name: str, leaf: Any, layer: Layer, adapter: Adapter | None) -> None:
+    """Compare a leaf of the skeleton with its layer: a dense one may have lost inputs or outputs.
+
+    The bias of a table is that of the tied output layer.
+    """
+    found, expected = _sizes(leaf), _sizes(layer)
+    fewer = isinstance(layer.structure, Dense) and adapter is not None and adapter.narrows
+    if found != expected and not (fewer and all(map(int.__ge__, found, expected))):
         raise CheckpointError(f"layer {name!r}: the skeleton's weight is {found}, the checkpoint's {expected}")
     if getattr(leaf, "num_experts", None) != layer.experts:
         count = getattr(leaf, "num_experts", None)
         raise CheckpointError(f"layer {name!r}: {count} experts in the skeleton, {layer.experts} in the checkpoint")
     bias = leaf.bias is not None
-    if bias != layer.bias and not table:
+    if bias != layer.bias and not (adapter is not None and adapter.on_request):
         raise CheckpointError(f"layer {name!r}: bias is {bias} in the skeleton, {layer.bias} in the checkpoint")
 
 

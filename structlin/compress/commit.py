@@ -49,7 +49,8 @@ def replacements(target: Target, layer: Any) -> dict[nn.Module, nn.Module]:
             )
             for factor in layer.spec.factors:
                 setattr(twin, factor.name, getattr(layer, factor.name))
-        twin.bias = user.leaf.bias
+        if twin.out_features == user.leaf.out_features:  # else some of it went with hidden units
+            twin.bias = user.leaf.bias
         result[user.leaf] = twin.train(user.leaf.training)
         if user.opened is user.module:
             _with_hooks(twin, user.module)
@@ -70,8 +71,9 @@ def assemble(swaps: Mapping[nn.Module, nn.Module], targets: Sequence[Target]) ->
     for user in users:
         if user.leaf not in swaps:
             continue
-        new = swaps[user.leaf]
-        if user.opened is user.module:
+        new: Any = swaps[user.leaf]
+        whole = (new.in_features, new.out_features) == (user.leaf.in_features, user.leaf.out_features)
+        if user.opened is user.module and whole:
             result[user.module] = new
             continue
         if user.path:
@@ -80,7 +82,7 @@ def assemble(swaps: Mapping[nn.Module, nn.Module], targets: Sequence[Target]) ->
             new = user.opened
         if user.module not in result:
             assert user.adapter is not None
-            new.origin = Origin(user.adapter, shell_of(user.module))  # type: ignore[assignment]
+            new.origin = Origin(user.adapter, shell_of(user.module))
             result[user.module] = _with_hooks(new.train(user.module.training), user.module)
     for user in users:
         if user.module in result and user.path and user.leaf not in swaps:

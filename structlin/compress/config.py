@@ -88,6 +88,8 @@ class Compression:
         skip_last: leave the output layer dense unless a rule names it.
         refine: refinement steps of each fit; None takes the structure's default, but 100 for a weight of more than
             65,536 entries whose block is refined.
+        hidden_units: where "auto" chooses, the batches are given and the maps of an MLP have hidden units between them,
+            remove units and keep the maps dense, only smaller (see `units.narrow`).
         output_metric: weigh errors at a layer's outputs by what they do to the model's outputs, where batches are given
             and gradients reach the layers (see `calibrate.sampled_loss`).
         sequential: fit each layer to the inputs that the compressed layers before it produce, a quarter of the way
@@ -122,6 +124,7 @@ class Compression:
     tied: str = "skip"
     skip_last: bool = True
     refine: int | None = None
+    hidden_units: bool = True
     output_metric: bool = True
     sequential: bool | None = None
     block_epochs: int | None = None
@@ -136,7 +139,7 @@ class Compression:
         for name, allowed in (("budget", get_args(Budget)), ("allocation", ALLOCATIONS), ("tied", TIES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use {_either(allowed)}")
-        for name in ("skip_last", "output_metric", "sequential", "require_speedup"):
+        for name in ("skip_last", "hidden_units", "output_metric", "sequential", "require_speedup"):
             if not isinstance(getattr(self, name), bool | (NoneType if name == "sequential" else bool)):
                 raise TypeError(f"{name}={getattr(self, name)!r}; use True or False")
         for name in ("refine", "block_epochs"):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from structlin.compress.blocks import Part
@@ -17,11 +15,12 @@ from structlin.compress.commit import count_hooks, replacements
 from structlin.compress.config import Choice, Compression
 from structlin.compress.data import Data
 from structlin.compress.patched import Patched
-from structlin.compress.plan import PlanEntry, Wanted, dense_entry, fingerprint
+from structlin.compress.plan import Fitted, PlanEntry, Wanted, dense_entry, fingerprint
 from structlin.compress.processes import spread
 from structlin.compress.report import LayerReport, Outcome
 from structlin.compress.sequential import Aim, shifted
 from structlin.compress.targets import Target
+from structlin.compress.units import Mlp, find_mlps, narrow
 from structlin.compress.workers import each
 from structlin.equation.structure import Structure, show
 from structlin.fitting.budget import Budget, NoMemberError, within
@@ -129,41 +128,6 @@ def _sized(
 # Fits ----------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """What was found for one layer. It goes from rank to rank: each builds modules of its own.
-
-    Args:
-        entry: of the plan.
-        fits: one for each matrix; none where the layer stays dense or has no values.
-        seconds: that they took.
-    """
-
-    entry: PlanEntry
-    fits: Sequence[Fit] = ()
-    seconds: float = 0.0
-
-    @property
-    def error(self) -> float | None:
-        """Relative to the weights."""
-        return _mean(found.error for found in self.fits)
-
-    @property
-    def output_error(self) -> float | None:
-        """The same in the norm of the Grams, None without."""
-        return _mean(found.output_error for found in self.fits)
-
-    def to(self, device: torch.device) -> Fitted:
-        """Move all factors."""
-
-        def moved(found: Fit) -> Fit:
-            return replace(found, factors=tuple(factor.to(device) for factor in found.factors))
-
-        known = self.entry.fitted
-        entry = self.entry if known is None else replace(self.entry, fitted=(known[0], moved(known[1])))
-        return replace(self, entry=entry, fits=[moved(found) for found in self.fits])
-
-
 def fit_part(
     part: Part, choices: Mapping[str, Wanted], purse: Purse, data: Data, config: Compression,
     patched: Patched, advance: Callable[..., None], screen: Callable[[list[Outcome]], list[Outcome]],
@@ -184,20 +148,32 @@ def fit_part(
     """
     shift = bool(part.passes) and config.sequential is not False
     grams = {} if data.statistics is None else data.statistics.grams
+    mlps = {
+        t.name: mlp
+        for mlp in find_mlps(part.targets, part.passes, choices, grams, config.hidden_units)
+        for t in mlp.targets
+    }
     result: list[Outcome] = []
-    for group in _groups(part.targets, grams) if shift or purse.ratios else [part.targets]:
+    for group in _groups(part.targets, grams, mlps) if shift or mlps or purse.ratios else [part.targets]:
         wanted = {t.name: purse.choice(t, choices[t.name], len(group)) for t in group}
-        behind = [t for t in group if shift and _is_fitted(wanted[t.name]) and t.name in grams]
-        costs = [t.linear.weight.numel() if _is_fitted(wanted[t.name]) else 0 for t in group]
-        work = partial(_fit_some, wanted=wanted, behind=behind, part=part, data=data, config=config, advance=advance)
-        fits = spread(work, group, costs)
+        mlp = mlps.get(group[0].name)
+        count = None if mlp is None else mlp.count(wanted)
+        if mlp is not None and count is not None:
+            fits = narrow(mlp, count, data)
+            advance(len(group), mlp.down.name)
+        else:
+            behind = [t for t in group if shift and mlp is None and _is_fitted(wanted[t.name]) and t.name in grams]
+            costs = [t.linear.weight.numel() if _is_fitted(wanted[t.name]) else 0 for t in group]
+            work = partial(
+                _fit_some, wanted=wanted, behind=behind, part=part, data=data, config=config, advance=advance
+            )
+            fits = spread(work, group, costs)
         pairs = zip(group, fits, strict=True)
         built = [build_layer(target, found.to(target.linear.weight.device), data) for target, found in pairs]
         purse.settle(built)
-        found = screen(built)
-        for outcome in found:
+        for outcome in built if count is not None else screen(built):
             patched.swaps.update(outcome.modules)
-        result += found
+            result.append(outcome)
     return result
 
 
@@ -227,15 +203,15 @@ def _fit_some(
     advance(len(wanted) - len(mine))  # of other ranks
 
 
-def _groups(targets: Sequence[Target], grams: Mapping[str, Tensor]) -> list[list[Target]]:
-    """Put layers with the same inputs together: they share one Gram, which the statistics keep alive.
+def _groups(targets: Sequence[Target], grams: Mapping[str, Tensor], mlps: Mapping[str, Mlp]) -> list[list[Target]]:
+    """Put layers with the same inputs together: they share one Gram, which the statistics keep alive; and an MLP's.
 
     A stack of experts and a table stand alone: behind compressed layers other experts are chosen, and a table has no
     inputs.
     """
     groups: dict[int, list[Target]] = {}
     for target in targets:
-        groups.setdefault(id(grams.get(target.name, target)), []).append(target)
+        groups.setdefault(id(mlps.get(target.name, grams.get(target.name, target))), []).append(target)
     return list(groups.values())
 
 
@@ -273,23 +249,24 @@ def build_layer(target: Target, found: Fitted, data: Data) -> Outcome:
     """
     entry = found.entry
     if not found.fits or entry.structure is None:
-        return Outcome(target, entry, stays_dense(entry), {})
+        return Outcome(target, entry, LayerReport.dense(entry), {})
     try:
         layer: Any = (
             StructuredExpertLinear.from_fits(found.fits, target.linear)
             if target.stacked
-            else from_fit(found.fits[0], target.linear)
+            else from_fit(found.fits[0], found.smaller or target.linear)
         )
         modules = replacements(target, layer)
     except Exception as error:
         raise _named(entry.name, error) from error
     called = None if data.statistics is None else sum(data.statistics.tokens.get(name, 0) for name in target.parts) > 0
     row = replace(
-        stays_dense(entry), structure=show(entry.structure), reason=None,
+        LayerReport.dense(entry), structure=entry.becomes, reason=None,
         parameters_after=entry.parameters_after, flops_after=layer.flops_per_token,
         error=found.error, output_error=found.output_error,
         seconds=found.seconds, hooks=count_hooks(target), called=None if target.on_request else called,
         itemsize=target.linear.weight.element_size(),
+        bias_lost=0 if layer.bias is None else target.linear.bias.numel() - layer.bias.numel(),
     )  # fmt: skip
     return Outcome(target, entry, row, modules)
 
@@ -313,25 +290,6 @@ def _fit_stack(entry: PlanEntry, target: Target, data: Data) -> list[Fit]:
     ]
 
 
-def _mean(errors: Iterable[float | None]) -> float | None:
-    """Return the root mean square of the errors of a stack, None if one is unknown."""
-    found = list(errors)
-    if len(found) < 2:
-        return found[0] if found else None
-    known = [error for error in found if error is not None]
-    return math.sqrt(sum(error**2 for error in known) / len(known)) if len(known) == len(found) else None
-
-
-def stays_dense(entry: PlanEntry) -> LayerReport:
-    """Return the row of a layer that stays dense."""
-    return LayerReport(
-        entry.name, entry.aliases, entry.in_features, entry.out_features, None,
-        parameters_before=entry.parameters_before, parameters_after=entry.parameters_before,
-        flops_before=2 * entry.in_features * entry.out_features,
-        flops_after=2 * entry.in_features * entry.out_features, reason=entry.reason, count=entry.count,
-    )  # fmt: skip
-
-
 def _of_weight(found: Fit, weight: Tensor) -> Fit:
     """Store a fit of another matrix in the dtype of the weight, and measure its error against the weight."""
     factors = tuple(factor.to(weight.dtype) for factor in found.factors)
@@ -339,5 +297,6 @@ def _of_weight(found: Fit, weight: Tensor) -> Fit:
 
 
 def _named(name: str, error: Exception) -> Exception:
+    """Return the error of a layer with the layer's name in its message: a ValueError, or a RuntimeError."""
     kind = ValueError if isinstance(error, ValueError) else RuntimeError
     return kind(f"layer {name!r}: {error}; the model is unchanged")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from structlin.compress.config import Choice, Compression
@@ -17,6 +18,7 @@ from structlin.compress.tables import shape, table
 from structlin.compress.targets import Target
 from structlin.equation.structure import Structure, from_record, show, to_record
 from structlin.fitting.fit import Fit
+from structlin.structures import Dense
 
 VERSION = 2
 # Settings that the entries of a plan have answered already.
@@ -42,6 +44,7 @@ class PlanEntry:
         reason: why it stays dense.
         refine: refinement steps, None for the structure's default.
         count: number of matrices of these sizes: 1, or the experts of a stack.
+        sizes: (in, out) of what replaces it, where hidden units go that it reads or gives; None for its own.
         fitted: the fit by which the structure was chosen, with the fingerprint of its weight; not part of the JSON.
     """
 
@@ -53,6 +56,7 @@ class PlanEntry:
     reason: str | None = None
     refine: int | None = None
     count: int = 1
+    sizes: tuple[int, int] | None = None
     fitted: tuple[tuple[float, float], Fit] | None = field(default=None, repr=False, compare=False)
 
     def fit_of(self, weight: Tensor) -> Fit | None:
@@ -60,6 +64,13 @@ class PlanEntry:
         if self.fitted is None or self.fitted[1].structure != self.structure:
             return None
         return self.fitted[1] if self.fitted[0] == fingerprint(weight) else None
+
+    @property
+    def becomes(self) -> str | None:
+        """The structure with its sizes, as tables show it; None where the layer stays dense."""
+        if self.structure is None:
+            return None
+        return show(self.structure) if self.sizes is None else f"{self.structure.name} {self.sizes[1]}x{self.sizes[0]}"
 
     @property
     def parameters_before(self) -> int:
@@ -71,7 +82,44 @@ class PlanEntry:
         """Learned entries of the factors, or the dense count."""
         if self.structure is None:
             return self.parameters_before
-        return self.count * self.structure.spec(self.in_features, self.out_features).num_parameters
+        return self.count * self.structure.spec(*(self.sizes or (self.in_features, self.out_features))).num_parameters
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What was found for one layer. It goes from rank to rank: each builds modules of its own.
+
+    Args:
+        entry: of the plan.
+        fits: one for each matrix; none where the layer stays dense or has no values.
+        seconds: that they took.
+        smaller: stands for the dense map where hidden units go.
+    """
+
+    entry: PlanEntry
+    fits: Sequence[Fit] = ()
+    seconds: float = 0.0
+    smaller: nn.Linear | None = None
+
+    @property
+    def error(self) -> float | None:
+        """Relative to the weights."""
+        return _mean(found.error for found in self.fits)
+
+    @property
+    def output_error(self) -> float | None:
+        """The same in the norm of the Grams, None without."""
+        return _mean(found.output_error for found in self.fits)
+
+    def to(self, device: torch.device) -> Fitted:
+        """Move all factors."""
+
+        def moved(found: Fit) -> Fit:
+            return replace(found, factors=tuple(factor.to(device) for factor in found.factors))
+
+        known = self.entry.fitted
+        entry = self.entry if known is None else replace(self.entry, fitted=(known[0], moved(known[1])))
+        return replace(self, entry=entry, fits=[moved(found) for found in self.fits])
 
 
 # What a layer gets: to be sized, or why it stays dense, or the entry of a plan.
@@ -185,7 +233,7 @@ class CompressionPlan(Compression):
     def __str__(self) -> str:
         rows = [("layer", "shape", "becomes", "kept")]
         for entry in self.entries:
-            becomes = show(entry.structure) if entry.structure else f"dense: {entry.reason}"
+            becomes = entry.becomes or f"dense: {entry.reason}"
             kept = f"{entry.parameters_after / entry.parameters_before:.3f}"
             rows.append((entry.name or "(root)", shape(entry), becomes, kept))
         before = sum(entry.parameters_before for entry in self.entries)
@@ -220,6 +268,7 @@ def _written(entry: PlanEntry) -> dict[str, Any]:
         "reason": entry.reason,
         "refine": entry.refine,
         "count": entry.count,
+        "sizes": entry.sizes and list(entry.sizes),
     }
 
 
@@ -228,7 +277,26 @@ def _read(layer: Mapping[str, Any]) -> PlanEntry:
         sizes = layer["in_features"], layer["out_features"]
         structure = from_record(layer["structure"]).resolve(*sizes) if layer["structure"] else None
         reason = layer["reason"] or (None if structure else "left dense in the plan")
+        made = None if layer.get("sizes") is None else _smaller(layer["sizes"], sizes, structure)
         more = layer["refine"], layer.get("count", 1)
-        return PlanEntry(layer["name"], tuple(layer["aliases"]), *sizes, structure, reason, *more)
+        return PlanEntry(layer["name"], tuple(layer["aliases"]), *sizes, structure, reason, *more, sizes=made)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"layer {layer.get('name')!r} of the plan: {error}") from error
+
+
+def _smaller(made: Any, sizes: tuple[int, int], structure: Structure | None) -> tuple[int, int]:
+    inside, outside = made
+    if not (isinstance(structure, Dense) and 1 <= inside <= sizes[0] and 1 <= outside <= sizes[1]):
+        raise ValueError(
+            f"sizes={made} beside structure {structure} of (in, out) {sizes}; use 'dense' and smaller ones"
+        )
+    return inside, outside
+
+
+def _mean(errors: Iterable[float | None]) -> float | None:
+    """Return the root mean square of the errors of a stack, None if one is unknown."""
+    found = list(errors)
+    if len(found) < 2:
+        return found[0] if found else None
+    known = [error for error in found if error is not None]
+    return math.sqrt(sum(error**2 for error in known) / len(known)) if len(known) == len(found) else None

@@ -105,6 +105,7 @@ class LayerReport:
         structure: the structure with its sizes, or None.
         parameters_before: entries of the dense weight, or of all matrices of a stack.
         parameters_after: learned entries of the factors; the dense count where it stayed.
+        bias_lost: entries of the bias that went with hidden units.
         flops_before: per token, 2 in out.
         flops_after: per token, of the cheaper sequential contraction.
         error: relative Frobenius error of the weight as fitted, before its block is refined; None where it stayed.
@@ -136,7 +137,23 @@ class LayerReport:
     called: bool | None = None
     itemsize: int = 4
     hooks: int = 0
+    bias_lost: int = 0
     speed: float | None = None
+
+    @classmethod
+    def dense(cls, entry: PlanEntry) -> LayerReport:
+        """Return the row of a layer that stays dense."""
+        return cls(
+            entry.name, entry.aliases, entry.in_features, entry.out_features, None,
+            parameters_before=entry.parameters_before, parameters_after=entry.parameters_before,
+            flops_before=2 * entry.in_features * entry.out_features,
+            flops_after=2 * entry.in_features * entry.out_features, reason=entry.reason, count=entry.count,
+        )  # fmt: skip
+
+    @property
+    def lost(self) -> int:
+        """Parameters before - parameters after, those of the bias too."""
+        return self.parameters_before - self.parameters_after + self.bias_lost
 
 
 @dataclass(frozen=True)
@@ -226,7 +243,7 @@ class Report:
     @property
     def parameters_after(self) -> int:
         """Parameters of the whole model after."""
-        return self.coverage.total - sum(row.parameters_before - row.parameters_after for row in self.layers)
+        return self.coverage.total - sum(row.lost for row in self.layers)
 
     @property
     def bytes_before(self) -> int:
@@ -236,7 +253,7 @@ class Report:
     @property
     def bytes_after(self) -> int:
         """Bytes of all parameters after."""
-        return self.bytes_before - sum((r.parameters_before - r.parameters_after) * r.itemsize for r in self.layers)
+        return self.bytes_before - sum(row.lost * row.itemsize for row in self.layers)
 
     @property
     def verdict(self) -> str | None:

@@ -10,6 +10,7 @@ from structlin.fitting import linalg
 from structlin.layers.linear import StructuredLinear, layer_of
 from structlin.structures.blast import Blast, BlastLinear
 from structlin.structures.butterfly import Butterfly, ButterflyLinear
+from structlin.structures.dense import Dense, DenseLinear
 from structlin.structures.kaleidoscope import Kaleidoscope, KaleidoscopeLinear, KMatrix
 from structlin.structures.kronecker import Kronecker, KroneckerLinear
 from structlin.structures.lowrank import LowRank, LowRankLinear
@@ -25,6 +26,8 @@ __all__ = [
     "BlastLinear",
     "Butterfly",
     "ButterflyLinear",
+    "Dense",
+    "DenseLinear",
     "Family",
     "KMatrix",
     "Kaleidoscope",

@@ -62,6 +62,39 @@ def test_a_process_without_the_plug_in_fails_and_one_with_it_does_not(tmp_path):
     assert run(f"import structlin.hf; {load}; {show}").stdout.strip() == "LowRankLinear"
 
 
+def gpt2():
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=100, n_embd=32, n_layer=2, n_head=2, n_positions=16)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "down"),
+    [
+        (bert, "bert.encoder.layer.1.output.dense"),
+        (llama, "model.layers.1.mlp.down_proj"),
+        (gpt2, "transformer.h.1.mlp.c_proj"),
+    ],
+)
+def test_models_with_fewer_hidden_units(make, down, tmp_path):
+    """They are stored as all others are, and merged to the sizes of their config, which stays."""
+    model = make()
+    units = make().get_submodule(down).weight.numel() // 32
+    batches = [{"input_ids": torch.randint(3, 100, (2, 7))} for _ in range(6)]
+    settings = {"refine": 2, "block_epochs": 1, "progress": False}
+    structlin.compress_model(model, "auto", ratio=0.5, calibration=batches, **settings)
+    assert model.get_submodule(down).in_features < units
+    model.save_pretrained(tmp_path / "saved")
+    loaded = type(model).from_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(loaded), logits(model))
+    expected = logits(model)
+    loaded.dequantize()
+    loaded.save_pretrained(tmp_path / "merged")
+    merged = type(model).from_pretrained(tmp_path / "merged")
+    assert merged.get_submodule(down).weight.numel() == 32 * units
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
+
+
 # Ties and other classes ----------------------------------------------------------------------------------------------
 
 

@@ -431,6 +431,8 @@ for layer in (KMatrix(48, 64, width=2), BlastLinear(33, 20, blocks=3, rank=7)):
 @pytest.mark.parametrize("level", ["x86-64", "x86-64-v3"])
 def test_narrower_vectors(level, tmp_path):
     """What runs on machines with SSE or AVX2 only; NEON takes the same path as SSE."""
+    if level == "x86-64-v3" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        pytest.skip("what all other tests of the kernel run here")
     options = {"CXXFLAGS": f"-march={level} -O1", "STRUCTLIN_CACHE": str(tmp_path), native.SWITCH: ""}
     subprocess.run([sys.executable, "-c", NARROW], env={**os.environ, **options}, check=True)
 

@@ -61,7 +61,9 @@ def to_dense(spec: Spec, factors: Sequence[Tensor]) -> Tensor:
     total = None
     for eq, part in spec.split(factors):
         merges, view = _merges(eq)
-        dense = read(merged(merges, part)[-1], view)[: spec.out_features, : spec.in_features]
+        last = merged(merges, part)[-1]
+        last = last if merges else last.clone()  # a single factor: what is written into W goes to a temporary
+        dense = read(last, view)[: spec.out_features, : spec.in_features]
         total = dense if total is None else total + dense
     assert total is not None
     return total

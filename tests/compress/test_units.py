@@ -1,0 +1,194 @@
+"""Hidden units of MLPs: which maps hold them, which of them stay, and that nothing else notices."""
+
+import copy
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import structlin
+from structlin import CompressionPlan, compress_model
+from structlin.compress import units
+from structlin.compress.calibrate import collect_statistics
+from structlin.compress.config import AUTO, Choice
+from structlin.compress.patched import Patched, model_passes, model_runs
+from structlin.compress.targets import find_targets
+from structlin.structures import Dense, LowRank
+
+QUICK = {"refine": 2, "block_epochs": 1, "progress": False}
+SIZE = 24
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(SIZE, 40), nn.Linear(SIZE, 40), nn.Linear(40, SIZE, bias=False)
+
+    def forward(self, x):
+        return x + self.down(torch.sigmoid(self.gate(x)) * self.up(x))
+
+
+class Attention(nn.Module):
+    """One head: the sizes of an MLP with three maps before one, but no hidden units."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(SIZE, SIZE) for _ in range(4))
+
+    def forward(self, x):
+        weights = torch.softmax(self.query(x) @ self.key(x).mT, -1)
+        return x + self.out(weights @ self.value(x))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.norm, self.mlp = Attention(), nn.LayerNorm(SIZE), Gated()
+
+    def forward(self, x):
+        return self.mlp(self.norm(self.attention(x)))
+
+
+class Leaking(nn.Module):
+    """Hidden units that another module reads, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(SIZE, 40), nn.Linear(40, SIZE)
+
+    def forward(self, x):
+        hidden = torch.relu(self.up(x))
+        return self.down(hidden) + hidden.mean(-1, keepdim=True)
+
+
+def blocks(count=2):
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block() for _ in range(count)))
+
+
+def inputs(count=12):
+    torch.manual_seed(1)
+    return list(torch.randn(count, 2, 7, SIZE))
+
+
+def found_in(model, batches):
+    targets = find_targets(model)
+    passes = model_passes(Patched(model, {}), model_runs(model, batches, None), [None] * len(batches))
+    choices = {target.name: Choice(AUTO, 0.5) for target in targets}
+    mlps = units.find_mlps(targets, passes, choices, collect_statistics(model, batches).grams, True)
+    return {mlp.down.name: [target.name for target in mlp.ups] for mlp in mlps}
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (Gated, {"down": ["gate", "up"]}),
+        (Block, {"mlp.down": ["mlp.gate", "mlp.up"]}),
+        (Attention, {}),
+        (Leaking, {}),
+        (lambda: nn.Sequential(nn.Linear(SIZE, 40), nn.GELU(), nn.Dropout(0.5), nn.Linear(40, 8)), {"3": ["0"]}),
+        (lambda: nn.Sequential(nn.Linear(SIZE, 40), nn.LayerNorm(40), nn.Linear(40, 8)), {}),
+        (lambda: nn.Sequential(nn.Linear(SIZE, 40), nn.Softmax(-1), nn.Linear(40, 8)), {}),
+        (
+            lambda: nn.Sequential(nn.Linear(SIZE, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 8)),
+            {"2": ["0"]},
+        ),
+    ],
+    ids=["gated", "block", "attention", "leaking", "sequential", "norm", "softmax", "deep"],
+)
+def test_only_maps_around_hidden_units_are_found(make, expected):
+    torch.manual_seed(0)
+    assert found_in(make().eval(), inputs()) == expected
+
+
+def test_the_unit_that_costs_least_goes_first():
+    torch.manual_seed(0)
+    weight, rows = torch.randn(5, 9, dtype=torch.float64), torch.randn(30, 9, dtype=torch.float64)
+    gram = rows.mT @ rows
+
+    def error(gone):
+        stay = [k for k in range(9) if k not in gone]
+        solved = torch.linalg.lstsq(rows[:, stay], rows @ weight.mT).solution
+        return torch.linalg.vector_norm(rows[:, stay] @ solved - rows @ weight.mT).item()
+
+    gone = list(units.removed(weight, gram, 4))
+    for count in range(1, 5):
+        least = min({*range(9)}.difference(gone[: count - 1]), key=lambda k: error([*gone[: count - 1], k]))
+        assert gone[count - 1] == least
+    assert error(gone) <= 1.2 * min(map(error, itertools.combinations(range(9), 4)))
+
+
+def test_units_that_nothing_needs_cost_nothing():
+    """A model with twice the units that it uses loses the others without a trace."""
+    model = nn.Sequential(*(Gated() for _ in range(2)))
+    with torch.no_grad():
+        for mlp in model:
+            mlp.gate.weight[20:], mlp.gate.bias[20:] = mlp.gate.weight[:20], mlp.gate.bias[:20]
+            mlp.up.weight[20:], mlp.up.bias[20:] = mlp.up.weight[:20], mlp.up.bias[:20]
+    x = inputs()[0]
+    expected = model(x)
+    report = compress_model(
+        model, "auto", ratio=0.5, calibration=inputs(40), shrinkage=1e-6, skip_last=False, allocation="uniform", **QUICK
+    )
+    assert {row.structure for row in report.layers} == {"dense 20x24", "dense 24x20"}
+    assert torch.allclose(model(x), expected, atol=2e-3)
+
+
+def test_a_model_with_fewer_units_is_a_model(tmp_path):
+    dense, batches = blocks(), inputs()
+    model = copy.deepcopy(dense)
+    report = compress_model(model, "auto", ratio=0.5, calibration=batches, allocation="uniform", **QUICK)
+    assert isinstance(model[0].mlp.down.structure, Dense)
+    assert not isinstance(model[0].attention.out.structure, Dense)
+    assert model[0].mlp.up.out_features == model[0].mlp.gate.out_features == model[0].mlp.down.in_features == 20
+    assert report.parameters_after == sum(p.numel() for p in model.parameters())
+    rows = {row.name: row for row in report.layers}
+    assert rows["0.mlp.up"].bias_lost == 20
+    assert rows["0.mlp.up"].output_error is None
+    assert 0 < rows["0.mlp.down"].output_error < 1
+
+    x = batches[0]
+    structlin.save(model, tmp_path / "saved")
+    loaded = structlin.load(copy.deepcopy(dense), tmp_path / "saved")
+    assert torch.equal(loaded(x), model(x))
+    for each in (model, loaded):
+        expected = each(x)
+        structlin.to_dense_(each)
+        assert {name: p.shape for name, p in each.named_parameters()} == {
+            name: p.shape for name, p in dense.named_parameters()
+        }
+        assert torch.allclose(each(x), expected, atol=1e-5)
+
+    again = copy.deepcopy(dense)
+    plan = CompressionPlan.from_json(report.compression.to_json())
+    assert "dense 20x24" in str(plan)
+    compress_model(again, plan, calibration=batches, **{"block_epochs": 1, "progress": False})
+    assert torch.allclose(again(x), loaded(x), atol=1e-4)
+    statistics = structlin.collect_statistics(dense, batches)
+    with pytest.raises(ValueError, match=r"hidden units around \['0.mlp.gate'.*calibration="):
+        compress_model(copy.deepcopy(dense), replace(plan, fitted_with=None, block_epochs=0), calibration=statistics)
+
+
+def test_units_are_removed_only_where_auto_chooses():
+    for structure, settings in (
+        ("auto", {"hidden_units": False}),
+        ("lowrank", {}),
+        ("auto", {"rules": {"up": LowRank(rank=3), "gate": None}}),
+    ):
+        model = blocks(1)
+        compress_model(model, structure, ratio=0.5, calibration=inputs(), **settings, **QUICK)
+        assert model[0].mlp.down.in_features == 40
+
+
+def test_a_file_that_narrows_another_structure_is_refused(tmp_path):
+    model = blocks(1)
+    compress_model(model, LowRank(rank=3), progress=False)
+    smaller = blocks(1)
+    smaller[0].mlp.down = structlin.LowRankLinear(20, SIZE, False, rank=3)
+    for name in ("gate", "up"):
+        setattr(smaller[0].mlp, name, structlin.LowRankLinear(SIZE, 20, rank=3))
+    structlin.save(smaller, tmp_path / "saved")
+    with pytest.raises(structlin.CheckpointError, match="the skeleton's weight is"):
+        structlin.load(blocks(1), tmp_path / "saved")
