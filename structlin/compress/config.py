@@ -95,8 +95,8 @@ class Compression:
         sequential: fit each layer to the inputs that the compressed layers before it produce, a quarter of the way
             towards the original outputs. None: where calibration is given as batches, which it needs.
         block_epochs: passes over the batches in which all parameters of a block are refined together, towards the dense
-            block's outputs; 0 leaves that out. None: 10, where calibration is given as batches. Each takes in
-            scrambled copies of batches of tokens (`input_ids`), against overfitting (see `scramble`).
+            block's outputs; 0 leaves that out. Each takes in three scrambled copies of batches of tokens (`input_ids`),
+            against overfitting (see `scramble`). None, where calibration is given as batches: 5, or 10 without copies.
         blocks: globs, each naming the blocks of one chain, such as ["model.layers.*"]; None finds them, and an empty
             list takes the whole model as one block.
         require_speedup: leave a layer dense unless its replacement, frozen and timed on this machine, is faster for one

@@ -40,7 +40,7 @@ from structlin.compress.output import declared_output, last_target
 from structlin.compress.patched import Patched, model_runs
 from structlin.compress.plan import CompressionPlan
 from structlin.compress.processes import ranks, shared, together
-from structlin.compress.refine import EPOCHS, refine
+from structlin.compress.refine import refine
 from structlin.compress.report import BlockReport, Coverage, Outcome, Report
 from structlin.compress.scramble import widened
 from structlin.compress.speed import only_faster
@@ -114,8 +114,8 @@ def work(
 ) -> tuple[list[Outcome], list[BlockReport]]:
     """Fit and refine part by part; with `behind`, each behind the compressed ones before it."""
     model, config, data, purse = found.model, found.config, found.data, Purse(ratios)
-    epochs = EPOCHS if config.block_epochs is None else config.block_epochs
-    batches = widened(data.batches, config.seed) if behind and (config.sequential is not False or epochs) else ()
+    again = behind and (config.sequential is not False or config.block_epochs != 0)
+    batches = widened(data.batches, config.seed) if again else ()
     runs, masks = model_runs(model, batches, data.forward), masks_of(config.mask, batches)
     chains = find_chains(model, config.blocks) if batches else []
     screen = only_faster if config.require_speedup else list
@@ -126,9 +126,9 @@ def work(
         for part in left:
             done = fit_part(part, found.choices, purse, data, config, patched, advance, screen)
             outcomes |= {outcome.target.name: outcome for outcome in done}
-            if epochs and part.passes and part.own:
+            if config.block_epochs != 0 and part.passes and part.own:
                 swaps = {old: new for outcome in done for old, new in outcome.modules.items()}
-                blocks += refine(part, swaps, patched, epochs, len(data.batches))
+                blocks += refine(part, swaps, patched, config.block_epochs, len(data.batches))
     return [outcomes[target.name] for target in found.targets], blocks
 
 

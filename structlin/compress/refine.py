@@ -17,7 +17,7 @@ from structlin.heal.options import HealOptions
 from structlin.heal.run import Run, Stream, requiring_gradients
 from structlin.layers.factored import Factored
 
-EPOCHS = 10  # passes over the batches and their scrambled copies
+EPOCHS, ALONE = 5, 10  # passes over the batches and their scrambled copies, or over batches without copies
 # Peak learning rate, relative to the root mean square entry of a parameter: RATE, but at most RATE * REACH times the
 # relative error at the start. What is nearly right needs small steps.
 RATE, REACH = 0.03, 2.0
@@ -53,7 +53,7 @@ def refine(
     part: Part,
     swaps: Mapping[nn.Module, nn.Module],
     patched: Patched,
-    epochs: int,
+    epochs: int | None,
     given: int,
 ) -> list[BlockReport]:
     """Train the factors of a part, and the norms and biases of its block, towards the dense part's outputs.
@@ -65,7 +65,7 @@ def refine(
         part: with its passes.
         swaps: its leaves -> the structured layers, which are trained in place.
         patched: the model; gets the refined copies of its parameters.
-        epochs: passes over the batches and their scrambled copies.
+        epochs: passes over the batches and their scrambled copies; None takes EPOCHS or ALONE.
         given: number of passes, the first ones, whose batches are as they were given: some of these judge.
     Returns:
         One report, none if there is nothing to train.
@@ -77,6 +77,8 @@ def refine(
     trained = {str(k): p for k, p in enumerate([*owned, *new.values()])}
     if not trained or not part.passes:
         return []
+    if epochs is None:
+        epochs = EPOCHS if len(part.passes) > given else ALONE
     wanted = Shelf(LIMIT)
     with torch.no_grad():
         for number, each in enumerate(part.passes):

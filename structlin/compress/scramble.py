@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Of the tokens that are exchanged. The dense blocks say what is right for any input, so a block that is refined on more
-# than the calibration text overfits it less.
-SHARE = 0.3
+# Share of the tokens that are exchanged, and copies of each batch. The dense blocks say what is right for any input, so
+# a block that is refined on more than the calibration text overfits it less: several copies seen a few times are
+# better than one seen often.
+SHARE, COPIES = 0.3, 3
 KEY = "input_ids"
 
 
 def widened(batches: Sequence[Any], seed: int) -> tuple[Any, ...]:
-    """Return batches and, if they are tokens, a scrambled copy of each behind them."""
-    return (*batches, *scrambled(batches, seed=seed))
+    """Return batches and, if they are tokens, scrambled copies of all of them behind."""
+    return (*batches, *(copy for number in range(COPIES) for copy in scrambled(batches, seed=seed + number)))
 
 
 def scrambled(batches: Sequence[Any], share: float = SHARE, seed: int = 0) -> list[Any]:

@@ -391,10 +391,10 @@ def test_blocks_are_refined_on_scrambled_text_too_and_judged_on_the_given_one(mo
     monkeypatch.setattr(pipeline, "refine", lambda part, *rest: seen.append((len(part.passes), rest[-1])) or [])
     data = [{"input_ids": torch.randint(50, (4, 7))} for _ in range(12)]
     compress_model(Reads(), "lowrank", ratio=0.5, calibration=data, validation=[], **FITS)
-    assert seen == [(24, 12), (24, 12)]
+    assert seen == [(48, 12), (48, 12)]
     monkeypatch.undo()
     report = compress_model(Reads(), "lowrank", ratio=0.5, calibration=data, validation=[], block_epochs=4, **FITS)
-    assert [block.steps for block in report.blocks] == [4 * 23, 4 * 23]
+    assert [block.steps for block in report.blocks] == [4 * 47, 4 * 47]
 
 
 def test_a_stream_keeps_what_blocks_share():
