@@ -37,17 +37,22 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))  # scri
 from _minilm import Stsb, docstring_sentences, embed, length, model_path, pooled, read_stsb, tokenise
 from _results import RESULTS, environment, say, store
 
-OFF: dict[str, Any] = {"output_metric": False, "sequential": False, "block_epochs": 0, "allocation": "uniform"}
+OFF: dict[str, Any] = {
+    "output_metric": False, "hidden_units": False, "sequential": False, "block_epochs": 0, "allocation": "uniform",
+}  # fmt: skip
 METRIC = OFF | {"output_metric": True}
 BEHIND = METRIC | {"sequential": True}
 DIVIDED = BEHIND | {"allocation": "auto"}
+FEWER = DIVIDED | {"hidden_units": True}
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "whitened SVD": ("lowrank", OFF),
     "auto": ("auto", OFF),
     "+ output metric": ("auto", METRIC),
     "+ sequential": ("auto", BEHIND),
     "+ allocation": ("auto", DIVIDED),
+    "+ hidden units": ("auto", FEWER),
     "+ refinement (defaults)": ("auto", {}),
+    "refinement without hidden units": ("auto", {"hidden_units": False}),
     "refinement without the metric": ("auto", {"output_metric": False}),
     "refinement, uniform": ("auto", {"allocation": "uniform"}),
     "low rank, all stages": ("lowrank", {}),
@@ -155,7 +160,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--calibrate", choices=("docstrings", "stsb"), default="docstrings")
-    parser.add_argument("--stages", nargs="+", choices=[*STAGES, HEALED], default=list(STAGES)[:6])
+    parser.add_argument("--stages", nargs="+", choices=[*STAGES, HEALED], default=list(STAGES)[:7])
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
