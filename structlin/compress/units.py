@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -122,6 +121,7 @@ def _asks(choice: Wanted, asked: bool) -> bool:
 
 
 def _is_mlp(mlp: Mlp, one: Pass) -> bool:
+    """Run the part with half of the units and see whether it does what it does when the other half is not read."""
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(mlp.units, generator=generator).to(mlp.down.linear.weight.device)
     stay = order[: max(1, mlp.units // 2)]  # in another order, too
@@ -142,9 +142,7 @@ def _is_mlp(mlp: Mlp, one: Pass) -> bool:
 def _run(one: Pass, modules: Mapping[nn.Module, nn.Module], watched: nn.Module) -> tuple[Tensor, list[Tensor]]:
     """Run the dense part with other modules; return its output and the inputs of one of them."""
     inputs: list[Tensor] = []
-    with torch.no_grad(), ExitStack() as stack:
-        stack.enter_context(replaced(modules))
-        stack.enter_context(hooked([(watched, None)], lambda _, x: inputs.append(x)))
+    with torch.no_grad(), replaced(modules), hooked([(watched, None)], lambda _, x: inputs.append(x)):
         return pick(one.dense())[1], inputs
 
 
