@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import structlin
 from structlin.compress.data import Data
 from structlin.compress.statistics import SHRINKAGE, Statistics
+from structlin.compress.units import removed
 from structlin.structures import LowRank
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))  # scripts, not a package
@@ -155,32 +156,13 @@ def joint_heads(part: Part, names: Names, ratio: float, inputs: bool = False, un
 # Hidden units of the MLP ---------------------------------------------------------------------------------------------
 
 
-def elimination(weight: Tensor, gram: Tensor, count: int) -> Tensor:
-    """Order the first `count` columns to remove: always the one of least error, others making up for it (OBS).
-
-    Of many columns, a 128th goes at a time.
-    """
-    weight, inverse = weight.clone(), torch.linalg.inv(gram)
-    gone = torch.zeros(len(gram), dtype=torch.bool)
-    found: list[int] = []
-    while len(found) < count:
-        error = (weight.square().sum(0) / inverse.diagonal()).masked_fill(gone, torch.inf)
-        units = error.topk(min(max(1, len(gram) // 128), count - len(found)), largest=False).indices
-        rows = torch.linalg.solve(inverse[units][:, units], inverse[units])
-        weight.addmm_(weight[:, units], rows, alpha=-1)
-        inverse.addmm_(inverse[:, units], rows, alpha=-1)
-        gone[units] = True
-        found += units.tolist()
-    return torch.tensor(found)
-
-
 def orders(model: nn.Module, names: Names, known: Statistics) -> dict[str, Tensor]:
     """Find for each block the units to remove, first to last, down to the least share."""
     result = {}
     for block in names.of(model):
         weight = model.get_submodule(f"{block}.{names.down}").weight.data.double()
         gram = shrunk(known.grams[f"{block}.{names.down}"])
-        result[block] = elimination(weight, gram, len(gram) - round(SHARES[-1] * len(gram)))
+        result[block] = torch.tensor(removed(weight, gram, len(gram) - round(SHARES[-1] * len(gram))))
     return result
 
 
