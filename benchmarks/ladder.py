@@ -194,9 +194,8 @@ def main(argv: Sequence[str]) -> int:
             if stage == HEALED:
                 structlin.heal(model, dense, batches, seconds=120, lr=3e-3, progress=False, **options)
             seconds = time.perf_counter() - start
-            body = [
-                row for row in report.layers if "output layer" not in str(row.reason) and "tied" not in str(row.reason)
-            ]
+            others = ("output layer", "tied", "embedding")
+            body = [row for row in report.layers if not any(word in str(row.reason) for word in others)]
             before, after = (sum(getattr(row, f"parameters_{when}") for row in body) for when in ("before", "after"))
             row = {
                 "ratio": ratio,

@@ -159,7 +159,8 @@ def fit_part(
         mlp = mlps.get(group[0].name)
         count = None if mlp is None else mlp.count(wanted)
         if mlp is not None and count is not None:
-            fits = narrow(mlp, count, data)
+            aims = shifted([mlp.down], part.passes, data.shrinkage) if shift else {}
+            fits = narrow(mlp, count, data, aims.get(mlp.down.name))
             advance(len(group), mlp.down.name)
         else:
             behind = [t for t in group if shift and mlp is None and _is_fitted(wanted[t.name]) and t.name in grams]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Share of the tokens that are exchanged, and copies of each batch. The dense blocks say what is right for any input, so
 # a block that is refined on more than the calibration text overfits it less: several copies seen a few times are
@@ -15,20 +15,32 @@ SHARE, COPIES = 0.3, 3
 KEY = "input_ids"
 
 
-def widened(batches: Sequence[Any], seed: int) -> tuple[Any, ...]:
-    """Return batches and, if they are tokens, scrambled copies of all of them behind."""
-    return (*batches, *(copy for number in range(COPIES) for copy in scrambled(batches, seed=seed + number)))
+def widened(batches: Sequence[Any], seed: int, vocabulary: int = 0) -> tuple[Any, ...]:
+    """Return batches and, if they are tokens, scrambled copies of all of them behind; see `scrambled`."""
+    copies = (scrambled(batches, SHARE, seed + number, vocabulary) for number in range(COPIES))
+    return (*batches, *(batch for copy in copies for batch in copy))
 
 
-def scrambled(batches: Sequence[Any], share: float = SHARE, seed: int = 0) -> list[Any]:
-    """Copy batches and exchange a share of their tokens for tokens drawn from all of them.
+def vocabulary_of(model: nn.Module) -> int:
+    """Return the number of rows of the table that a model declares (`get_input_embeddings`), or has alone; else 0."""
+    declared = (getattr(module, "get_input_embeddings", None) for module in model.modules())
+    table = next((found() for found in declared if callable(found)), None)
+    sizes = {getattr(each, "num_embeddings", 0) for each in (model.modules() if table is None else [table])} - {0}
+    return int(sizes.pop()) if len(sizes) == 1 else 0
 
-    Tokens that every row has exactly once (the first, a separator) stay, as do padded ones.
+
+def scrambled(batches: Sequence[Any], share: float = SHARE, seed: int = 0, vocabulary: int = 0) -> list[Any]:
+    """Copy batches and exchange a share of their tokens for tokens drawn from all of them, and from the vocabulary.
+
+    Each token of the vocabulary counts once more than the batches have it: of a short text most are drawn from the
+    vocabulary, as other texts have other words; of a long one, most from the text. Tokens that every row has exactly
+    once (the first, a separator) stay, as do padded ones.
 
     Args:
         batches: mappings with integer `input_ids` (rows, tokens); without one in each, there is nothing to exchange.
         share: of the tokens.
         seed: of the draws.
+        vocabulary: number of tokens that the model knows.
     Returns:
         The copies, or an empty list.
     """
@@ -39,6 +51,7 @@ def scrambled(batches: Sequence[Any], share: float = SHARE, seed: int = 0) -> li
     pool = torch.cat([batch[KEY][free] for batch, free in zip(batches, known, strict=True)]).cpu()
     if not len(pool):
         return []
+    pool = torch.cat([pool, torch.arange(vocabulary, dtype=pool.dtype)])
     generator, found = torch.Generator().manual_seed(seed), []
     for batch, free in zip(batches, known, strict=True):
         ids = batch[KEY]

@@ -35,7 +35,7 @@ from structlin.compress.patched import Pass, Patched, model_passes, model_runs, 
 from structlin.compress.plan import CompressionPlan
 from structlin.compress.refine import refine
 from structlin.compress.report import BlockReport, Coverage, LayerReport, Outcome, Report
-from structlin.compress.scramble import widened
+from structlin.compress.scramble import vocabulary_of, widened
 from structlin.compress.skeleton import Read, StandIns, check_apart, empty, fill, slots_in
 from structlin.compress.speed import only_faster
 from structlin.compress.targets import Target, find_targets, openings
@@ -123,7 +123,7 @@ class _Work:
         self.choices, self.device, self.dtype, self.advance = choices, device, dtype, advance
         self.data = replace(data, shrinkage=config.shrinkage)
         self.done = {found["part"]: found for found in journal.records}
-        batches = widened(data.batches, config.seed)
+        batches = widened(data.batches, config.seed, vocabulary_of(model))
         self.masks = masks_of(config.mask, batches)
         self.stand_ins = StandIns(chains)
         runs = model_runs(model, batches, data.forward)

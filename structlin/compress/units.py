@@ -20,6 +20,7 @@ from structlin.compress.plan import Fitted, PlanEntry, Wanted, dense_entry
 from structlin.compress.processes import shared
 from structlin.compress.targets import Target
 from structlin.fitting.fit import Fit, relative_error
+from structlin.fitting.objective import InputGram
 from structlin.structures import Dense
 
 STEPS = 128  # in which units are removed: of many, several go at once
@@ -166,7 +167,7 @@ def _narrowed(linear: Any, weight: Tensor, rows: Tensor | None) -> nn.Linear:
 # Choosing ------------------------------------------------------------------------------------------------------------
 
 
-def narrow(mlp: Mlp, count: int, data: Data) -> list[Fitted]:
+def narrow(mlp: Mlp, count: int, data: Data, aim: tuple[Tensor, InputGram | None] | None = None) -> list[Fitted]:
     """Choose the units of an MLP that stay, and make up for the others in its last map.
 
     With the Gram G of the units and the metric H of the outputs, the unit goes that costs least,
@@ -179,18 +180,19 @@ def narrow(mlp: Mlp, count: int, data: Data) -> list[Fitted]:
         mlp: its maps.
         count: units that stay.
         data: with the Grams.
+        aim: what D is to be instead, and the Gram instead, behind compressed layers (see `shifted`).
     Returns:
         What was found for each map.
     """
     start = time.perf_counter()
     down = mlp.down.linear
-    weight = down.weight.detach()
-    known, metric = data.grams(mlp.down.name)
+    own, metric = data.grams(mlp.down.name, aim is None)
+    wanted, known = aim or (down.weight.detach(), own)
     assert known is not None
-    gram, exact = known.matrix.double(), weight.double()
+    gram, exact = known.matrix.double(), wanted.double()
     gram.diagonal().add_(RIDGE)
-    stay = shared(partial(_staying, exact, gram, metric, count)).to(weight.device)
-    solved = torch.linalg.solve(gram[stay][:, stay], gram[stay] @ exact.mT).mT.to(weight.dtype)
+    stay = shared(partial(_staying, exact, gram, metric, count)).to(gram.device)
+    solved = torch.linalg.solve(gram[stay][:, stay], gram[stay] @ exact.mT).mT.to(down.weight.dtype)
     seconds = time.perf_counter() - start
     found = []
     for target in mlp.targets:

@@ -13,7 +13,7 @@ from structlin.compress import blocks, config, pipeline
 from structlin.compress.blocks import Shelf, Stream, find_chains, parts
 from structlin.compress.patched import Patched, model_runs
 from structlin.compress.refine import refine
-from structlin.compress.scramble import scrambled
+from structlin.compress.scramble import scrambled, vocabulary_of
 from structlin.compress.targets import find_targets
 from structlin.layers.factored import Factored
 
@@ -365,6 +365,31 @@ def test_scrambled_text_keeps_what_every_row_has_once_and_what_is_padded():
     assert set(found["input_ids"].flatten().tolist()) <= set(rows.flatten().tolist())
     assert torch.equal(scrambled([batch], share=0.9)[0]["input_ids"], found["input_ids"])
     assert not torch.equal(scrambled([batch], share=0.9, seed=1)[0]["input_ids"], found["input_ids"])
+
+
+def test_words_that_the_text_lacks_are_drawn_too():
+    """Of a vocabulary much larger than the text nearly all are."""
+    batch = {"input_ids": torch.randint(5, (8, 30))}
+    ids = scrambled([batch], 0.5, vocabulary=1000)[0]["input_ids"]
+    new = ids[ids != batch["input_ids"]]
+    assert 90 < len(new) < 150
+    assert (new >= 5).float().mean() > 0.7
+    assert ids.max() < 1000
+
+
+def test_the_vocabulary_is_that_of_the_declared_table():
+    class Declares(Reads):
+        def __init__(self):
+            super().__init__()
+            self.positions = nn.Embedding(7, 4)
+
+        def get_input_embeddings(self):
+            return self.table
+
+    rows = Reads().table.num_embeddings
+    assert vocabulary_of(Reads()) == vocabulary_of(nn.Sequential(Declares())) == rows
+    assert vocabulary_of(nn.ModuleList([Reads(), nn.Embedding(7, 4)])) == 0
+    assert vocabulary_of(nn.Linear(2, 2)) == 0
 
 
 @pytest.mark.parametrize("kind", ["tensors", "floats", "empty", "all special"])
