@@ -1,4 +1,4 @@
-"""Which layer is the output layer, as far as a model tells without running."""
+"""What a model declares without running: its output layer, and the table of its tokens."""
 
 from __future__ import annotations
 
@@ -11,9 +11,21 @@ from structlin.compress.targets import Target
 
 def declared_output(model: nn.Module) -> nn.Module | None:
     """Return what `get_output_embeddings` of a transformers model returns."""
-    getter = getattr(model, "get_output_embeddings", None)
+    return _declared(model, "get_output_embeddings")
+
+
+def vocabulary_of(model: nn.Module) -> int:
+    """Return the number of rows of the table that a model declares (`get_input_embeddings`), or has alone; else 0."""
+    declared = (_declared(module, "get_input_embeddings") for module in model.modules())
+    table = next((found for found in declared if found is not None), None)
+    sizes = {getattr(each, "num_embeddings", 0) for each in (model.modules() if table is None else [table])} - {0}
+    return int(sizes.pop()) if len(sizes) == 1 else 0
+
+
+def _declared(model: nn.Module, getter: str) -> nn.Module | None:
+    found = getattr(model, getter, None)
     try:
-        return getter() if callable(getter) else None
+        return found() if callable(found) else None
     except NotImplementedError:  # transformers' own answer of models whose embeddings are not tokens
         return None
 

@@ -36,13 +36,13 @@ from structlin.compress.decide import Choices, choose, shares_of
 from structlin.compress.evaluate import Evaluate, Evaluator
 from structlin.compress.fit_layers import Purse, fit_part
 from structlin.compress.observe import OutputSearch, replaced
-from structlin.compress.output import declared_output, last_target
+from structlin.compress.output import declared_output, last_target, vocabulary_of
 from structlin.compress.patched import Patched, model_runs
 from structlin.compress.plan import CompressionPlan
 from structlin.compress.processes import ranks, shared, together
 from structlin.compress.refine import refine
 from structlin.compress.report import BlockReport, Coverage, Outcome, Report
-from structlin.compress.scramble import vocabulary_of, widened
+from structlin.compress.scramble import widened
 from structlin.compress.speed import only_faster
 from structlin.compress.targets import Target, find_targets, openings
 from structlin.compress.workers import seeded

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 # Share of the tokens that are exchanged, and copies of each batch. The dense blocks say what is right for any input, so
 # a block that is refined on more than the calibration text overfits it less: several copies seen a few times are
@@ -21,14 +21,6 @@ def widened(batches: Sequence[Any], seed: int, vocabulary: int = 0) -> tuple[Any
     return (*batches, *(batch for copy in copies for batch in copy))
 
 
-def vocabulary_of(model: nn.Module) -> int:
-    """Return the number of rows of the table that a model declares (`get_input_embeddings`), or has alone; else 0."""
-    declared = (getattr(module, "get_input_embeddings", None) for module in model.modules())
-    table = next((found() for found in declared if callable(found)), None)
-    sizes = {getattr(each, "num_embeddings", 0) for each in (model.modules() if table is None else [table])} - {0}
-    return int(sizes.pop()) if len(sizes) == 1 else 0
-
-
 def scrambled(batches: Sequence[Any], share: float = SHARE, seed: int = 0, vocabulary: int = 0) -> list[Any]:
     """Copy batches and exchange a share of their tokens for tokens drawn from all of them, and from the vocabulary.
 
@@ -37,14 +29,15 @@ def scrambled(batches: Sequence[Any], share: float = SHARE, seed: int = 0, vocab
     once (the first, a separator) stay, as do padded ones.
 
     Args:
-        batches: mappings with integer `input_ids` (rows, tokens); without one in each, there is nothing to exchange.
+        batches: mappings with integer `input_ids` (rows, tokens) and no float tensors, such as images; if one is not,
+            there is nothing to exchange.
         share: of the tokens.
         seed: of the draws.
         vocabulary: number of tokens that the model knows.
     Returns:
         The copies, or an empty list.
     """
-    if not batches or not all(isinstance(batch, Mapping) and _are_tokens(batch.get(KEY)) for batch in batches):
+    if not batches or not all(isinstance(batch, Mapping) and _are_text(batch) for batch in batches):
         return []
     once = _once([batch[KEY] for batch in batches])
     known = [_free(batch, once) for batch in batches]
@@ -61,8 +54,16 @@ def scrambled(batches: Sequence[Any], share: float = SHARE, seed: int = 0, vocab
     return found
 
 
-def _are_tokens(ids: object) -> bool:
-    return isinstance(ids, Tensor) and ids.ndim == 2 and not ids.is_floating_point()
+def _are_text(batch: Mapping[str, Any]) -> bool:
+    """Whether a batch is tokens; beside images, say, some of them stand for what is not exchanged."""
+    ids = batch.get(KEY)
+    others = (value for name, value in batch.items() if name != "attention_mask" and isinstance(value, Tensor))
+    return (
+        isinstance(ids, Tensor)
+        and ids.ndim == 2
+        and not ids.is_floating_point()
+        and not any(other.is_floating_point() for other in others)
+    )
 
 
 def _once(rows: Sequence[Tensor]) -> Tensor:

@@ -30,12 +30,12 @@ from structlin.compress.config import Compression
 from structlin.compress.data import Data
 from structlin.compress.decide import Choices, choose
 from structlin.compress.fit_layers import Purse, fit_part
-from structlin.compress.output import last_target
+from structlin.compress.output import last_target, vocabulary_of
 from structlin.compress.patched import Pass, Patched, model_passes, model_runs, without_cache
 from structlin.compress.plan import CompressionPlan
 from structlin.compress.refine import refine
 from structlin.compress.report import BlockReport, Coverage, LayerReport, Outcome, Report
-from structlin.compress.scramble import vocabulary_of, widened
+from structlin.compress.scramble import widened
 from structlin.compress.skeleton import Read, StandIns, check_apart, empty, fill, slots_in
 from structlin.compress.speed import only_faster
 from structlin.compress.targets import Target, find_targets, openings

@@ -11,9 +11,10 @@ from torch import nn
 from structlin import compress_model
 from structlin.compress import blocks, config, pipeline
 from structlin.compress.blocks import Shelf, Stream, find_chains, parts
+from structlin.compress.output import vocabulary_of
 from structlin.compress.patched import Patched, model_runs
 from structlin.compress.refine import refine
-from structlin.compress.scramble import scrambled, vocabulary_of
+from structlin.compress.scramble import scrambled
 from structlin.compress.targets import find_targets
 from structlin.layers.factored import Factored
 
@@ -391,11 +392,18 @@ def test_the_vocabulary_is_that_of_the_declared_table():
     assert vocabulary_of(nn.ModuleList([Reads(), nn.Embedding(7, 4)])) == 0
     assert vocabulary_of(nn.Linear(2, 2)) == 0
 
+    class Refuses(Declares):
+        def get_input_embeddings(self):
+            raise NotImplementedError
 
-@pytest.mark.parametrize("kind", ["tensors", "floats", "empty", "all special"])
+    assert vocabulary_of(Refuses()) == 0
+
+
+@pytest.mark.parametrize("kind", ["tensors", "floats", "empty", "all special", "images"])
 def test_what_has_no_tokens_to_exchange_is_not_scrambled(kind):
     ids = torch.tensor([[1, 2, 3], [1, 3, 2]])
     given = {"tensors": [ids], "floats": [{"input_ids": ids.float()}], "empty": [], "all special": [{"input_ids": ids}]}
+    given["images"] = [{"input_ids": torch.randint(5, (2, 9)), "pixel_values": torch.ones(2, 3, 4, 4)}]
     assert scrambled(given[kind]) == []
 
 
