@@ -56,6 +56,11 @@ class Mlp:
         choice = wanted[self.down.name]
         if isinstance(choice, PlanEntry):
             assert choice.sizes is not None
+            units = {c.sizes[1] for t in self.ups if isinstance(c := wanted[t.name], PlanEntry) and c.sizes}
+            if units != {choice.sizes[0]}:
+                raise ValueError(
+                    f"layer {self.down.name!r}: the plan leaves it {choice.sizes[0]} units, others {units}"
+                )
             return choice.sizes[0]
         sizes = {target.name: target.linear.weight.numel() for target in self.targets}
         ratios = {name: c.ratio if isinstance(c := wanted[name], Choice) else 1.0 for name in sizes}
@@ -189,7 +194,7 @@ def narrow(mlp: Mlp, count: int, data: Data, aim: tuple[Tensor, InputGram | None
     own, metric = data.grams(mlp.down.name, aim is None)
     wanted, known = aim or (down.weight.detach(), own)
     assert known is not None
-    gram, exact = known.matrix.double(), wanted.double()
+    gram, exact = known.matrix.to(torch.float64, copy=True), wanted.double()
     gram.diagonal().add_(RIDGE)
     stay = shared(partial(_staying, exact, gram, metric, count)).to(gram.device)
     solved = torch.linalg.solve(gram[stay][:, stay], gram[stay] @ exact.mT).mT.to(down.weight.dtype)

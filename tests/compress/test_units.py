@@ -13,6 +13,7 @@ from structlin import CompressionPlan, compress_model
 from structlin.compress import units
 from structlin.compress.calibrate import collect_statistics
 from structlin.compress.config import AUTO, Choice
+from structlin.compress.data import Data
 from structlin.compress.patched import Patched, model_passes, model_runs
 from structlin.compress.targets import find_targets
 from structlin.structures import Dense, LowRank
@@ -171,20 +172,41 @@ def test_a_model_with_fewer_units_is_a_model(tmp_path):
         compress_model(copy.deepcopy(dense), replace(plan, fitted_with=None, block_epochs=0), calibration=statistics)
 
 
+def test_a_plan_that_gives_and_reads_other_numbers_of_units_is_refused():
+    dense, batches = blocks(), inputs()
+    settings = {"allocation": "uniform", **QUICK}
+    report = compress_model(copy.deepcopy(dense), "auto", ratio=0.5, calibration=batches, **settings)
+    entries = [replace(e, sizes=(21, SIZE)) if e.name == "0.mlp.down" else e for e in report.compression.entries]
+    plan = replace(report.compression, entries=tuple(entries))
+    before = copy.deepcopy(dense.state_dict())
+    with pytest.raises(ValueError, match=r"'0.mlp.down': the plan leaves it 21 units, others \{20\}"):
+        compress_model(dense, plan, calibration=batches)
+    assert all(torch.equal(before[name], value) for name, value in dense.state_dict().items())
+
+
+def test_choosing_units_leaves_the_statistics_alone():
+    model, batches = blocks(1).double(), [batch.double() for batch in inputs()]
+    targets = {target.name: target for target in find_targets(model)}
+    statistics = collect_statistics(model, batches, dtype=torch.float64)
+    mlp = units.Mlp((targets["0.mlp.gate"], targets["0.mlp.up"]), targets["0.mlp.down"])
+    known = statistics.shrunken("0.mlp.down")
+    before = known.matrix.clone()
+    units.narrow(mlp, 20, Data(statistics))
+    assert torch.equal(known.matrix, before)
+
+
 def test_units_are_removed_only_where_auto_chooses():
     for structure, settings in (
         ("auto", {"hidden_units": False}),
         ("lowrank", {}),
         ("auto", {"rules": {"up": LowRank(rank=3), "gate": None}}),
     ):
-        model = blocks(1)
+        model = blocks()  # the last map of the second one is the output layer
         compress_model(model, structure, ratio=0.5, calibration=inputs(), **settings, **QUICK)
         assert model[0].mlp.down.in_features == 40
 
 
 def test_a_file_that_narrows_another_structure_is_refused(tmp_path):
-    model = blocks(1)
-    compress_model(model, LowRank(rank=3), progress=False)
     smaller = blocks(1)
     smaller[0].mlp.down = structlin.LowRankLinear(20, SIZE, False, rank=3)
     for name in ("gate", "up"):
