@@ -394,7 +394,7 @@ def test_the_vocabulary_is_that_of_the_declared_table():
 
     class Refuses(Declares):
         def get_input_embeddings(self):
-            raise NotImplementedError
+            raise NotImplementedError  # as transformers does where embeddings are not tokens
 
     assert vocabulary_of(Refuses()) == 0
 
