@@ -44,6 +44,7 @@ METRIC = OFF | {"output_metric": True}
 BEHIND = METRIC | {"sequential": True}
 DIVIDED = BEHIND | {"allocation": "auto"}
 FEWER = DIVIDED | {"hidden_units": True}
+ALL = "+ refinement (defaults)"
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "whitened SVD": ("lowrank", OFF),
     "auto": ("auto", OFF),
@@ -51,18 +52,21 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "+ sequential": ("auto", BEHIND),
     "+ allocation": ("auto", DIVIDED),
     "+ hidden units": ("auto", FEWER),
-    "+ refinement (defaults)": ("auto", {}),
+    ALL: ("auto", {}),
     "refinement without hidden units": ("auto", {"hidden_units": False}),
     "refinement without the metric": ("auto", {"output_metric": False}),
     "refinement, uniform": ("auto", {"allocation": "uniform"}),
     "low rank, all stages": ("lowrank", {}),
 }
 HEALED = "+ heal, 2 min"
+ALONE = "heal in place of refinement"
 WINDOW = 256
 NOTES = """\
 Each row switches one stage on more than the row above, down to the defaults; rows below that leave one out, or use low
-rank alone. *on*: text of the kind that calibration saw; *off*: other text. *kept*: parameters / dense parameters of all
-linear weights but the output layer. Seconds include the checks on held-back batches."""
+rank alone. *heal in place of refinement* trains the whole model from end to end, not blocks, for as long as the
+refinement of the blocks took in the row of all stages. *on*: text of the kind that calibration saw; *off*: other text.
+*kept*: parameters / dense parameters of all linear weights but the output layer. Seconds include the checks on
+held-back batches."""
 COLUMNS = {
     "ratio": ("ratio", ""),
     "stage": ("stage", ""),
@@ -160,9 +164,12 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--calibrate", choices=("docstrings", "stsb"), default="docstrings")
-    parser.add_argument("--stages", nargs="+", choices=[*STAGES, HEALED], default=list(STAGES)[:7])
+    parser.add_argument("--stages", nargs="+", choices=[*STAGES, HEALED, ALONE], default=list(STAGES)[:7])
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if ALONE in args.stages and ALL not in args.stages[: args.stages.index(ALONE)]:
+        parser.error(f"{ALONE!r} takes as long as {ALL!r}; give that stage before it")
+    return args
 
 
 def main(argv: Sequence[str]) -> int:
@@ -176,10 +183,13 @@ def main(argv: Sequence[str]) -> int:
     calibrated = "stories" if args.kind == "stories" else args.calibrate
     common = {"calibrated": calibrated, "seed": args.seed, **about}
     rows = [{"ratio": 1.0, "stage": "dense", "kept": 1.0, **common, "seed": 0, **measure(dense)}]
+    refining: dict[float, float] = {}
     for ratio in args.ratios:
         for stage in args.stages:
             say(f"{stage} at {ratio}")
-            structure, settings = STAGES.get(stage, STAGES["+ refinement (defaults)"])
+            structure, settings = STAGES.get(stage, STAGES[ALL])
+            if stage == ALONE:
+                structure, settings = STAGES["+ hidden units"]
             model, start = copy.deepcopy(dense), time.perf_counter()
             report = structlin.compress_model(
                 model,
@@ -191,8 +201,11 @@ def main(argv: Sequence[str]) -> int:
                 **options,
                 **settings,
             )
-            if stage == HEALED:
-                structlin.heal(model, dense, batches, seconds=120, lr=3e-3, progress=False, **options)
+            if stage in (HEALED, ALONE):
+                limit = 120.0 if stage == HEALED else refining[ratio]
+                structlin.heal(model, dense, batches, seconds=limit, lr=3e-3, progress=False, **options)
+            elif stage == ALL:
+                refining[ratio] = sum(block.seconds for block in report.blocks)
             seconds = time.perf_counter() - start
             others = ("output layer", "tied", "embedding")
             body = [row for row in report.layers if not any(word in str(row.reason) for word in others)]
@@ -220,7 +233,7 @@ def save(folder: Path, name: str, rows: Sequence[dict[str, Any]], about: dict[st
     path = folder / f"{name}.jsonl"
     known = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     found = {cell(row): row for row in known} | {cell(row): row for row in rows}
-    order = ["dense", *STAGES, HEALED]
+    order = ["dense", *STAGES, HEALED, ALONE]
     ordered = sorted(found.values(), key=lambda r: (r["calibrated"], -r["ratio"], order.index(r["stage"]), r["seed"]))
     store(folder, name, f"Ladder of stages: {name.removeprefix('ladder_')}", NOTES, about, ordered, COLUMNS)
     path.write_text("".join(json.dumps(row) + "\n" for row in ordered), encoding="utf-8")  # each with its own command

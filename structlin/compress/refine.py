@@ -33,7 +33,10 @@ class _WideAdam(torch.optim.AdamW):
         self.narrow = list(parameters)
         wide = [p.detach().to(torch.promote_types(p.dtype, torch.float32)).clone() for p in self.narrow]
         groups = [{"params": [w], "lr": rate * max(w.abs().square().mean().sqrt().item(), LEAST)} for w in wide]
-        super().__init__(groups, betas=BETAS, weight_decay=0.0)
+        real = not any(p.is_complex() for p in self.narrow)
+        super().__init__(
+            groups, betas=BETAS, weight_decay=0.0, fused=real
+        )  # each parameter is a group: many small steps
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for parameter in self.narrow:

@@ -83,7 +83,7 @@ def _factor(gram: Tensor, ridge: Tensor) -> Tensor:
 def _solved(factor: Tensor, columns: Tensor) -> Tensor:
     """Solve for some columns at a time, in the dtype of the factor; `cholesky_solve` would copy the factor."""
     parts = []
-    for part in columns.split(512, dim=1):
+    for part in columns.split(128, dim=1):
         half = torch.linalg.solve_triangular(factor, part.to(factor.dtype), upper=False)
         parts.append(torch.linalg.solve_triangular(factor.mH, half, upper=True).to(columns.dtype))
     return torch.cat(parts, dim=1)
