@@ -167,8 +167,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", choices=[*STAGES, HEALED, ALONE], default=list(STAGES)[:7])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    if ALONE in args.stages and ALL not in args.stages[: args.stages.index(ALONE)]:
-        parser.error(f"{ALONE!r} takes as long as {ALL!r}; give that stage before it")
+    for stage in {HEALED, ALONE}.intersection(args.stages):
+        if ALL not in args.stages[: args.stages.index(stage)]:
+            parser.error(f"{stage!r} goes on from, or takes as long as, {ALL!r}; give that stage before it")
     return args
 
 
@@ -183,29 +184,29 @@ def main(argv: Sequence[str]) -> int:
     calibrated = "stories" if args.kind == "stories" else args.calibrate
     common = {"calibrated": calibrated, "seed": args.seed, **about}
     rows = [{"ratio": 1.0, "stage": "dense", "kept": 1.0, **common, "seed": 0, **measure(dense)}]
-    refining: dict[float, float] = {}
     for ratio in args.ratios:
+        refined: tuple[nn.Module, Any, float] | None = None
         for stage in args.stages:
             say(f"{stage} at {ratio}")
-            structure, settings = STAGES.get(stage, STAGES[ALL])
-            if stage == ALONE:
-                structure, settings = STAGES["+ hidden units"]
-            model, start = copy.deepcopy(dense), time.perf_counter()
-            report = structlin.compress_model(
-                model,
-                structure,
-                ratio=ratio,
-                seed=args.seed,
-                calibration=batches,
-                progress=False,
-                **options,
-                **settings,
-            )
+            start = time.perf_counter()
+            if stage == HEALED:
+                assert refined is not None
+                model, report, limit = copy.deepcopy(refined[0]), refined[1], 120.0
+                start -= refined[2]
+            else:
+                model = copy.deepcopy(dense)
+                structure, settings = STAGES["+ hidden units" if stage == ALONE else stage]
+                report = structlin.compress_model(
+                    model, structure, ratio=ratio, seed=args.seed, calibration=batches, progress=False, **options,
+                    **settings,
+                )  # fmt: skip
+            if stage == ALL:
+                refined = model, report, time.perf_counter() - start
+            elif stage == ALONE:
+                assert refined is not None
+                limit = sum(block.seconds for block in refined[1].blocks)
             if stage in (HEALED, ALONE):
-                limit = 120.0 if stage == HEALED else refining[ratio]
                 structlin.heal(model, dense, batches, seconds=limit, lr=3e-3, progress=False, **options)
-            elif stage == ALL:
-                refining[ratio] = sum(block.seconds for block in report.blocks)
             seconds = time.perf_counter() - start
             others = ("output layer", "tied", "embedding")
             body = [row for row in report.layers if not any(word in str(row.reason) for word in others)]
