@@ -88,8 +88,8 @@ class Compression:
         skip_last: leave the output layer dense unless a rule names it.
         refine: refinement steps of each fit; None takes the structure's default, but 100 for a weight of more than
             65,536 entries whose block is refined.
-        hidden_units: where "auto" chooses, the batches are given and the maps of an MLP have hidden units between them,
-            remove units and keep the maps dense, only smaller (see `units.narrow`).
+        hidden_units: where "auto" chooses, the batches are given and an MLP keeps at most 70 % of its parameters,
+            remove hidden units and keep its maps dense, only smaller (see `units.narrow`).
         output_metric: weigh errors at a layer's outputs by what they do to the model's outputs, where batches are given
             and gradients reach the layers (see `calibrate.sampled_loss`).
         sequential: fit each layer to the inputs that the compressed layers before it produce, a quarter of the way

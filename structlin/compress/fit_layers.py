@@ -151,19 +151,19 @@ def fit_part(
     mlps = {
         t.name: mlp
         for mlp in find_mlps(part.targets, part.passes, choices, grams, config.hidden_units)
+        if mlp.pays({t.name: purse.choice(t, choices[t.name], len(mlp.targets)) for t in mlp.targets})
         for t in mlp.targets
     }
     result: list[Outcome] = []
     for group in _groups(part.targets, grams, mlps) if shift or mlps or purse.ratios else [part.targets]:
         wanted = {t.name: purse.choice(t, choices[t.name], len(group)) for t in group}
         mlp = mlps.get(group[0].name)
-        count = None if mlp is None else mlp.count(wanted)
-        if mlp is not None and count is not None:
+        if mlp is not None:
             aims = shifted([mlp.down], part.passes, data.shrinkage) if shift else {}
-            fits = narrow(mlp, count, data, aims.get(mlp.down.name))
+            fits = narrow(mlp, mlp.count(wanted), data, aims.get(mlp.down.name))
             advance(len(group), mlp.down.name)
         else:
-            behind = [t for t in group if shift and mlp is None and _is_fitted(wanted[t.name]) and t.name in grams]
+            behind = [t for t in group if shift and _is_fitted(wanted[t.name]) and t.name in grams]
             costs = [t.linear.weight.numel() if _is_fitted(wanted[t.name]) else 0 for t in group]
             work = partial(
                 _fit_some, wanted=wanted, behind=behind, part=part, data=data, config=config, advance=advance
@@ -172,7 +172,7 @@ def fit_part(
         pairs = zip(group, fits, strict=True)
         built = [build_layer(target, found.to(target.linear.weight.device), data) for target, found in pairs]
         purse.settle(built)
-        for outcome in built if count is not None else screen(built):
+        for outcome in built if mlp else screen(built):
             patched.swaps.update(outcome.modules)
             result.append(outcome)
     return result

@@ -23,6 +23,9 @@ from structlin.fitting.fit import Fit, relative_error
 from structlin.fitting.objective import InputGram
 from structlin.structures import Dense
 
+# Share of an MLP's parameters up to which it loses units. Above it structures of its maps are better
+# (benchmarks/results/ladder_minilm.md and ladder_stories.md, at .75).
+MOST = 0.7
 STEPS = 128  # in which units are removed: of many, several go at once
 MULTIPLE = 8  # of units that stay, where there are many: kernels of matrix products like it
 RIDGE = 1e-6  # of the Gram, whose mean eigenvalue is about 1: it may be singular
@@ -51,8 +54,12 @@ class Mlp:
         """Hidden units of the dense model."""
         return int(self.down.linear.in_features)
 
-    def count(self, wanted: Mapping[str, Wanted]) -> int | None:
-        """Return how many units stay: as many as a plan says, or as the ratios of its maps pay for; None for all."""
+    def pays(self, wanted: Mapping[str, Wanted]) -> bool:
+        """Whether units are to go: a plan says so, or the maps get at most MOST of their parameters."""
+        return isinstance(wanted[self.down.name], PlanEntry) or self._share(wanted) <= MOST
+
+    def count(self, wanted: Mapping[str, Wanted]) -> int:
+        """Return how many units stay: as many as a plan says, or as the ratios of its maps pay for."""
         choice = wanted[self.down.name]
         if isinstance(choice, PlanEntry):
             assert choice.sizes is not None
@@ -62,13 +69,13 @@ class Mlp:
                     f"layer {self.down.name!r}: the plan leaves it {choice.sizes[0]} units, others {units}"
                 )
             return choice.sizes[0]
+        found = int(self.units * self._share(wanted) + 1e-6)
+        return max(found - found % MULTIPLE if found >= 8 * MULTIPLE else found, 1)
+
+    def _share(self, wanted: Mapping[str, Wanted]) -> float:
         sizes = {target.name: target.linear.weight.numel() for target in self.targets}
         ratios = {name: c.ratio if isinstance(c := wanted[name], Choice) else 1.0 for name in sizes}
-        kept = sum(min(ratios[name] or 1.0, 1.0) * size for name, size in sizes.items())
-        found = int(self.units * kept / sum(sizes.values()) + 1e-6)
-        if found >= self.units:
-            return None
-        return max(found - found % MULTIPLE if found >= 8 * MULTIPLE else found, 1)
+        return sum(min(ratios[name] or 1.0, 1.0) * size for name, size in sizes.items()) / sum(sizes.values())
 
 
 # Finding -------------------------------------------------------------------------------------------------------------

@@ -200,9 +200,10 @@ def test_units_are_removed_only_where_auto_chooses():
         ("auto", {"hidden_units": False}),
         ("lowrank", {}),
         ("auto", {"rules": {"up": LowRank(rank=3), "gate": None}}),
+        ("auto", {"ratio": units.MOST + 0.05, "allocation": "uniform"}),
     ):
         model = blocks()  # the last map of the second one is the output layer
-        compress_model(model, structure, ratio=0.5, calibration=inputs(), **settings, **QUICK)
+        compress_model(model, structure, calibration=inputs(), **{"ratio": 0.5, **settings}, **QUICK)
         assert model[0].mlp.down.in_features == 40
 
 
