@@ -18,6 +18,7 @@ from torch import Tensor
 from structlin import StructuredLinear
 from structlin.equation.structure import Structure
 from structlin.structures import (
+    CP,
     PHM,
     Blast,
     Butterfly,
@@ -29,6 +30,7 @@ from structlin.structures import (
     Shapeshifter,
     Sum,
     TensorTrain,
+    Tucker,
 )
 
 FOLDER = Path(__file__).parent / "structures"
@@ -39,6 +41,8 @@ MEMBERS: dict[str, tuple[Structure, int, int]] = {
     "phm": (PHM(n=4), 16, 16),
     "shapeshifter": (Shapeshifter(rank=2, order="reshape"), 8, 32),
     "tt": (TensorTrain(rank=2, in_modes=(4, 2, 2), out_modes=(4, 2, 2)), 16, 16),
+    "cp": (CP(rank=2), 16, 16),
+    "tucker": (Tucker(rank=2), 16, 16),
     "butterfly": (Butterfly(radix=2), 16, 16),
     "kmatrix": (Kaleidoscope(), 16, 16),
     "monarch": (Monarch(blocks=4, rank=2), 16, 16),

@@ -25,6 +25,7 @@ from structlin.runtime.measure import measure_machine
 from structlin.structures import (
     BlastLinear,
     ButterflyLinear,
+    CPLinear,
     DenseLinear,
     KaleidoscopeLinear,
     KMatrix,
@@ -35,6 +36,7 @@ from structlin.structures import (
     ShapeshifterLinear,
     SumLinear,
     TTLinear,
+    TuckerLinear,
 )
 
 __version__ = version("structlin")
@@ -42,6 +44,7 @@ __version__ = version("structlin")
 __all__ = [
     "BlastLinear",
     "ButterflyLinear",
+    "CPLinear",
     "CheckpointError",
     "Compression",
     "CompressionPlan",
@@ -62,6 +65,7 @@ __all__ = [
     "StructuredLinear",
     "SumLinear",
     "TTLinear",
+    "TuckerLinear",
     "collect_statistics",
     "compress_model",
     "distillation_loss",

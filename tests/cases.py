@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from structlin.equation.structure import Structure
 from structlin.structures import (
+    CP,
     PHM,
     Blast,
     Butterfly,
@@ -19,6 +20,7 @@ from structlin.structures import (
     Shapeshifter,
     Sum,
     TensorTrain,
+    Tucker,
 )
 
 SIZES = (1, 7, 64, 97, 384, 1000, 1021, 1536)
@@ -83,6 +85,8 @@ CASES = {
         nested=False,
     ),
     "blast": Case((lambda k: Blast(blocks=1, rank=k), lambda k: Blast(blocks=k, rank=1)), nested=False),
+    "cp": Case((lambda k: CP(rank=k),)),
+    "tucker": Case((lambda k: Tucker(rank=k),), small=(Tucker(rank=3, in_modes=(2, 7, 7), out_modes=(4, 4, 4)),)),
     "dense": Case(fixed=(Dense(),)),
     "sum": Case(
         (lambda k: Sum((LowRank(rank=1), LowRank(rank=k))),),

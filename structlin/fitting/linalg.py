@@ -167,7 +167,7 @@ def tt_svd(
     """
     sizes = list(zip(tensor.shape[0::2], tensor.shape[1::2], strict=True))
     rest = tensor.to(working_dtype(tensor)).reshape(1, -1)
-    allowed = _loss_per_bond(rest, tolerance, len(sizes) - 1)
+    allowed = loss_per_cut(rest, tolerance, len(sizes) - 1)
     cores = []
     for bond, (o, i) in enumerate(sizes[:-1]):
         unfolding = rest.reshape(rest.shape[0] * o * i, -1)
@@ -177,7 +177,7 @@ def tt_svd(
     return cores
 
 
-def _loss_per_bond(tensor: Tensor, tolerance: float, bonds: int) -> float:
+def loss_per_cut(tensor: Tensor, tolerance: float, bonds: int) -> float:
     """Return the norm that each of several truncations may lose (Oseledets 2011, theorem 2.2)."""
     if not tolerance >= 0:
         raise ValueError(f"tolerance={tolerance} is negative or NaN; use a relative error from 0 to 1")
@@ -218,7 +218,7 @@ def tt_round(
         q, r = torch.linalg.qr(work[k].flatten(1).mH)
         work[k] = q.mH.reshape(-1, *work[k].shape[1:])
         work[k - 1] = work[k - 1] @ r.mH
-    allowed = _loss_per_bond(work[0], tolerance, len(work) - 1)  # the other cores are orthogonal: work[0] has the norm
+    allowed = loss_per_cut(work[0], tolerance, len(work) - 1)  # the other cores are orthogonal: work[0] has the norm
     for k in range(len(work) - 1):
         left, rest = _truncated(work[k].flatten(0, 2), None if ranks is None else ranks[k], allowed)
         work[k] = left.reshape(*work[k].shape[:3], left.shape[1])

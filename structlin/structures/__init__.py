@@ -10,6 +10,7 @@ from structlin.fitting import linalg
 from structlin.layers.linear import StructuredLinear, layer_of
 from structlin.structures.blast import Blast, BlastLinear
 from structlin.structures.butterfly import Butterfly, ButterflyLinear
+from structlin.structures.cp import CP, CPLinear
 from structlin.structures.dense import Dense, DenseLinear
 from structlin.structures.kaleidoscope import Kaleidoscope, KaleidoscopeLinear, KMatrix
 from structlin.structures.kronecker import Kronecker, KroneckerLinear
@@ -19,13 +20,16 @@ from structlin.structures.phm import PHM, PHMLinear
 from structlin.structures.shapeshifter import Shapeshifter, ShapeshifterLinear
 from structlin.structures.sum import Sum, SumFamily, SumLinear, families, family, sum_of
 from structlin.structures.tt import TensorTrain, TTLinear
+from structlin.structures.tucker import Tucker, TuckerLinear
 
 __all__ = [
+    "CP",
     "PHM",
     "Blast",
     "BlastLinear",
     "Butterfly",
     "ButterflyLinear",
+    "CPLinear",
     "Dense",
     "DenseLinear",
     "Family",
@@ -49,6 +53,8 @@ __all__ = [
     "SumLinear",
     "TTLinear",
     "TensorTrain",
+    "Tucker",
+    "TuckerLinear",
     "equation",
     "families",
     "family",
