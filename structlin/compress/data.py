@@ -27,7 +27,6 @@ class Data:
         held_back: batches that the statistics do not know, for checks from end to end.
         forward: calls the model on a batch.
         shrinkage: of the Grams, see `Statistics.shrunken`.
-        wide: the batches and, where blocks run again, scrambled copies behind them; see `scramble`.
     """
 
     statistics: Statistics | None = None
@@ -35,7 +34,6 @@ class Data:
     held_back: tuple[Any, ...] = ()
     forward: Forward | None = None
     shrinkage: float = SHRINKAGE
-    wide: tuple[Any, ...] = ()
 
     @classmethod
     def gather(

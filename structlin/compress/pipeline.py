@@ -42,7 +42,7 @@ from structlin.compress.plan import CompressionPlan
 from structlin.compress.processes import ranks, shared, together
 from structlin.compress.refine import refine
 from structlin.compress.report import BlockReport, Coverage, Outcome, Report
-from structlin.compress.scramble import runs_blocks, widened
+from structlin.compress.scramble import widened
 from structlin.compress.speed import only_faster
 from structlin.compress.targets import Target, find_targets, openings
 from structlin.compress.workers import seeded
@@ -63,13 +63,16 @@ def find(model: nn.Module, config: Compression, data: Data, checks: bool, meta: 
     """Find the targets (for plans also on `meta`) and what each gets; `checks`: whether held-back batches are known."""
     targets = find_targets(model, tied=config.tied, meta=meta)
     choices = choose(config, targets, last_target(model, targets))
-    data = replace(data, shrinkage=config.shrinkage, wide=widened(data.batches, config, vocabulary_of(model)))
+    data = replace(data, shrinkage=config.shrinkage)
     if isinstance(config, CompressionPlan):
+        if data.statistics is None and not data.batches:
+            data = replace(data, statistics=config.statistics)
         if not data.batches:  # else once they are collected
-            data = replace(data, statistics=data.statistics or config.statistics)
             config.check_statistics(data.statistics)
     elif config.allocation == "global" and not checks and len(shares_of(targets, choices)) > 1:
-        raise ValueError("allocation='global' is checked from end to end: pass two or more batches, or validation=")
+        raise ValueError(
+            "allocation='global' is checked from end to end: pass calibration as two or more batches, or validation="
+        )
     if (config.sequential or config.block_epochs) and not data.batches:
         raise ValueError("sequential=True and block_epochs run the model again: pass calibration as batches")
     return Found(model, config, data, targets, choices)
@@ -83,11 +86,7 @@ def observe(found: Found) -> Found:
         targets = [target for target in found.targets if not target.reason and not target.on_request]
         # A plan is carried out with the kind of statistics that it was made with.
         metric = config.output_metric if made is None else made.output_energy > 0
-        for batches in (data.wide, data.batches):  # a plan may rest on statistics without scrambled copies
-            statistics = both_sides(found.model, targets, replace(data, batches=batches), config, metric, search)
-            if made is None or made.agrees(statistics.summary):
-                break
-        data = replace(data, statistics=statistics)
+        data = replace(data, statistics=both_sides(found.model, targets, data, config, metric, search))
     if isinstance(config, CompressionPlan):
         config.check_statistics(data.statistics)
     elif search.key is not None and declared_output(found.model) is None:
@@ -115,7 +114,8 @@ def work(
 ) -> tuple[list[Outcome], list[BlockReport]]:
     """Fit and refine part by part; with `behind`, each behind the compressed ones before it."""
     model, config, data, purse = found.model, found.config, found.data, Purse(ratios)
-    batches = data.wide if behind and runs_blocks(config) else ()
+    again = behind and (config.sequential is not False or config.block_epochs != 0)
+    batches = widened(data.batches, config.seed, vocabulary_of(model)) if again else ()
     runs, masks = model_runs(model, batches, data.forward), masks_of(config.mask, batches)
     chains = find_chains(model, config.blocks) if batches else []
     screen = only_faster if config.require_speedup else list

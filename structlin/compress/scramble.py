@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from structlin.compress.config import Compression
-
 # Share of the tokens that are exchanged, and copies of each batch. The dense blocks say what is right for any input, so
 # a block that is refined on more than the calibration text overfits it less: several copies seen a few times are
 # better than one seen often.
@@ -17,16 +15,9 @@ SHARE, COPIES = 0.3, 3
 KEY = "input_ids"
 
 
-def runs_blocks(config: Compression) -> bool:
-    """Whether blocks run again, to fit or to refine layers behind compressed ones."""
-    return config.sequential is not False or config.block_epochs != 0
-
-
-def widened(batches: Sequence[Any], config: Compression, vocabulary: int = 0) -> tuple[Any, ...]:
-    """Return batches and, if they are tokens and blocks run again, scrambled copies of all of them behind."""
-    copies = (
-        scrambled(batches, SHARE, config.seed + k, vocabulary) for k in range(COPIES if runs_blocks(config) else 0)
-    )
+def widened(batches: Sequence[Any], seed: int, vocabulary: int = 0) -> tuple[Any, ...]:
+    """Return batches and, if they are tokens, scrambled copies of all of them behind; see `scrambled`."""
+    copies = (scrambled(batches, SHARE, seed + number, vocabulary) for number in range(COPIES))
     return (*batches, *(batch for copy in copies for batch in copy))
 
 

@@ -123,7 +123,7 @@ class _Work:
         self.choices, self.device, self.dtype, self.advance = choices, device, dtype, advance
         self.data = replace(data, shrinkage=config.shrinkage)
         self.done = {found["part"]: found for found in journal.records}
-        batches = widened(data.batches, self.config, vocabulary_of(model))
+        batches = widened(data.batches, config.seed, vocabulary_of(model))
         self.masks = masks_of(config.mask, batches)
         self.stand_ins = StandIns(chains)
         runs = model_runs(model, batches, data.forward)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from structlin import collect_statistics, compress_model, plan_compression
+from structlin import compress_model
 from structlin.compress import blocks, config, pipeline
 from structlin.compress.blocks import Shelf, Stream, find_chains, parts
 from structlin.compress.output import vocabulary_of
@@ -435,20 +435,3 @@ def test_a_stream_keeps_what_blocks_share():
     stream = Stream(Patched(model, {}), find_chains(model)[0], model_runs(model, data, None))
     assert [call.kwargs["scale"].item() for call in stream.calls[0][0]] == [1.0, 2.0, 3.0]
     assert blocks.hidden_of((torch.ones(1), None)).item() == 1
-
-
-def test_statistics_see_scrambled_text_unless_a_plan_was_made_without():
-    batches = [{"input_ids": torch.randint(50, (2, 9))} for _ in range(11)]
-    quick = {"ratio": 0.5, "refine": 2, "progress": False}
-    model, settings = Reads(), {"block_epochs": 1, **quick}
-    wide = compress_model(copy.deepcopy(model), "lowrank", calibration=batches, **settings).compression
-    plain = compress_model(
-        copy.deepcopy(model), "lowrank", calibration=batches, sequential=False, block_epochs=0, **quick
-    ).compression
-    assert wide.fitted_with.tokens == 4 * plain.fitted_with.tokens
-    known = collect_statistics(model, batches[:10])
-    plan = plan_compression(model, "lowrank", calibration=known, ratio=0.5)
-    made = compress_model(
-        copy.deepcopy(model), plan, calibration=batches[:10], validation=batches[10:], block_epochs=1, progress=False
-    )
-    assert made.compression.fitted_with == plan.fitted_with

@@ -233,7 +233,7 @@ def test_loss_gradients_weigh_the_layers(mlp):
 
 
 def test_global_allocation_needs_batches(mlp):
-    with pytest.raises(ValueError, match="allocation='global' is checked from end to end: pass two or more batches"):
+    with pytest.raises(ValueError, match="allocation='global' is checked from end to end: pass calibration as two"):
         plan_compression(
             mlp, "lowrank", ratio=0.5, allocation="global", calibration=collect_statistics(mlp, batches(2))
         )
