@@ -79,6 +79,7 @@ COLUMNS = {
     "STS-B dev": ("task", ".4f"),
     "seed": ("seed", ""),
     "s": ("seconds", ".0f"),
+    "commit": ("commit", ""),
 }
 
 Measure = Callable[[nn.Module], dict[str, float]]
