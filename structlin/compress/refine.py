@@ -33,10 +33,9 @@ class _WideAdam(torch.optim.AdamW):
         self.narrow = list(parameters)
         wide = [p.detach().to(torch.promote_types(p.dtype, torch.float32)).clone() for p in self.narrow]
         groups = [{"params": [w], "lr": rate * max(w.abs().square().mean().sqrt().item(), LEAST)} for w in wide]
-        real = not any(p.is_complex() for p in self.narrow)
-        super().__init__(
-            groups, betas=BETAS, weight_decay=0.0, fused=real
-        )  # each parameter is a group: many small steps
+        # Each parameter is a group, so that steps are many and small. Fused ones know no complex numbers.
+        fused = not any(p.is_complex() for p in self.narrow)
+        super().__init__(groups, betas=BETAS, weight_decay=0.0, fused=fused)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for parameter in self.narrow:

@@ -23,8 +23,8 @@ from structlin.fitting.fit import Fit, relative_error
 from structlin.fitting.objective import InputGram
 from structlin.structures import Dense
 
-# Share of an MLP's parameters up to which it loses units. Above it structures of its maps are better
-# (benchmarks/results/ladder_minilm.md and ladder_stories.md, at .75).
+# Share of an MLP's parameters up to which it loses units. Above it structures of its maps are better: the language
+# model of benchmarks/results/ladder_stories.md has a perplexity of 4.69 at .75, and 4.90 where units go.
 MOST = 0.7
 STEPS = 128  # in which units are removed: of many, several go at once
 MULTIPLE = 8  # of units that stay, where there are many: kernels of matrix products like it
