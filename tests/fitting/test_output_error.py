@@ -216,12 +216,12 @@ def degenerate(k):
     return weight, gram
 
 
-@pytest.mark.parametrize("k", range(66))
+@pytest.mark.parametrize("k", range(78))
 def test_degenerate_grams_and_weights(k):
-    """Each of 11 structures meets each Gram and each weight; low rank, by its closed form, all pairs of the two."""
+    """Each of 13 structures meets each Gram and each weight; low rank, by its closed form, all pairs of the two."""
     weight, gram = degenerate(k)
     names = sorted(families())
-    assert len(names) == 11, "take k up to the least common multiple of 6 and the number of structures"
+    assert len(names) == 13, "take k up to the least common multiple of 6 and the number of structures"
     for name in (names[k % len(names)], *(["lowrank"] if k < 30 else [])):
         found = fit(weight, family(name), ratio=0.9, gram=gram, refine=5)
         assert all(torch.isfinite(factor).all() for factor in found.factors)

@@ -17,6 +17,7 @@ import structlin
 from structlin import (
     BlastLinear,
     ButterflyLinear,
+    CPLinear,
     DenseLinear,
     KMatrix,
     KroneckerLinear,
@@ -27,6 +28,7 @@ from structlin import (
     StructuredLinear,
     SumLinear,
     TTLinear,
+    TuckerLinear,
 )
 from structlin.equation.spec import Spec, equation
 from structlin.layers.linear import build
@@ -40,6 +42,8 @@ MAKERS = {
     "phm": lambda *a, **k: PHMLinear(*a, n=4, algebra="hamilton", **k),
     "shapeshifter": lambda *a, **k: ShapeshifterLinear(*a, rank=2, **k),
     "tt": lambda *a, **k: TTLinear(*a, rank=3, **k),
+    "cp": lambda *a, **k: CPLinear(*a, rank=3, **k),
+    "tucker": lambda *a, **k: TuckerLinear(*a, rank=3, **k),
     "butterfly": ButterflyLinear,
     "kmatrix": KMatrix,
     "monarch": lambda *a, **k: MonarchLinear(*a, blocks=4, **k),
