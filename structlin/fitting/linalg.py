@@ -171,7 +171,7 @@ def tt_svd(
     cores = []
     for bond, (o, i) in enumerate(sizes[:-1]):
         unfolding = rest.reshape(rest.shape[0] * o * i, -1)
-        left, rest = _truncated(unfolding, None if ranks is None else ranks[bond], allowed)
+        left, rest = truncated(unfolding, None if ranks is None else ranks[bond], allowed)
         cores.append(left.reshape(-1, o, i, left.shape[1]))
     cores.append(rest.reshape(-1, *sizes[-1], 1))
     return cores
@@ -184,7 +184,7 @@ def loss_per_cut(tensor: Tensor, tolerance: float, bonds: int) -> float:
     return tolerance * torch.linalg.vector_norm(tensor).item() / math.sqrt(max(bonds, 1))
 
 
-def _truncated(matrix: Tensor, rank: int | None, allowed: float) -> tuple[Tensor, Tensor]:
+def truncated(matrix: Tensor, rank: int | None, allowed: float) -> tuple[Tensor, Tensor]:
     """Return orthonormal left vectors (m, rank) and the rest (rank, n); None: the least rank that loses `allowed`."""
     left, values, right = leading(matrix)
     if rank is None:
@@ -220,7 +220,7 @@ def tt_round(
         work[k - 1] = work[k - 1] @ r.mH
     allowed = loss_per_cut(work[0], tolerance, len(work) - 1)  # the other cores are orthogonal: work[0] has the norm
     for k in range(len(work) - 1):
-        left, rest = _truncated(work[k].flatten(0, 2), None if ranks is None else ranks[k], allowed)
+        left, rest = truncated(work[k].flatten(0, 2), None if ranks is None else ranks[k], allowed)
         work[k] = left.reshape(*work[k].shape[:3], left.shape[1])
         work[k + 1] = torch.tensordot(rest, work[k + 1], 1)
     return work

@@ -39,14 +39,9 @@ def hosvd(
     factors = []
     for mode in range(core.ndim):
         unfolding = core.movedim(mode, 0).flatten(1)
-        vectors = linalg.leading_vectors(unfolding @ unfolding.mH, len(unfolding))
-        # Eigenvalues of the Gram matrix know small values to half of the digits only; the rows know all.
-        values = torch.linalg.vector_norm(vectors.mH @ unfolding, dim=1)
-        tails = values.square().flip(0).cumsum(0).flip(0).sqrt()  # norms of the values from each on
-        rank = max(int((tails > allowed).sum()), 1) if ranks is None else ranks[mode]
-        factor = vectors[:, :rank]
+        factor, rest = linalg.truncated(unfolding, None if ranks is None else ranks[mode], allowed)
         factors.append(factor)
-        core = torch.movedim((factor.mH @ unfolding).unflatten(1, core.movedim(mode, 0).shape[1:]), 0, mode)
+        core = torch.movedim(rest.unflatten(1, core.movedim(mode, 0).shape[1:]), 0, mode)
     return core, factors
 
 
