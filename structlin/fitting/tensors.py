@@ -22,7 +22,7 @@ def hosvd(
 
     Args:
         tensor: d axes, any float or complex dtype.
-        ranks: one for each mode, at most its size; None lets the tolerance decide.
+        ranks: one for each mode, at most its size and the product of the other ranks; None lets the tolerance decide.
         tolerance: relative Frobenius error allowed in all, used when ranks is None.
     Returns:
         The core, and for each mode a matrix (size, rank) with orthonormal columns, in the working dtype.

@@ -24,9 +24,9 @@ from structlin.structures.butterfly import Digits, DigitStructure, both_modes
 class Tucker(DigitStructure):
     """A core with a rank per mode; the decomposition is the sequentially truncated HOSVD.
 
-    It is within sqrt(d) of the best error for its ranks, d the number of modes. `rank` is one number, lowered to the
-    size of each mode, or one per mode, those of the output first. With `tolerance` in its place, the ranks follow from
-    the weight so that the relative error stays below it.
+    It is within sqrt(d) of the best error for its ranks, d the number of modes. `rank` is one number, lowered to
+    what each mode can have, or one per mode, those of the output first. With `tolerance` in its place, the ranks follow
+    from the weight so that the relative error stays below it.
     """
 
     name: ClassVar[str] = "tucker"
@@ -49,11 +49,13 @@ class Tucker(DigitStructure):
             raise ValueError("rank is missing; give one number, one per mode, or a tolerance with from_linear")
         elif isinstance(self.rank, int):
             check_range("rank", self.rank, max(sizes), ", the largest mode; use a smaller rank")
-            ranks = tuple(min(self.rank, size) for size in sizes)
+            ranks = _attainable([min(self.rank, size) for size in sizes])
         else:
             ranks = self.rank
         if len(ranks) != len(sizes) or any(not 1 <= r <= size for r, size in zip(ranks, sizes, strict=True)):
             raise ValueError(f"rank={ranks} must give each mode a rank from 1 to its size {sizes}, the output's first")
+        if _attainable(ranks) != ranks:
+            raise ValueError(f"rank={ranks} has a rank above the product of the others; at most {_attainable(ranks)}")
         return type(self)(rank=ranks, in_modes=in_modes, out_modes=out_modes)
 
     def ranks(self) -> tuple[int, ...]:
@@ -105,7 +107,16 @@ def _ranks_within(budget: int, sizes: Sequence[int]) -> tuple[int, ...] | None:
         assert found is not None
         grown = ((*found[:k], r, *found[k + 1 :]) for r in range(size, found[k], -1))
         found = next((ranks for ranks in grown if cost(ranks) <= budget), found)
-    return found
+    return found and _attainable(found)
+
+
+def _attainable(ranks: Sequence[int]) -> tuple[int, ...]:
+    """Lower each rank to the product of the others: no tensor has more, so more of the core would be zero."""
+    lowered = list(ranks)
+    for _ in ranks:  # lowering one may lower another
+        for k, rank in enumerate(lowered):
+            lowered[k] = min(rank, math.prod(lowered[:k] + lowered[k + 1 :]))
+    return tuple(lowered)
 
 
 @layer_of(Tucker)
@@ -115,7 +126,7 @@ class TuckerLinear(StructuredLinear):
     Cost: prod_k r_k + sum_k n_k r_k parameters for modes n_k with ranks r_k; the FLOPs per token are those of the plan.
 
     Args:
-        rank: one number (lowered to the size of each mode), or one per mode, those of the output first.
+        rank: one number (lowered to what each mode can have), or one per mode, those of the output first.
         in_modes: whole numbers whose product is in_features or more (surplus is padded); None takes two balanced ones.
         out_modes: as many, likewise.
         tolerance: relative Frobenius error allowed, in place of rank; for `from_linear` only.

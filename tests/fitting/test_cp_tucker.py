@@ -70,6 +70,16 @@ def test_each_finds_its_own_kind():
     assert (layer.to_dense() - weight).norm() <= 1e-3 * weight.norm()
 
 
+def test_no_rank_of_tucker_exceeds_the_product_of_the_others():
+    """A mode of rank r has r directions only if the others together have as many."""
+    assert Tucker(rank=9, in_modes=(48,), out_modes=(9,)).resolve(48, 9).rank == (9, 9)
+    assert Tucker(rank=24, in_modes=(24, 1), out_modes=(2, 3)).resolve(24, 6).rank == (2, 3, 6, 1)
+    with pytest.raises(ValueError, match=r"above the product of the others; at most \(9, 9\)"):
+        Tucker(rank=(9, 11), in_modes=(48,), out_modes=(32,)).resolve(48, 32)
+    for budget in range(200, 900, 7):
+        assert all(s.resolve(48, 32).rank == s.rank for s in Tucker.candidates(48, 32, budget))
+
+
 def test_cp_describes_a_random_tensor_better_than_any_matrix_of_its_size():
     """51 terms of 28 entries and rank 12 of 112 have as many parameters."""
     weight = tensor(64, 48)
