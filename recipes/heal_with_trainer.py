@@ -22,7 +22,7 @@ from transformers import AutoModel, BertConfig, BertModel, Trainer, TrainingArgu
 
 import structlin
 
-SENTENCES, TOKENS = 256, 24  # of the random text that both models read
+SENTENCES, TOKENS, BATCH = 256, 24, 16  # of the random text that both models read
 
 
 class HealingTrainer(Trainer):
@@ -52,9 +52,14 @@ def batches_of(vocabulary: int) -> list[dict[str, Tensor]]:
     return [{"input_ids": row, "attention_mask": keep} for row, keep in zip(ids * mask, mask, strict=True)]
 
 
+def stacked(sentences: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Put sentences into one batch."""
+    return {key: torch.stack([sentence[key] for sentence in sentences]) for key in sentences[0]}
+
+
 def distance(student: nn.Module, teacher: nn.Module, sentences: Sequence[dict[str, Tensor]]) -> float:
     """Mean loss over sentences."""
-    batch = {key: torch.stack([sentence[key] for sentence in sentences]) for key in sentences[0]}
+    batch = stacked(sentences)
     with torch.no_grad():
         return structlin.distillation_loss(student.eval()(**batch), teacher(**batch), batch).item()
 
@@ -79,14 +84,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     sentences = batches_of(teacher.config.vocab_size)
     train, held_back = sentences[: -SENTENCES // 8], sentences[-SENTENCES // 8 :]
     student = copy.deepcopy(teacher)
-    calibration = [{key: value[None] for key, value in sentence.items()} for sentence in train]
+    calibration = [stacked(train[k : k + BATCH]) for k in range(0, len(train), BATCH)]
     structlin.compress_model(  # the Trainer does what the refinement of blocks would
         student, args.structure, ratio=args.ratio, calibration=calibration, block_epochs=0, progress=False
     )
     before = distance(student, teacher, held_back)
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
-            folder, max_steps=args.steps, per_device_train_batch_size=16, learning_rate=args.lr,
+            folder, max_steps=args.steps, per_device_train_batch_size=BATCH, learning_rate=args.lr,
             lr_scheduler_type="cosine", report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
         )  # fmt: skip

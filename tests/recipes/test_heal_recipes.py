@@ -249,4 +249,4 @@ def test_heal_with_trainer():
     done = run("heal_with_trainer.py")
     assert done.returncode == 0, done.stderr
     before, after = map(float, re.findall(r"(\d\.\d+) (?:compressed|healed)", done.stdout))
-    assert after < 0.9 * before  # on sentences that were held back
+    assert after < 0.95 * before  # on sentences that were held back
