@@ -19,12 +19,14 @@ from structlin import StructuredLinear
 from structlin.equation.structure import Structure
 from structlin.structures import (
     CP,
+    GLT,
     PHM,
     Blast,
     Butterfly,
     Dense,
     Kaleidoscope,
     Kronecker,
+    KroneckerChain,
     LowRank,
     Monarch,
     Shapeshifter,
@@ -43,6 +45,8 @@ MEMBERS: dict[str, tuple[Structure, int, int]] = {
     "tt": (TensorTrain(rank=2, in_modes=(4, 2, 2), out_modes=(4, 2, 2)), 16, 16),
     "cp": (CP(rank=2), 16, 16),
     "tucker": (Tucker(rank=2), 16, 16),
+    "kronchain": (KroneckerChain(terms=2), 16, 16),
+    "glt": (GLT(groups=(2, 4), widths=(16,)), 16, 16),
     "butterfly": (Butterfly(radix=2), 16, 16),
     "kmatrix": (Kaleidoscope(), 16, 16),
     "monarch": (Monarch(blocks=4, rank=2), 16, 16),

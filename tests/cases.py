@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from structlin.equation.structure import Structure
 from structlin.structures import (
     CP,
+    GLT,
     PHM,
     Blast,
     Butterfly,
     Dense,
     Kaleidoscope,
     Kronecker,
+    KroneckerChain,
     LowRank,
     Monarch,
     Shapeshifter,
@@ -87,6 +89,15 @@ CASES = {
     "blast": Case((lambda k: Blast(blocks=1, rank=k), lambda k: Blast(blocks=k, rank=1)), nested=False),
     "cp": Case((lambda k: CP(rank=k),)),
     "tucker": Case((lambda k: Tucker(rank=k),), small=(Tucker(rank=3, in_modes=(2, 7, 7), out_modes=(4, 4, 4)),)),
+    "kronchain": Case(
+        (lambda k: KroneckerChain(terms=k),),
+        small=(KroneckerChain(terms=2, depth=3, in_modes=(5, 20), out_modes=(25, 4)),),
+        nested=False,
+    ),
+    "glt": Case(
+        fixed=(GLT(groups=(1, 1)),),
+        small=(GLT(groups=(1, 2)), GLT(groups=(2, 3, 2), widths=(24, 6)), GLT(groups=(1, 2, 4))),
+    ),
     "dense": Case(fixed=(Dense(),)),
     "sum": Case(
         (lambda k: Sum((LowRank(rank=1), LowRank(rank=k))),),

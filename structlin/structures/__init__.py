@@ -12,7 +12,9 @@ from structlin.structures.blast import Blast, BlastLinear
 from structlin.structures.butterfly import Butterfly, ButterflyLinear
 from structlin.structures.cp import CP, CPLinear
 from structlin.structures.dense import Dense, DenseLinear
+from structlin.structures.glt import GLT, GLTLinear
 from structlin.structures.kaleidoscope import Kaleidoscope, KaleidoscopeLinear, KMatrix
+from structlin.structures.kronchain import KroneckerChain, KroneckerChainLinear
 from structlin.structures.kronecker import Kronecker, KroneckerLinear
 from structlin.structures.lowrank import LowRank, LowRankLinear
 from structlin.structures.monarch import Monarch, MonarchLinear
@@ -24,6 +26,7 @@ from structlin.structures.tucker import Tucker, TuckerLinear
 
 __all__ = [
     "CP",
+    "GLT",
     "PHM",
     "Blast",
     "BlastLinear",
@@ -33,10 +36,13 @@ __all__ = [
     "Dense",
     "DenseLinear",
     "Family",
+    "GLTLinear",
     "KMatrix",
     "Kaleidoscope",
     "KaleidoscopeLinear",
     "Kronecker",
+    "KroneckerChain",
+    "KroneckerChainLinear",
     "KroneckerLinear",
     "LowRank",
     "LowRankLinear",

@@ -216,13 +216,12 @@ def degenerate(k):
     return weight, gram
 
 
-@pytest.mark.parametrize("k", range(78))
+@pytest.mark.parametrize("k", range(30))
 def test_degenerate_grams_and_weights(k):
-    """Each of 13 structures meets each Gram and each weight; low rank, by its closed form, all pairs of the two."""
+    """Each structure meets each of 6 Grams and 5 weights; low rank, by its closed form, all pairs of the two."""
     weight, gram = degenerate(k)
-    names = sorted(families())
-    assert len(names) == 13, "take k up to the least common multiple of 6 and the number of structures"
-    for name in (names[k % len(names)], *(["lowrank"] if k < 30 else [])):
+    some = [name for number, name in enumerate(sorted(families())) if (k % 6 + k % 5 + number) % 5 == 0]
+    for name in {*some, "lowrank"}:
         found = fit(weight, family(name), ratio=0.9, gram=gram, refine=5)
         assert all(torch.isfinite(factor).all() for factor in found.factors)
         assert math.isfinite(found.error)
