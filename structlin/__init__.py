@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from structlin import structures
+from structlin import exact, structures
 from structlin.checkpoint import CheckpointError, load, save, verify
 from structlin.compress import (
     Compression,
@@ -73,6 +73,7 @@ __all__ = [
     "collect_statistics",
     "compress_model",
     "distillation_loss",
+    "exact",
     "freeze_",
     "heal",
     "kernels",

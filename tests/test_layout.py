@@ -22,6 +22,7 @@ WINGS = {
     "fitting": 3,
     "layers": 4,
     "structures": 5,
+    "exact": 6,
     "batches": 6,
     "testing": 6,
     "adapters": 6,
