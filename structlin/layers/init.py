@@ -58,7 +58,8 @@ def _equation_factors(eq: Equation, std: float, dtype: torch.dtype) -> list[Tens
     # E[W^2] = (number of summands) * product of the factors' mean squares.
     fixed = math.prod(_mean_square(t) for t, f in zip(drawn, eq.factors, strict=True) if not f.learned)
     learned = sum(factor.learned for factor in eq.factors)
-    target = (std**2 / (eq.numel(sorted(bonds)) * fixed)) ** (1 / (2 * learned))
+    summands = math.log(eq.numel(sorted(bonds)))  # of a long chain more than a float can count
+    target = math.exp((2 * math.log(std) - summands - math.log(fixed)) / (2 * learned))
     return [
         tensor * (target / math.sqrt(_mean_square(tensor))) if factor.learned else tensor
         for tensor, factor in zip(drawn, eq.factors, strict=True)
