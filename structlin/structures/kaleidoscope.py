@@ -74,8 +74,9 @@ class Kaleidoscope(DigitStructure):
         eq = self.spec(weight.shape[1], weight.shape[0]).equations[0]
         shapes = [eq.shape(factor.modes) for factor in eq.factors]  # (other digits, new, old)
         before, last = shapes[: -len(in_modes)], shapes[-len(in_modes) :]  # the last stages, k .. 1, are a butterfly's
-        identities = [torch.eye(*shape[-2:], dtype=dtype, device=weight.device).expand(shape) for shape in before]
-        # The identities embed each input digit in its inner size, so project the weight embedded in the same way.
+        identities = [_repeated(*shape[-2:]).to(dtype).to(weight.device).expand(shape) for shape in before]
+        # The identities put each input digit first in its inner size: project the weight embedded in the same way. What
+        # stands behind it are copies that nothing reads yet; zeros there, at both ends, would be a saddle point.
         inner = tuple(shape[-1] for shape in reversed(last))
         padded = linalg.pad_to(weight.to(dtype), math.prod(out_modes), math.prod(in_modes)).reshape(-1, *in_modes)
         embedded = padded.new_zeros(math.prod(out_modes), *inner)  # (out, inner digits)
@@ -102,6 +103,11 @@ class Kaleidoscope(DigitStructure):
                 chosen += [min(some, key=lambda option: max(option[2]) + max(option[3])), some[0]]
         for _, width, out_modes, in_modes in dict.fromkeys(chosen):
             yield cls(width=width, in_modes=in_modes, out_modes=out_modes)
+
+
+def _repeated(rows: int, columns: int) -> Tensor:
+    """Return an identity whose rows begin again after the last column."""
+    return torch.eye(columns, dtype=torch.float64)[torch.arange(rows) % columns]
 
 
 def _splits(features: int) -> list[Digits]:

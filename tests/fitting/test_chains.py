@@ -7,7 +7,7 @@ from structlin import GLTLinear, KroneckerChainLinear
 from structlin.fitting.fit import fit
 from structlin.layers.linear import build
 from structlin.runtime.contract import to_dense
-from structlin.structures import GLT, Kronecker, KroneckerChain, Monarch
+from structlin.structures import GLT, Kaleidoscope, Kronecker, KroneckerChain, Monarch
 
 
 def weight(rows, columns):
@@ -34,6 +34,15 @@ def test_a_kronecker_chain_starts_at_the_nearest_sum_and_all_of_its_terms_go_on(
     assert found.error < 0.97 * one.error
     squares = [f for f in found.factors if f.shape[1] == f.shape[2]]
     assert all(term.norm() > 1e-2 * factor.norm() for factor in squares for term in factor)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(32, 32), (24, 32), (32, 24)])
+def test_an_expanded_kmatrix_uses_what_it_has_more(rows, columns):
+    dense = weight(rows, columns)
+    one = fit(dense, Kaleidoscope())
+    two = fit(dense, Kaleidoscope(expansion=2), refine=0)
+    assert two.error <= 1.1 * fit(dense, Kaleidoscope(), refine=0).error  # the start is as good, ...
+    assert fit(dense, Kaleidoscope(expansion=2)).error < 0.6 * one.error  # ... and no saddle point
 
 
 def test_two_layers_of_groups_are_blocks_of_a_rank():
