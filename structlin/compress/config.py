@@ -26,9 +26,8 @@ from structlin.structures import Blast, Kaleidoscope, LowRank, family, sum_of
 # were best in benchmarks/results/structures_tried.md.
 AUTO: Families = (LowRank, sum_of(LowRank, Kaleidoscope), sum_of(LowRank, Blast))
 
-# Refinement steps of fits whose block is refined afterwards, which takes over. Small layers have time for all steps;
-# above the ratio LITTLE the refinement of the block does not make up for fewer.
-DRAFT, SMALL, LITTLE = 100, 2**16, 0.6
+# Refinement steps of fits whose block is refined afterwards, which takes over: small layers have time for all.
+DRAFT, SMALL = 100, 2**16
 
 ALLOCATIONS = ("auto", "uniform", "global")
 TIES = ("skip", "replace")
@@ -61,9 +60,8 @@ class Choice:
     refine: int | None = None
 
     def drafted(self, entries: int) -> Choice:
-        """Return the choice for a weight of so many entries whose block is refined; see DRAFT."""
-        brief = self.refine is None and entries > SMALL and (self.ratio is None or self.ratio <= LITTLE)
-        return dataclasses.replace(self, refine=DRAFT) if brief else self
+        """Return the choice for a weight of so many entries whose block is refined: large ones take fewer steps."""
+        return dataclasses.replace(self, refine=DRAFT) if self.refine is None and entries > SMALL else self
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class Compression:
             also where one of them is the output layer.
         skip_last: leave the output layer dense unless a rule names it.
         refine: refinement steps of each fit; None takes the structure's default, but 100 for a weight of more than
-            65,536 entries whose block is refined, unless its ratio is above .6.
+            65,536 entries whose block is refined.
         hidden_units: where "auto" chooses, the batches are given and an MLP keeps at most 70 % of its parameters,
             remove hidden units and keep its maps dense, only smaller (see `units.narrow`).
         output_metric: weigh errors at a layer's outputs by what they do to the model's outputs, where batches are given
