@@ -30,7 +30,7 @@ class KroneckerChain(DigitStructure):
 
     There is no closed form. Refinement starts from the nearest Kronecker sum in the layer that is not square, and
     identities in the others; their further terms have a cyclic shift on the left and zeros on the right, where the
-    gradient is not zero.
+    gradient is not zero. No two have the same, so that none stay copies of each other.
     """
 
     name: ClassVar[str] = "kronchain"
@@ -87,7 +87,7 @@ class KroneckerChain(DigitStructure):
             torch.eye(size, dtype=linalg.working_dtype(weight), device=weight.device)
             for size in ((o1, o2) if self._narrows() else (i1, i2))
         )
-        shifts = torch.stack([one.roll(t, 0) for t in range(self.terms)])
+        shifts = torch.stack([_shift(one, *divmod(t, len(one))) for t in range(self.terms)])
         rights = torch.stack([other, *[torch.zeros_like(other)] * (self.terms - 1)])
         return linalg.balance(self._ordered(pair, [shifts, rights] * (self.depth - 1)))
 
@@ -101,6 +101,12 @@ class KroneckerChain(DigitStructure):
             terms = min(budget // size, most)
             if terms >= 1:
                 yield cls(terms, depth, in_modes, out_modes)
+
+
+def _shift(identity: Tensor, wave: int, by: int) -> Tensor:
+    """Return a cyclic shift whose rows are weighted by a Hartley wave; such matrices are orthogonal to each other."""
+    turns = 2 * math.pi * wave * torch.arange(len(identity), dtype=torch.float64) / len(identity)
+    return (identity * (turns.cos() + turns.sin()).to(identity)).roll(by, 0)
 
 
 @layer_of(KroneckerChain)

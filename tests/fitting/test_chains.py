@@ -36,6 +36,13 @@ def test_a_kronecker_chain_starts_at_the_nearest_sum_and_all_of_its_terms_go_on(
     assert all(term.norm() > 1e-2 * factor.norm() for factor in squares for term in factor)
 
 
+def test_no_two_terms_of_a_kronecker_chain_start_alike():
+    structure = KroneckerChain(terms=9, in_modes=(3, 8), out_modes=(3, 8)).resolve(24, 24)
+    left, *_ = structure.decompose(weight(24, 24))
+    angles = torch.nn.functional.normalize(left.flatten(1), dim=1)
+    torch.testing.assert_close(angles @ angles.T, torch.eye(9, dtype=torch.float64))
+
+
 @pytest.mark.parametrize(("rows", "columns"), [(32, 32), (24, 32), (32, 24)])
 def test_an_expanded_kmatrix_uses_what_it_has_more(rows, columns):
     dense = weight(rows, columns)
