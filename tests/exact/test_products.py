@@ -58,6 +58,7 @@ def test_a_linear_circuit_is_a_kmatrix(n, count):
         (lambda: exact.orthogonal(torch.eye(6)), "n = 4, 9, 16"),
         (lambda: exact.orthogonal(torch.eye(9), terms=1), r"terms=1 is outside 2..4"),
         (lambda: exact.orthogonal(torch.ones(4, 4)), "not orthogonal"),
+        (lambda: exact.orthogonal(1.1 * torch.eye(4, dtype=torch.bfloat16)), "not orthogonal"),
         (lambda: exact.circuit([(0, 1.0, 3, 1.0)], 2), "gate 0 reads values 0 and 3; there are 2 before it"),
         (lambda: exact.circuit([(0, 1.0, 1, 1.0)], 2, [0, 3]), "give 2 values from 0 to 2"),
         (lambda: exact.circuit([], 3), "no power of two"),

@@ -246,7 +246,7 @@ def test_perplexity_of_the_real_model():
 @pytest.mark.slow
 def test_heal_with_trainer():
     pytest.importorskip("accelerate")
-    done = run("heal_with_trainer.py")
+    done = run("heal_with_trainer.py", "--steps", "400")
     assert done.returncode == 0, done.stderr
     before, after = map(float, re.findall(r"(\d\.\d+) (?:compressed|healed)", done.stdout))
-    assert after < 0.95 * before  # on sentences that were held back
+    assert after < 0.9 * before  # on sentences that were held back

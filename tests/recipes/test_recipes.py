@@ -85,11 +85,11 @@ def test_compress_minilm(tmp_path, tiny_bert, stsb):
     out = tmp_path / "out" / "model"
     done = run(
         "compress_minilm.py", "--model", tiny_bert, "--stsb", stsb, "--structures", "lowrank", "kmatrix",
-        "--ratios", "0.5", "--refine", "3", "--sentences", "40", "--rounds", "2",
+        "--ratios", "0.5", "0.6", "--refine", "3", "--sentences", "40", "--rounds", "2",
         "--results", tmp_path / "results", "--out", out,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "[2/2] kmatrix at ratio 0.5" in done.stderr
+    assert "[4/4] kmatrix at ratio 0.6" in done.stderr
     assert "40 embeddings equal to the last bit" in done.stdout
     rows = stored(tmp_path / "results", "minilm_compression")
     assert [row["structure"] for row in rows[:3]] == ["dense", "lowrank", "kmatrix"]
