@@ -80,9 +80,9 @@ def copies(reads: Mapping[int, int], bits: Digits) -> Program:
     total = len(reads)
     order = sorted(range(total), key=lambda k: reads[k])  # all readers of an entry side by side
     sources = sorted(set(reads.values()))
-    unread = [k for k in range(total) if k not in set(sources)]
-    packed = torch.tensor([*sources, *unread])  # place q holds the q-th entry that is read
     rank = {source: q for q, source in enumerate(sources)}
+    unread = [k for k in range(total) if k not in rank]
+    packed = torch.tensor([*sources, *unread])  # place q holds the q-th entry that is read
     spread, origin = list[Step](), [rank[reads[k]] for k in order]
     for d in range(len(bits)):
         # Before this digit, a copy for k stands where the higher digits are k's and the others those of its origin.

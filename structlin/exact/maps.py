@@ -125,7 +125,7 @@ def low_rank(left: Tensor, right: Tensor) -> KaleidoscopeLinear:
         right: (n, rank).
     Raises:
         ValueError: if n is no power of two, or the shapes differ.
-    Source: Dao et al. 2020, Kaleidoscope (there of width 4 r).
+    Source: Dao et al. 2020, Kaleidoscope (low rank as K-matrices); the expansion is ours.
     """
     if left.shape != right.shape or left.ndim != 2:
         raise ValueError(f"left {tuple(left.shape)} and right {tuple(right.shape)}; both are (n, rank)")

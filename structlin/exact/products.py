@@ -60,7 +60,7 @@ def square(matrix: Tensor, terms: int = 2) -> KroneckerChainLinear:
 
 
 def _side(matrix: Tensor, terms: int) -> int:
-    m = math.isqrt(matrix.shape[0])
+    m = math.isqrt(len(matrix)) if matrix.ndim else 0
     if matrix.ndim != 2 or matrix.shape != (m * m, m * m) or m < 2 or matrix.is_complex():
         raise ValueError(f"matrix has shape {tuple(matrix.shape)}; give a real one of size n x n, n = 4, 9, 16, ..")
     if not 2 <= terms <= m + 1:

@@ -56,6 +56,7 @@ def test_a_linear_circuit_is_a_kmatrix(n, count):
     ("make", "message"),
     [
         (lambda: exact.orthogonal(torch.eye(6)), "n = 4, 9, 16"),
+        (lambda: exact.orthogonal(torch.tensor(1.0)), "n = 4, 9, 16"),
         (lambda: exact.orthogonal(torch.eye(9), terms=1), r"terms=1 is outside 2..4"),
         (lambda: exact.orthogonal(torch.ones(4, 4)), "not orthogonal"),
         (lambda: exact.orthogonal(1.1 * torch.eye(4, dtype=torch.bfloat16)), "not orthogonal"),
