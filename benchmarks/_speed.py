@@ -6,7 +6,7 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -161,6 +161,13 @@ def calls_per_sample(call: Callable[[], object], seconds: float) -> int:
     """Warm up, and find how many calls take so long."""
     estimate = min(sample(call, 1) for _ in range(WARM_UP))
     return max(1, min(MOST_CALLS, round(seconds / estimate + 0.5)))
+
+
+def median_seconds(calls: Sequence[Callable[[], object]], seconds: float, rounds: int) -> list[float]:
+    """Return the median seconds of each call, sampled in turn."""
+    counts = [calls_per_sample(call, seconds) for call in calls]
+    rows = [[sample(call, count) for call, count in zip(calls, counts, strict=True)] for _ in range(rounds)]
+    return [statistics.median(column) for column in zip(*rows, strict=True)]
 
 
 def interleaved(dense: Callable[[], object], layer: Callable[[], object], effort: Effort) -> Row:

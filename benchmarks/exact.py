@@ -12,13 +12,12 @@ results/exact.jsonl and .md.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from _speed import median_seconds
 from _weights import RESULTS, environment, say, store
 from torch import Tensor, nn
 
@@ -106,26 +105,6 @@ def error(layer: StructuredLinear, wanted: Tensor) -> float:
     return ((found - right).abs().max() / right.abs().max()).item()
 
 
-def times(calls: Sequence[Callable[[], Any]]) -> list[float]:
-    """Return the median seconds of each call, sampled in turn."""
-    repeats = []
-    for call in calls:
-        call()
-        start, done = time.perf_counter(), 0
-        while time.perf_counter() - start < LEAST:
-            call()
-            done += 1
-        repeats.append(done)
-    samples: list[list[float]] = [[] for _ in calls]
-    for _ in range(ROUNDS):
-        for found, call, count in zip(samples, calls, repeats, strict=True):
-            start = time.perf_counter()
-            for _ in range(count):
-                call()
-            found.append((time.perf_counter() - start) / count)
-    return [statistics.median(found) for found in samples]
-
-
 @torch.no_grad()
 def measure(name: str, n: int) -> dict[str, Any]:
     layer, double = (MAPS[name](n, wide) for wide in (False, True))
@@ -144,7 +123,7 @@ def measure(name: str, n: int) -> dict[str, Any]:
     if name in ("dft", "idft"):
         transform = torch.fft.fft if name == "dft" else torch.fft.ifft
         calls.append(lambda: transform(x))
-    base, ours, *fft = times(calls)
+    base, ours, *fft = median_seconds(calls, LEAST, ROUNDS)
     return row | {"dense": 1.0, "time": ours / base, "fft": fft[0] / base if fft else None}
 
 

@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 
-from structlin import exact, structures
+from structlin import exact, structures, tensor_train
 from structlin.checkpoint import CheckpointError, load, save, verify
 from structlin.compress import (
     Compression,
@@ -17,6 +17,7 @@ from structlin.compress import (
     to_dense_,
 )
 from structlin.heal import HealOptions, HealReport, distillation_loss, heal
+from structlin.layers.conv import StructuredConv
 from structlin.layers.embedding import StructuredEmbedding
 from structlin.layers.freeze import freeze_, unfreeze_
 from structlin.layers.linear import StructuredLinear
@@ -25,6 +26,8 @@ from structlin.runtime.measure import measure_machine
 from structlin.structures import (
     BlastLinear,
     ButterflyLinear,
+    CPConv1d,
+    CPConv2d,
     CPLinear,
     DenseLinear,
     GLTLinear,
@@ -37,7 +40,11 @@ from structlin.structures import (
     PHMLinear,
     ShapeshifterLinear,
     SumLinear,
+    TTConv1d,
+    TTConv2d,
     TTLinear,
+    TuckerConv1d,
+    TuckerConv2d,
     TuckerLinear,
 )
 
@@ -46,6 +53,8 @@ __version__ = version("structlin")
 __all__ = [
     "BlastLinear",
     "ButterflyLinear",
+    "CPConv1d",
+    "CPConv2d",
     "CPLinear",
     "CheckpointError",
     "Compression",
@@ -65,10 +74,15 @@ __all__ = [
     "Report",
     "ShapeshifterLinear",
     "Statistics",
+    "StructuredConv",
     "StructuredEmbedding",
     "StructuredLinear",
     "SumLinear",
+    "TTConv1d",
+    "TTConv2d",
     "TTLinear",
+    "TuckerConv1d",
+    "TuckerConv2d",
     "TuckerLinear",
     "collect_statistics",
     "compress_model",
@@ -83,6 +97,7 @@ __all__ = [
     "save",
     "statistics_by_layer",
     "structures",
+    "tensor_train",
     "to_dense_",
     "unfreeze_",
     "verify",

@@ -13,6 +13,7 @@ from structlin.structures import (
     PHM,
     Blast,
     Butterfly,
+    ConvKernel,
     Dense,
     Kaleidoscope,
     Kronecker,
@@ -89,6 +90,18 @@ CASES = {
     "blast": Case((lambda k: Blast(blocks=1, rank=k), lambda k: Blast(blocks=k, rank=1)), nested=False),
     "cp": Case((lambda k: CP(rank=k),)),
     "tucker": Case((lambda k: Tucker(rank=k),), small=(Tucker(rank=3, in_modes=(2, 7, 7), out_modes=(4, 4, 4)),)),
+    "conv": Case(
+        (
+            lambda k: ConvKernel("cp", (2, 2), k),
+            lambda k: ConvKernel("tt", (3, 1), k),
+            lambda k: ConvKernel("tucker", (2, 3), k),
+        ),
+        small=(
+            ConvKernel("tucker", (2, 2), (3, 2)),
+            ConvKernel("cp", (3, 2, 2), 2),
+            ConvKernel("tt", (2, 2), (2, 4, 2)),
+        ),
+    ),
     "kronchain": Case(
         (lambda k: KroneckerChain(terms=k),),
         small=(KroneckerChain(terms=2, depth=3, in_modes=(5, 20), out_modes=(25, 4)),),

@@ -28,6 +28,7 @@ WINGS = {
     "adapters": 6,
     "checkpoint": 7,
     "heal": 7,
+    "tensor_train": 7,
     "compress": 8,
     "integrations": 9,
     "hf": 9,

@@ -1,4 +1,4 @@
-"""Convolutions with a kernel of 1: a linear map of the channels at each position."""
+"""Convolutions: a linear map of the patches, or with a kernel of 1 of the channels at each position."""
 
 from __future__ import annotations
 
@@ -11,16 +11,14 @@ from structlin.layers.conv import CONVS, StructuredConv
 
 
 class Conv(Adapter):
-    """`nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` with a kernel of 1, in one group, with any stride and padding."""
+    """`nn.Conv1d`, `nn.Conv2d` and `nn.Conv3d` in one group, with any kernel, stride, padding and dilation."""
 
     def recognise(self, module: nn.Module) -> bool:
         """Whether the module is such a convolution, of no subclass."""
-        if not isinstance(module, CONVS) or type(module) not in CONVS:
-            return False
-        return set(module.kernel_size) == {1} and module.groups == 1
+        return isinstance(module, CONVS) and type(module) in CONVS and module.groups == 1
 
     def leaves(self, module: nn.Module) -> Mapping[str, tuple[str, str | None]]:
-        """The map of the channels."""
+        """The map of the patches."""
         return {"linear": ("weight", None if module.bias is None else "bias")}
 
     def open(self, module: nn.Module) -> nn.Module:

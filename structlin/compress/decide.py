@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from structlin.compress.allocate import Share
-from structlin.compress.config import Choice, Compression, describe, matches
+from structlin.compress.config import AUTO, Choice, Compression, describe, matches
 from structlin.compress.plan import CompressionPlan, Wanted
 from structlin.compress.targets import Target
+from structlin.equation.structure import Structure
 from structlin.fitting.fit import check_weight
+from structlin.layers.conv import PatchLinear
+from structlin.structures import of_kernel, over_kernel
 
 Choices = Mapping[str, Wanted]  # by name
 
@@ -65,12 +69,25 @@ def _choice(
         return target.reason
     for pattern, chosen in rules:
         if matches(pattern, target.spellings, target.linear):  # type: ignore[arg-type]
-            return chosen or f"rule {describe(pattern)} keeps it dense"  # type: ignore[arg-type]
+            kept = f"rule {describe(pattern)} keeps it dense"  # type: ignore[arg-type]
+            return _over_taps(chosen, target) if chosen else kept
     if target.on_request:
         return "it is an embedding; name it in a rule to compress it"
     if is_last and not _tied(target):
         return "it is the output layer; pass skip_last=False or name it in a rule"
-    return default or "the default keeps it dense"
+    return _over_taps(default, target) if default else "the default keeps it dense"
+
+
+def _over_taps(choice: Choice, target: Target) -> Choice:
+    """Return a choice for the kernel of a convolution, where it has several taps; see `over_kernel`."""
+    if not isinstance(target.linear, PatchLinear) or isinstance(choice.structure, Structure):
+        return choice
+    kernel, chosen = target.linear.kernel_size, choice.structure
+    if chosen is AUTO:
+        return replace(choice, structure=of_kernel(kernel))
+    if isinstance(chosen, Sequence):
+        return replace(choice, structure=tuple(over_kernel(family, kernel) for family in chosen))
+    return replace(choice, structure=over_kernel(chosen, kernel))
 
 
 def _tied(target: Target) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from structlin.fitting import linalg
+from structlin.fitting import linalg, trains
 
 
 def hosvd(
@@ -35,11 +35,11 @@ def hosvd(
         ((1, 1, 1), [(4, 1), (3, 1), (2, 1)])
     """
     core = tensor.to(linalg.working_dtype(tensor))
-    allowed = linalg.loss_per_cut(core, tolerance, core.ndim)
+    allowed = trains.loss_per_cut(core, tolerance, core.ndim)
     factors = []
     for mode in range(core.ndim):
         unfolding = core.movedim(mode, 0).flatten(1)
-        factor, rest = linalg.truncated(unfolding, None if ranks is None else ranks[mode], allowed)
+        factor, rest = trains.truncated(unfolding, None if ranks is None else ranks[mode], allowed)
         factors.append(factor)
         core = torch.movedim(rest.unflatten(1, core.movedim(mode, 0).shape[1:]), 0, mode)
     return core, factors

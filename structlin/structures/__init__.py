@@ -10,6 +10,17 @@ from structlin.fitting import linalg
 from structlin.layers.linear import StructuredLinear, layer_of
 from structlin.structures.blast import Blast, BlastLinear
 from structlin.structures.butterfly import Butterfly, ButterflyLinear
+from structlin.structures.conv import (
+    ConvKernel,
+    CPConv1d,
+    CPConv2d,
+    TTConv1d,
+    TTConv2d,
+    TuckerConv1d,
+    TuckerConv2d,
+    of_kernel,
+    over_kernel,
+)
 from structlin.structures.cp import CP, CPLinear
 from structlin.structures.dense import Dense, DenseLinear
 from structlin.structures.glt import GLT, GLTLinear
@@ -32,7 +43,10 @@ __all__ = [
     "BlastLinear",
     "Butterfly",
     "ButterflyLinear",
+    "CPConv1d",
+    "CPConv2d",
     "CPLinear",
+    "ConvKernel",
     "Dense",
     "DenseLinear",
     "Family",
@@ -57,9 +71,13 @@ __all__ = [
     "Sum",
     "SumFamily",
     "SumLinear",
+    "TTConv1d",
+    "TTConv2d",
     "TTLinear",
     "TensorTrain",
     "Tucker",
+    "TuckerConv1d",
+    "TuckerConv2d",
     "TuckerLinear",
     "equation",
     "families",
@@ -67,6 +85,8 @@ __all__ = [
     "layer_of",
     "linalg",
     "modes",
+    "of_kernel",
+    "over_kernel",
     "register",
     "registered",
     "structure_class",

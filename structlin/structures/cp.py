@@ -14,7 +14,7 @@ from typing_extensions import Self
 from structlin.equation import modes
 from structlin.equation.spec import Spec, equation
 from structlin.equation.structure import check_range, register
-from structlin.fitting import linalg, tensors
+from structlin.fitting import linalg, tensors, trains
 from structlin.layers.linear import StructuredLinear, layer_of
 from structlin.structures.butterfly import Digits, DigitStructure, both_modes
 
@@ -55,7 +55,7 @@ class CP(DigitStructure):
     def decompose(self, weight: Tensor) -> list[Tensor]:
         out_modes, in_modes = self.digits()
         padded = linalg.pad_to(weight, math.prod(out_modes), math.prod(in_modes))
-        pairs = linalg.tt_matrix(padded, out_modes, in_modes).to(linalg.working_dtype(weight))
+        pairs = trains.tt_matrix(padded, out_modes, in_modes).to(linalg.working_dtype(weight))
         vectors = tensors.orthogonal_terms(pairs, self.rank)  # o1, i1, o2, i2, .., each (size, rank)
         return linalg.balance([*vectors[1::2], *vectors[0::2]])
 

@@ -15,7 +15,7 @@ from typing_extensions import Self
 from structlin.equation import modes
 from structlin.equation.spec import Spec, equation
 from structlin.equation.structure import Structure, check_range, register
-from structlin.fitting import linalg
+from structlin.fitting import linalg, trains
 from structlin.layers.linear import StructuredLinear, build, layer_of
 
 _MOST_CORES = 32
@@ -45,7 +45,7 @@ class TensorTrain(Structure):
             if self.rank is not None or weight is None:
                 raise ValueError("tolerance gives the ranks from a weight: use it in from_linear, and without rank")
             padded = linalg.pad_to(weight, math.prod(out_modes), math.prod(in_modes))
-            cores = linalg.tt_svd(linalg.tt_matrix(padded, out_modes, in_modes), tolerance=self.tolerance)
+            cores = trains.tt_svd(trains.tt_matrix(padded, out_modes, in_modes), tolerance=self.tolerance, axes=2)
             ranks = tuple(core.shape[-1] for core in cores[:-1])
         elif self.rank is None:
             raise ValueError("rank is missing; give one number, one per bond, or a tolerance with from_linear")
@@ -85,7 +85,8 @@ class TensorTrain(Structure):
         sizes |= {f"o{k + 1}": size for k, size in enumerate(out_modes)}
         sizes |= {f"i{k + 1}": size for k, size in enumerate(in_modes)}
         cores = [f"r{k} o{k + 1} i{k + 1} r{k + 1}" for k in range(count)]
-        cores[0], cores[-1] = cores[0].removeprefix("r0 "), cores[-1].removesuffix(f" r{count}")
+        cores[0] = cores[0].removeprefix("r0 ")
+        cores[-1] = cores[-1].removesuffix(f" r{count}")
         outer = [f"o{k + 1}" for k in range(count)] + [f"i{k + 1}" for k in range(count)]
         text = f"{', '.join(cores)} -> {' '.join(outer)}"
         eq = equation(text, [f"core_{k}" for k in range(count)], sizes)
@@ -94,7 +95,7 @@ class TensorTrain(Structure):
     def decompose(self, weight: Tensor) -> Iterator[Tensor]:
         ranks, out_modes, in_modes = self.sizes()
         padded = linalg.pad_to(weight, math.prod(out_modes), math.prod(in_modes))
-        cores = linalg.tt_svd(linalg.tt_matrix(padded, out_modes, in_modes), ranks=ranks)
+        cores = trains.tt_svd(trains.tt_matrix(padded, out_modes, in_modes), ranks=ranks, axes=2)
         return self.stored(cores)
 
     def stored(self, cores: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -200,7 +201,7 @@ class TTLinear(StructuredLinear):
         first, *middle, last = (core.detach() for core in self.factors)
         cores = [first.unsqueeze(0), *middle, last.unsqueeze(-1)]
         ranks = None if rank is None else _checked_ranks(rank, bond_maxima(out_modes, in_modes))
-        rounded = linalg.tt_round(cores, ranks=ranks, tolerance=tolerance)
+        rounded = trains.tt_round(cores, ranks=ranks, tolerance=tolerance)
         bonds = tuple(core.shape[-1] for core in rounded[:-1])
         smaller = TensorTrain(rank=bonds, in_modes=in_modes, out_modes=out_modes, cores=structure.cores)
         layer = build(smaller, self.in_features, self.out_features, self.bias is not None, device="meta")

@@ -37,7 +37,7 @@ def test_a_convolution_of_kernel_1_is_compressed_calibrated_stored_and_merged_ba
     torch.testing.assert_close(merged(data[0]), y, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("module", [nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1, groups=2), nn.ConvTranspose2d(8, 8, 1)])
+@pytest.mark.parametrize("module", [nn.Conv2d(8, 8, 3, groups=2), nn.ConvTranspose2d(8, 8, 1)])
 def test_other_convolutions_are_left_alone(module):
     assert adapter_of(module) is None
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from structlin import ButterflyLinear, KaleidoscopeLinear, PHMLinear, StructuredLinear, TTLinear
-from structlin.fitting import linalg
+from structlin.fitting import linalg, trains
 from structlin.fitting.fit import fit
 from structlin.structures import (
     PHM,
@@ -172,7 +172,7 @@ MODES = {"out_modes": (3, 4, 2), "in_modes": (4, 2, 5)}
 
 
 def unfoldings(w, out_modes, in_modes):
-    tensor = linalg.tt_matrix(w, out_modes, in_modes)
+    tensor = trains.tt_matrix(w, out_modes, in_modes)
     for k in range(1, len(out_modes)):
         yield tensor.reshape(math.prod(tensor.shape[: 2 * k]), -1)
 
@@ -191,7 +191,7 @@ def test_tt_svd_is_within_the_square_root_of_the_best_tails(ranks):
 def test_tt_tolerance_is_guaranteed(cores, tolerance):
     out_modes, in_modes = (2, 3, 2, 2, 2)[:cores], (3, 2, 2, 2, 2)[:cores]
     w = weight(math.prod(out_modes), math.prod(in_modes), F64)
-    found = linalg.tt_svd(linalg.tt_matrix(w, out_modes, in_modes), tolerance=tolerance)
+    found = trains.tt_svd(trains.tt_matrix(w, out_modes, in_modes), tolerance=tolerance, axes=2)
     layer = StructuredLinear.from_linear(
         _linear(w), structure=TensorTrain(tolerance=tolerance, out_modes=out_modes, in_modes=in_modes)
     )
@@ -201,7 +201,7 @@ def test_tt_tolerance_is_guaranteed(cores, tolerance):
 
 
 def test_tt_svd_refuses_a_negative_tolerance():
-    for call in (linalg.tt_svd, lambda t, tolerance: linalg.tt_round([t.reshape(1, 2, 2, 1)], tolerance=tolerance)):
+    for call in (trains.tt_svd, lambda t, tolerance: trains.tt_round([t.reshape(1, 2, 2, 1)], tolerance=tolerance)):
         with pytest.raises(ValueError, match=r"tolerance=-0.1 is negative"):
             call(torch.ones(2, 2), tolerance=-0.1)
         with pytest.raises(ValueError, match="tolerance=nan is negative or NaN"):
@@ -220,7 +220,7 @@ def test_rounding_undoes_a_sum():
     block = torch.zeros(6, 4, 2, 8, dtype=F64)
     block[:3, :, :, :4] = block[3:, :, :, 4:] = cores[1]
     doubled += [block, torch.cat([cores[2]] * 2, 0)]
-    rounded = linalg.tt_round(doubled, tolerance=1e-12)
+    rounded = trains.tt_round(doubled, tolerance=1e-12)
     assert [tuple(core.shape) for core in rounded] == [tuple(core.shape) for core in cores]
     again = TTLinear(40, 24, rank=(3, 4), **MODES, dtype=F64)
     again.fill([rounded[0][0], rounded[1], rounded[2][..., 0]], None)
@@ -247,7 +247,7 @@ def test_layer_rounds_itself():
 
 def test_kronecker_product_has_tt_ranks_one():
     w = torch.kron(torch.kron(torch.randn(3, 4), torch.randn(4, 2)), torch.randn(2, 5)).to(F64)
-    found = linalg.tt_svd(linalg.tt_matrix(w, **MODES), tolerance=1e-6)
+    found = trains.tt_svd(trains.tt_matrix(w, **MODES), tolerance=1e-6, axes=2)
     assert [core.shape[-1] for core in found] == [1, 1, 1]
 
 
@@ -442,8 +442,8 @@ def test_nearest_kronecker_at_any_shape(o1, i1, o2, i2, data):
 def test_tt_svd_and_rounding_are_exact_without_truncation(modes):
     torch.manual_seed(0)
     tensor = torch.randn([size for pair in modes for size in pair], dtype=F64)
-    cores = linalg.tt_svd(tensor)
-    for found in (cores, linalg.tt_round(cores)):
+    cores = trains.tt_svd(tensor, axes=2)
+    for found in (cores, trains.tt_round(cores)):
         product = found[0]
         for core in found[1:]:
             product = torch.tensordot(product, core, 1)

@@ -1,4 +1,4 @@
-"""Convolutions with kernel 1 as linear maps of the channels, against torch's own."""
+"""Convolutions as linear maps of patches, or of the channels, against torch's own."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ OPTIONS = {
     "replicate": {"padding": 1, "padding_mode": "replicate"},
     "circular": {"padding": 1, "padding_mode": "circular", "stride": 2},
 }
+KERNELS = {"one tap": (1, 1, 1), "three": (3, 3, 3), "mixed": (2, 1, 3)}
 every_conv = pytest.mark.parametrize("conv_class", CONVS, ids=lambda c: c.__name__)
 
 
@@ -34,14 +35,20 @@ def dims_of(conv):
 
 
 def sample(conv, batch=(2,)):
-    return torch.randn(*batch, conv.in_channels, *(5, 6, 4)[: dims_of(conv)], dtype=torch.float64)
+    return torch.randn(*batch, conv.in_channels, *(7, 6, 8)[: dims_of(conv)], dtype=torch.float64)
 
 
+def shape_of(conv_class, kernel):
+    return kernel[: CONVS.index(conv_class) + 1]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @every_conv
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("batch", [(2,), (), (0,)], ids=str)
-def test_outputs_and_gradients_are_those_of_the_convolution(conv_class, options, batch):
-    conv = conv_class(7, 9, 1, dtype=torch.float64, **options)
+def test_outputs_and_gradients_are_those_of_the_convolution(conv_class, kernel, options, batch):
+    conv = conv_class(7, 9, shape_of(conv_class, kernel), dtype=torch.float64, **options)
     opened = StructuredConv.from_conv(conv)
     x = sample(conv, batch)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
@@ -128,9 +135,8 @@ def test_meta():
 
 
 def test_other_convolutions_are_refused():
-    for wrong in (nn.Conv2d(4, 4, (1, 3)), nn.Conv1d(4, 4, 1, groups=2)):
-        with pytest.raises(ValueError, match=r"kernel_size=.*, groups=\d; only kernels of 1 in one group"):
-            StructuredConv.from_conv(wrong)
+    with pytest.raises(ValueError, match=r"groups=2; only convolutions in one group"):
+        StructuredConv.from_conv(nn.Conv1d(4, 4, 3, groups=2))
     for wrong in (nn.ConvTranspose2d(4, 4, 1), nn.Linear(4, 4)):
         with pytest.raises(TypeError, match=r"from_conv takes an nn\.Conv1d, nn\.Conv2d or nn\.Conv3d, not"):
             StructuredConv.from_conv(wrong)
@@ -141,5 +147,7 @@ def test_wrong_sizes_are_refused():
     for shape in ((7, 3), (1, 2, 7, 3, 4), (2, 8, 3, 4), (7,)):
         with pytest.raises(ValueError, match=r"it must be \(batch, 7, h, w\) or \(7, h, w\)"):
             opened(torch.zeros(shape))
-    with pytest.raises(ValueError, match=r"stride=\(2,\), padding=\(0, 0\); give 2 numbers each"):
+    with pytest.raises(ValueError, match=r"stride=\(2,\), padding=\(0, 0\), dilation=\(1, 1\); give 2"):
         StructuredConv(LowRankLinear(7, 9, rank=2), 2, stride=(2,))
+    with pytest.raises(ValueError, match=r"in_features=7 is no multiple of the 9 taps of \(3, 3\)"):
+        StructuredConv(LowRankLinear(7, 9, rank=2), 2, kernel_size=(3, 3))

@@ -68,7 +68,8 @@ def layer(make):
 
 
 def test_every_structure_has_a_named_layer():
-    assert MAKERS.keys() == {name for name in CASES if "+" not in name}  # named sums are sums
+    # Named sums are sums; the layers of a convolution's kernel are convolutions.
+    assert MAKERS.keys() == {name for name in CASES if "+" not in name} - {"conv"}
     for name, make in MAKERS.items():
         layer = make(16, 16)
         assert layer.structure.name == name
