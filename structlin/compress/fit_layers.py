@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from structlin.compress.blocks import Part
@@ -28,22 +29,33 @@ from structlin.fitting.fit import Fit, fit, relative_error
 from structlin.layers.expert_linear import StructuredExpertLinear
 from structlin.layers.linear import from_fit
 from structlin.runtime.contract import to_dense
+from structlin.structures import Sum
 
 
 @dataclass
 class Purse:
-    """A budget that layers share: what one cannot use, those after it get.
+    """What layers leave to those after them: of a budget, what they could not use; of a race of structures, its winner.
 
     Args:
         ratios: what each layer is to keep, by name; layers without one do not take part.
         spare: parameters left over so far.
+        winners: name of the structure that the first layer of each shape (out, in) chose from several; None forgets.
     """
 
     ratios: Mapping[str, float]
     spare: float = 0.0
+    winners: dict[torch.Size, str] | None = None
 
     def choice(self, target: Target, choice: Wanted, count: int) -> Wanted:
-        """Return a choice with its ratio from the budget; `count` layers share what is left over."""
+        """Return a choice with its ratio from the budget; `count` layers share what is left over.
+
+        Of several structures those remain that cost no refinement, and the winner of an earlier layer of this shape:
+        what close structures differ in is less than what the race costs.
+        """
+        if isinstance(choice, Choice) and isinstance(choice.structure, Sequence) and self.winners is not None:
+            winner = self.winners.get(target.linear.weight.shape)
+            left = tuple(f for f in choice.structure if f.name == winner or (winner and not f.refine_steps))
+            choice = replace(choice, structure=left or choice.structure)
         ratio = self.ratios.get(target.name)
         if ratio is None or not isinstance(choice, Choice):
             return choice
@@ -53,13 +65,23 @@ class Purse:
         return replace(choice, ratio=min(max(ratio + self.spare / count / size, 1e-9), 1.0))
 
     def settle(self, outcomes: Sequence[Outcome]) -> None:
-        """Take the parameters of compressed layers from the budget."""
+        """Take the parameters of compressed layers from the budget, and remember their structures."""
         compressed = [outcome.entry for outcome in outcomes if outcome.entry.structure]
+        if self.winners is not None:
+            named = ((outcome.target.linear.weight.shape, _kind(outcome.entry.structure)) for outcome in outcomes)
+            self.winners |= {shape: kind for shape, kind in named if kind and shape not in self.winners}
         self.spare += sum(
             self.ratios[entry.name] * entry.parameters_before - entry.parameters_after
             for entry in compressed
             if entry.name in self.ratios
         )
+
+
+def _kind(structure: Structure | None) -> str | None:
+    """Return the name of a structure's family if its members are refined."""
+    if structure is None or not structure.refine_steps:
+        return None
+    return "+".join(part.name for part in structure.parts) if isinstance(structure, Sum) else structure.name
 
 
 # Sizes ---------------------------------------------------------------------------------------------------------------

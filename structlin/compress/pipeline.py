@@ -113,7 +113,7 @@ def work(
     found: Found, ratios: Mapping[str, float], patched: Patched, behind: bool, progress: bool | None
 ) -> tuple[list[Outcome], list[BlockReport]]:
     """Fit and refine part by part; with `behind`, each behind the compressed ones before it."""
-    model, config, data, purse = found.model, found.config, found.data, Purse(ratios)
+    model, config, data, purse = found.model, found.config, found.data, Purse(ratios, winners={})
     again = behind and (config.sequential is not False or config.block_epochs != 0)
     batches = widened(data.batches, config.seed, vocabulary_of(model)) if again else ()
     runs, masks = model_runs(model, batches, data.forward), masks_of(config.mask, batches)

@@ -15,7 +15,7 @@ import structlin
 from structlin import collect_statistics, compress_model, plan_compression
 from structlin.compress import fit_layers, workers
 from structlin.compress.allocate import Share, allocate
-from structlin.compress.config import Choice
+from structlin.compress.config import AUTO, Choice
 from structlin.compress.data import Data
 from structlin.compress.evaluate import Evaluator
 from structlin.compress.fit_layers import Purse
@@ -27,7 +27,7 @@ from structlin.compress.report import Report
 from structlin.compress.sequential import shifted
 from structlin.compress.targets import find_targets
 from structlin.fitting.fit import fit
-from structlin.structures import LowRank
+from structlin.structures import Kaleidoscope, LowRank, Sum
 
 # Independent fits to the inputs of the dense model.
 PLAIN = {"output_metric": False, "sequential": False, "block_epochs": 0, "allocation": "uniform"}
@@ -185,6 +185,23 @@ def test_what_a_layer_cannot_use_the_next_one_gets(mlp):
     assert purse.choice(second, given, 2).ratio == pytest.approx(0.5 + 128 / 4096)
     assert purse.choice(third, given, 1) == "the allocation leaves it dense"
     assert purse.choice(second, "a reason", 1) == "a reason"
+
+
+def test_layers_of_a_shape_race_once(mlp):
+    first, *_ = find_targets(mlp)
+    entry = replace(dense_entry(first, None), structure=Sum((LowRank(4), Kaleidoscope())))
+    given = Choice(AUTO, 0.5)
+    purse = Purse({}, winners={})
+    assert purse.choice(first, given, 1) == given
+    purse.settle([SimpleNamespace(entry=replace(entry, structure=LowRank(4)), target=first)])
+    assert purse.choice(first, given, 1) == given  # a closed form is no winner
+    purse.settle([SimpleNamespace(entry=entry, target=first)])
+    assert purse.choice(first, given, 1).structure == (AUTO[0], AUTO[1])
+    assert purse.choice(first, Choice(AUTO[2:], 0.5), 1).structure == AUTO[2:]
+    assert purse.choice(first, Choice(LowRank, 0.5), 1).structure is LowRank
+    other = SimpleNamespace(name="other", linear=nn.Linear(3, 5))
+    assert purse.choice(other, given, 1) == given
+    assert Purse({}).choice(first, given, 1) == given
 
 
 def test_allocation_spends_all_and_favours_what_matters(mlp):
