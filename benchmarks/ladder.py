@@ -43,7 +43,6 @@ OFF: dict[str, Any] = {
 METRIC = OFF | {"output_metric": True}
 BEHIND = METRIC | {"sequential": True}
 DIVIDED = BEHIND | {"allocation": "auto"}
-FEWER = DIVIDED | {"hidden_units": True}
 ALL = "+ refinement (defaults)"
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "whitened SVD": ("lowrank", OFF),
@@ -51,9 +50,8 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "+ output metric": ("auto", METRIC),
     "+ sequential": ("auto", BEHIND),
     "+ allocation": ("auto", DIVIDED),
-    "+ hidden units": ("auto", FEWER),
     ALL: ("auto", {}),
-    "refinement without hidden units": ("auto", {"hidden_units": False}),
+    "with hidden units": ("auto", {"hidden_units": True}),
     "refinement without the metric": ("auto", {"output_metric": False}),
     "refinement, uniform": ("auto", {"allocation": "uniform"}),
     "low rank, all stages": ("lowrank", {}),
@@ -62,9 +60,10 @@ HEALED = "+ heal, 2 min"
 ALONE = "heal in place of refinement"
 WINDOW = 256
 NOTES = """\
-Each row switches one stage on more than the row above, down to the defaults; rows below that leave one out, or use low
-rank alone. *heal in place of refinement* trains the whole model from end to end, not blocks, for as long as the
-refinement of the blocks took in the row of all stages. *on*: text of the kind that calibration saw; *off*: other text.
+Each row switches one stage on more than the row above, down to the defaults; rows below that leave one out, use low
+rank alone, or take hidden units out of MLPs. *heal in place of refinement* trains the whole model from end to end, not
+blocks, for as long as the refinement of the blocks took in the row of all stages. *on*: text of the kind that
+calibration saw; *off*: other text.
 *kept*: parameters / dense parameters of all linear weights but the output layer. Seconds include the checks on
 held-back batches."""
 COLUMNS = {
@@ -196,7 +195,7 @@ def main(argv: Sequence[str]) -> int:
                 start -= refined[2]
             else:
                 model = copy.deepcopy(dense)
-                structure, settings = STAGES["+ hidden units" if stage == ALONE else stage]
+                structure, settings = STAGES["+ allocation" if stage == ALONE else stage]
                 report = structlin.compress_model(
                     model, structure, ratio=ratio, seed=args.seed, calibration=batches, progress=False, **options,
                     **settings,

@@ -21,6 +21,7 @@ from structlin.layers.conv import StructuredConv
 from structlin.layers.embedding import StructuredEmbedding
 from structlin.layers.freeze import freeze_, unfreeze_
 from structlin.layers.linear import StructuredLinear
+from structlin.layers.recurrent import StructuredGRU, StructuredLSTM
 from structlin.runtime import kernels
 from structlin.runtime.measure import measure_machine
 from structlin.structures import (
@@ -76,6 +77,8 @@ __all__ = [
     "Statistics",
     "StructuredConv",
     "StructuredEmbedding",
+    "StructuredGRU",
+    "StructuredLSTM",
     "StructuredLinear",
     "SumLinear",
     "TTConv1d",

@@ -6,10 +6,12 @@ from structlin.adapters.conv import Conv
 from structlin.adapters.embedding import Embedding
 from structlin.adapters.experts import Experts
 from structlin.adapters.linear import PlainLinear, ProbedLinear, TransposedLinear
+from structlin.adapters.recurrent import Recurrent
 
 # The first that recognises a module opens it.
 for form in (
-    PlainLinear(), ProbedLinear(), TransposedLinear(), Conv(), Experts(), MultiheadAttention(), Embedding(),
+    PlainLinear(), ProbedLinear(), TransposedLinear(), Conv(), Recurrent(), Experts(), MultiheadAttention(),
+    Embedding(),
 ):  # fmt: skip
     register(form)
 

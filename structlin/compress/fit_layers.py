@@ -210,8 +210,6 @@ def _fit_some(
 
     def work(target: Target) -> Fitted:
         aim, choice = aims.get(target.name), wanted[target.name]
-        if isinstance(choice, Choice) and part.passes and part.own and config.block_epochs != 0:
-            choice = choice.drafted(target.linear.weight.numel())
         entry = choice if isinstance(choice, PlanEntry) else size_layer(target, choice, data, config.budget, aim)
         if entry.structure is not None and target.linear.weight.is_meta:
             return Fitted(entry)  # a plan of sizes

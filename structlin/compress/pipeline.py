@@ -6,7 +6,7 @@
             its outputs; and over the held-back batches, for all checks.
 3. divide   the budget among the maps: divisions are tried from end to end.
 4. for each block of the model, in the order in which they run:
-   fit      each map to the inputs that the compressed maps before it give; an MLP loses hidden units instead;
+   fit      each map to the inputs that the compressed maps before it give, or take hidden units out of an MLP;
    refine   all parameters of the block together, towards the dense block's outputs.
    The model keeps its modules: what is compressed answers in their place. Without batches there is one part, the
    whole model, whose maps are fitted side by side and not refined.

@@ -10,17 +10,8 @@ from structlin.fitting import linalg
 from structlin.layers.linear import StructuredLinear, layer_of
 from structlin.structures.blast import Blast, BlastLinear
 from structlin.structures.butterfly import Butterfly, ButterflyLinear
-from structlin.structures.conv import (
-    ConvKernel,
-    CPConv1d,
-    CPConv2d,
-    TTConv1d,
-    TTConv2d,
-    TuckerConv1d,
-    TuckerConv2d,
-    of_kernel,
-    over_kernel,
-)
+from structlin.structures.conv import ConvKernel, of_kernel, over_kernel
+from structlin.structures.conv_layers import CPConv1d, CPConv2d, TTConv1d, TTConv2d, TuckerConv1d, TuckerConv2d
 from structlin.structures.cp import CP, CPLinear
 from structlin.structures.dense import Dense, DenseLinear
 from structlin.structures.glt import GLT, GLTLinear

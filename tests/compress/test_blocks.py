@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from structlin import compress_model
-from structlin.compress import blocks, config, pipeline
+from structlin.compress import blocks, pipeline
 from structlin.compress.blocks import Shelf, Stream, find_chains, parts
 from structlin.compress.output import vocabulary_of
 from structlin.compress.patched import Patched, model_runs
@@ -232,21 +232,6 @@ def test_refinement_is_for_every_structure(structure):
     assert all(block.after <= block.before for block in report.blocks)
     assert any(block.after < block.before for block in report.blocks)
     assert isinstance(model.layers[0].up, Factored)
-
-
-def test_large_layers_take_fewer_steps_where_their_block_is_refined(monkeypatch):
-    monkeypatch.setattr(config, "SMALL", 24 * 48 - 1)
-
-    def steps(**settings):
-        report = compress_model(Deep(2), "blast", ratio=0.5, calibration=batches(4), **FITS, **settings)
-        return {entry.name: entry.refine for entry in report.compression.entries if entry.structure}
-
-    inside, outside = {f"layers.{k}.{part}" for k in range(2) for part in ("up", "down")}, {"inner"}
-    assert steps(block_epochs=1) == dict.fromkeys(inside, 100) | dict.fromkeys(outside)
-    assert steps(block_epochs=1, refine=7) == dict.fromkeys(inside | outside, 7)
-    assert steps(block_epochs=0) == dict.fromkeys(inside | outside)
-    monkeypatch.setattr(config, "SMALL", 24 * 48)
-    assert steps(block_epochs=1) == dict.fromkeys(inside | outside)
 
 
 def test_norms_and_biases_are_refined_and_others_stay():

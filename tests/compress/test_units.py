@@ -18,7 +18,7 @@ from structlin.compress.patched import Patched, model_passes, model_runs
 from structlin.compress.targets import find_targets
 from structlin.structures import Dense, LowRank
 
-QUICK = {"refine": 2, "block_epochs": 1, "progress": False}
+QUICK = {"refine": 2, "block_epochs": 1, "hidden_units": True, "progress": False}
 SIZE = 24
 
 
@@ -203,7 +203,7 @@ def test_units_are_removed_only_where_auto_chooses():
         ("auto", {"ratio": units.MOST + 0.05, "allocation": "uniform"}),
     ):
         model = blocks()  # the last map of the second one is the output layer
-        compress_model(model, structure, calibration=inputs(), **{"ratio": 0.5, **settings}, **QUICK)
+        compress_model(model, structure, calibration=inputs(), **{"ratio": 0.5, **QUICK, **settings})
         assert model[0].mlp.down.in_features == 40
 
 

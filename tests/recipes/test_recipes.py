@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import io
+import itertools
 import json
 import subprocess
 import sys
+import wave
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -65,6 +70,49 @@ def test_finetune_after_compression(tmp_path):
         assert 0.2 < row["kept"] < 0.26
         assert 0 < row["error"] < 1
         assert row["parameters"] < rows[0]["parameters"]
+
+
+def test_compress_cnn(tmp_path):
+    done = run(
+        "compress_cnn.py", "--structures", "tucker", "lowrank", "--epochs", "6", "--results", tmp_path / "results",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = stored(tmp_path / "results", "cnn_digits")
+    assert [row["structure"] for row in rows] == ["dense", "tucker", "lowrank"]
+    assert rows[0]["compressed"] > 0.9
+    for row in rows[1:]:
+        assert 0.2 < row["kept"] < 0.27
+        assert row["compressed"] < row["tuned"]
+        assert row["tuned"] > 0.9
+    assert rows[1]["layer"].startswith("ConvKernel(form='tucker', kernel=(3, 3)")
+
+
+def test_train_lstm(tmp_path):
+    """Digits are told apart by their pitch here."""
+    generator = torch.Generator().manual_seed(0)
+    with zipfile.ZipFile(tmp_path / "recordings.zip", "w") as archive:
+        for digit, index in itertools.product(range(10), range(6)):
+            length = 1500 + 100 * index
+            tone = torch.sin(torch.arange(length) * 0.2 * (digit + 1)) + 0.1 * torch.randn(length, generator=generator)
+            sound = io.BytesIO()
+            with wave.open(sound, "wb") as file:
+                file.setnchannels(1)
+                file.setsampwidth(2)
+                file.setframerate(8000)
+                file.writeframes((tone * 8000).short().numpy().tobytes())
+            archive.writestr(f"{digit}_anna_{index}.wav", sound.getvalue())
+    done = run(
+        "train_lstm.py", "--data", tmp_path / "recordings.zip", "--epochs", "12", "--seeds", "1", "--rounds", "1",
+        "--results", tmp_path / "results",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    dense, tt, *_ = stored(tmp_path / "results", "lstm_digits")
+    assert dense["accuracy"] == tt["accuracy"] == 1
+    assert tt["parameters"] < dense["parameters"] / 50
+    dense, tt, *_ = stored(tmp_path / "results", "lstm_video")
+    assert tt["parameters"] == 2944
+    assert dense["parameters"] == 57600 * 1024
+    assert tt["both"] < dense["both"] == 1
 
 
 @pytest.fixture
