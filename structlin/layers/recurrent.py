@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -105,8 +105,9 @@ class _Recurrent(nn.Module, ABC):
 
     def _run(self, x: Tensor | PackedSequence, start: State | None) -> tuple[Tensor | PackedSequence, State]:
         """Return the outputs in the form of the input, and the last states (layers x directions, batch, hidden)."""
+        shape: tuple[int, ...] = ()
         if isinstance(x, PackedSequence):
-            rows, sizes, batched, steps = x.data, x.batch_sizes.tolist(), True, None
+            rows, sizes, batched = x.data, x.batch_sizes.tolist(), True
         else:
             batched = x.ndim == 3
             if x.ndim not in (2, 3) or x.shape[-1] != self.input_size:
@@ -116,8 +117,8 @@ class _Recurrent(nn.Module, ABC):
                     f"{self.input_size})"
                 )
             ordered = (x.transpose(0, 1) if self.batch_first else x) if batched else x.unsqueeze(1)
-            steps, count = ordered.shape[:2]
-            rows, sizes = ordered.reshape(steps * count, -1), [count] * steps
+            shape = steps, count = tuple(ordered.shape[:2])
+            rows, sizes = ordered.reshape(steps * count, self.input_size), [count] * steps
         states = self._start(rows, max(sizes, default=0), start, batched, x)
         ends: list[State] = []
         for layer in range(self.num_layers):
@@ -135,7 +136,7 @@ class _Recurrent(nn.Module, ABC):
             if x.unsorted_indices is not None:
                 last = tuple(state.index_select(1, x.unsorted_indices) for state in last)
             return PackedSequence(rows, x.batch_sizes, x.sorted_indices, x.unsorted_indices), last
-        y = rows.reshape(cast(int, steps), -1, rows.shape[-1])
+        y = rows.reshape(*shape, rows.shape[-1])
         if not batched:
             return y.squeeze(1), tuple(state.squeeze(1) for state in last)
         return (y.transpose(0, 1) if self.batch_first else y), last
