@@ -59,7 +59,7 @@ def network() -> nn.Sequential:
         nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
         nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10),
+        nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(9 * 128, 10),
     )  # fmt: skip
 
 
@@ -106,6 +106,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--data", type=Path, help="folder of MNIST; without it, scikit-learn's digits")
     parser.add_argument("--structures", nargs="+", default=["cp", "tucker", "tt", "lowrank", "auto"])
     parser.add_argument("--ratio", type=float, default=0.25)
+    parser.add_argument("--images", type=int, default=20000, help="of MNIST, to train on")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--threads", type=int, default=1)
@@ -117,6 +118,7 @@ def main(argv: Sequence[str]) -> int:
         training, test = ((images.reshape(-1, 1, 8, 8), labels) for images, labels in digits())
     else:
         training, test = read(args.data)
+        training = tuple(part[: args.images] for part in training)
     torch.manual_seed(0)
     dense = network()
     train(dense, training, args.epochs, args.learning_rate)

@@ -31,6 +31,8 @@ from structlin.layers.linear import from_fit
 from structlin.runtime.contract import to_dense
 from structlin.structures import Sum
 
+SMALL = 2**16  # entries of a weight whose race costs little, as often as it is run
+
 
 @dataclass
 class Purse:
@@ -39,7 +41,7 @@ class Purse:
     Args:
         ratios: what each layer is to keep, by name; layers without one do not take part.
         spare: parameters left over so far.
-        winners: name of the structure that the first layer of each shape (out, in) chose from several; None forgets.
+        winners: name of the structure that the first layer of each large shape (out, in) chose; None forgets.
     """
 
     ratios: Mapping[str, float]
@@ -69,7 +71,8 @@ class Purse:
         compressed = [outcome.entry for outcome in outcomes if outcome.entry.structure]
         if self.winners is not None:
             named = ((outcome.target.linear.weight.shape, _kind(outcome.entry.structure)) for outcome in outcomes)
-            self.winners |= {shape: kind for shape, kind in named if kind and shape not in self.winners}
+            large = {shape: kind for shape, kind in named if kind and shape.numel() > SMALL}
+            self.winners = large | self.winners
         self.spare += sum(
             self.ratios[entry.name] * entry.parameters_before - entry.parameters_after
             for entry in compressed

@@ -27,7 +27,7 @@ from structlin.compress.report import Report
 from structlin.compress.sequential import shifted
 from structlin.compress.targets import find_targets
 from structlin.fitting.fit import fit
-from structlin.structures import Kaleidoscope, LowRank, Sum
+from structlin.structures import Blast, Kaleidoscope, LowRank, Sum
 
 # Independent fits to the inputs of the dense model.
 PLAIN = {"output_metric": False, "sequential": False, "block_epochs": 0, "allocation": "uniform"}
@@ -187,7 +187,7 @@ def test_what_a_layer_cannot_use_the_next_one_gets(mlp):
     assert purse.choice(second, "a reason", 1) == "a reason"
 
 
-def test_layers_of_a_shape_race_once(mlp):
+def test_large_layers_of_a_shape_race_once(mlp, monkeypatch):
     first, *_ = find_targets(mlp)
     entry = replace(dense_entry(first, None), structure=Sum((LowRank(4), Kaleidoscope())))
     given = Choice(AUTO, 0.5)
@@ -196,7 +196,12 @@ def test_layers_of_a_shape_race_once(mlp):
     purse.settle([SimpleNamespace(entry=replace(entry, structure=LowRank(4)), target=first)])
     assert purse.choice(first, given, 1) == given  # a closed form is no winner
     purse.settle([SimpleNamespace(entry=entry, target=first)])
+    assert purse.choice(first, given, 1) == given  # small ones race each time
+    monkeypatch.setattr(fit_layers, "SMALL", first.linear.weight.numel() - 1)
+    purse.settle([SimpleNamespace(entry=entry, target=first)])
     assert purse.choice(first, given, 1).structure == (AUTO[0], AUTO[1])
+    purse.settle([SimpleNamespace(entry=replace(entry, structure=Sum((LowRank(4), Blast(4, 2)))), target=first)])
+    assert purse.choice(first, given, 1).structure == (AUTO[0], AUTO[1])  # the first to win remains
     assert purse.choice(first, Choice(AUTO[2:], 0.5), 1).structure == AUTO[2:]
     assert purse.choice(first, Choice(LowRank, 0.5), 1).structure is LowRank
     other = SimpleNamespace(name="other", linear=nn.Linear(3, 5))
