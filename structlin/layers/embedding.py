@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from structlin.layers.linear import StructuredLinear
+from structlin.equation.structure import Structure
+from structlin.fitting.fit import Families
+from structlin.layers.linear import StructuredLinear, build
 from structlin.runtime import contract
 
 
@@ -45,6 +49,54 @@ class StructuredEmbedding(nn.Module):
         self.num_embeddings = rows  # an attribute: transformers assigns it
         self.padding_idx = padding_idx if padding_idx is None else padding_idx % rows
         self.scale, self.round_scale = scale, round_scale
+
+    @staticmethod
+    def from_structure(
+        num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, *, structure: Structure,
+        std: float = 1.0, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> StructuredEmbedding:  # fmt: skip
+        """Draw a table of any structure; its entries have a standard deviation, by default that of `nn.Embedding`.
+
+        Raises:
+            ValueError: if the structure does not fit the table.
+        """
+        linear = build(structure, embedding_dim, num_embeddings, False, device=device, dtype=dtype)
+        # A layer's entries have a standard deviation of 1 / sqrt(3 in_features).
+        gain = std * math.sqrt(3 * embedding_dim)
+        with torch.no_grad():
+            for eq, factors in linear.spec.split(linear.factors):
+                learned = [factor for factor, named in zip(factors, eq.factors, strict=True) if named.learned]
+                for factor in learned:
+                    factor.mul_(gain ** (1 / len(learned)))
+        return StructuredEmbedding(linear, padding_idx)
+
+    @staticmethod
+    def from_embedding(
+        embedding: nn.Embedding, *, structure: Structure | Families, ratio: float | None = None,
+        row_weights: Tensor | None = None, refine: int | None = None,
+    ) -> StructuredEmbedding:  # fmt: skip
+        """Decompose the table of a trained embedding, which is not changed.
+
+        Args:
+            embedding: the dense table.
+            structure: of the table (rows, columns), as for `StructuredLinear.from_linear`.
+            ratio: parameters kept / dense parameters, for a class or a family.
+            row_weights: how much the squared error of each row counts, (rows,): how often it is looked up, say.
+            refine: steps of refinement.
+        Raises:
+            TypeError: if it is no `nn.Embedding`.
+            ValueError: if it renormalises its rows or has sparse gradients, or the structure does not fit.
+        """
+        if not isinstance(embedding, nn.Embedding):
+            raise TypeError(f"from_embedding takes an nn.Embedding, not {type(embedding).__name__}")
+        if embedding.max_norm is not None or embedding.sparse or embedding.scale_grad_by_freq:
+            raise ValueError(f"{embedding} has max_norm, sparse or scale_grad_by_freq, which factors have not")
+        dense = nn.Linear(embedding.embedding_dim, embedding.num_embeddings, bias=False, device="meta")
+        dense.weight = embedding.weight
+        linear = StructuredLinear.from_linear(
+            dense, structure=structure, ratio=ratio, output_gram=row_weights, refine=refine
+        )
+        return StructuredEmbedding(linear, embedding.padding_idx).train(embedding.training)
 
     @property
     def embedding_dim(self) -> int:

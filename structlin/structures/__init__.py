@@ -23,7 +23,7 @@ from structlin.structures.monarch import Monarch, MonarchLinear
 from structlin.structures.phm import PHM, PHMLinear
 from structlin.structures.shapeshifter import Shapeshifter, ShapeshifterLinear
 from structlin.structures.sum import Sum, SumFamily, SumLinear, families, family, sum_of
-from structlin.structures.tt import TensorTrain, TTLinear
+from structlin.structures.tt import TensorTrain, TTEmbedding, TTLinear
 from structlin.structures.tucker import Tucker, TuckerLinear
 
 __all__ = [
@@ -64,6 +64,7 @@ __all__ = [
     "SumLinear",
     "TTConv1d",
     "TTConv2d",
+    "TTEmbedding",
     "TTLinear",
     "TensorTrain",
     "Tucker",

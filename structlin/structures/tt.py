@@ -16,6 +16,7 @@ from structlin.equation import modes
 from structlin.equation.spec import Spec, equation
 from structlin.equation.structure import Structure, check_range, register
 from structlin.fitting import linalg, trains
+from structlin.layers.embedding import StructuredEmbedding
 from structlin.layers.linear import StructuredLinear, build, layer_of
 
 _MOST_CORES = 32
@@ -208,3 +209,37 @@ class TTLinear(StructuredLinear):
         assert isinstance(layer, TTLinear)
         layer.fill([core.to(first.dtype) for core in smaller.stored(rounded)], self.bias, first.requires_grad)
         return layer.train(self.training)
+
+
+class TTEmbedding(StructuredEmbedding):
+    """Look up rows of a table in the TT format: T[o1 .. od, i1 .. id] = G1[o1, i1] ... Gd[od, id].
+
+    The table is never built: a token reads one slice of each core, and multiplies them.
+
+    Cost: sum_k r_k-1 o_k i_k r_k parameters.
+
+    Args:
+        num_embeddings: rows, as for `nn.Embedding`, as embedding_dim and padding_idx are.
+        rank: one number (lowered to the maximum at each bond), or one per bond.
+        row_modes: d whole numbers whose product is num_embeddings or more; None takes balanced ones.
+        column_modes: d whole numbers for embedding_dim, likewise.
+        cores: d, if no modes are given.
+    Raises:
+        ValueError: if modes do not cover the table or a rank is out of range.
+    Source: Khrulkov et al. 2019, Tensorized embedding layers.
+    Example:
+        >>> TTEmbedding(24, 12, rank=2, row_modes=(4, 6), column_modes=(3, 4)).linear.num_parameters
+        72
+    """
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None, *,
+        rank: int | tuple[int, ...], row_modes: tuple[int, ...] | None = None,
+        column_modes: tuple[int, ...] | None = None, cores: int = 3, device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        structure = TensorTrain(rank=rank, in_modes=column_modes, out_modes=row_modes, cores=cores)
+        drawn = StructuredEmbedding.from_structure(
+            num_embeddings, embedding_dim, structure=structure, device=device, dtype=dtype
+        )
+        super().__init__(drawn.linear, padding_idx)

@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import ONE, SMALL
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from structlin import LowRankLinear, ShapeshifterLinear, StructuredEmbedding
+from structlin import LowRankLinear, ShapeshifterLinear, StructuredEmbedding, TTEmbedding
 from structlin.layers.linear import build
 from structlin.runtime.contract import lookup
+from structlin.structures import LowRank, TensorTrain
 from structlin.testing import assert_close
 
 
@@ -195,3 +197,48 @@ def test_ids_of_other_dtypes_are_refused():
     for ids in (torch.zeros(3), torch.zeros(3, dtype=torch.uint8), torch.zeros(3, dtype=torch.bool)):
         with pytest.raises(TypeError, match=r"ids are torch\.\w+; look rows up by"):
             embedding(ids)
+
+
+# From scratch, and from a table --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_a_drawn_table_has_the_entries_of_nn_embedding(name):
+    torch.manual_seed(0)
+    found = StructuredEmbedding.from_structure(20, 12, 3, structure=ONE[name])
+    assert found.padding_idx == 3
+    assert found.embedding_dim == 12
+    table = found.linear.to_dense()
+    assert 0.7 < table.std() < 1.4
+    half = StructuredEmbedding.from_structure(20, 12, structure=found.linear.structure, std=0.02).linear.to_dense()
+    assert 0.014 < half.std() < 0.028
+
+
+def test_a_tt_embedding_of_a_vocabulary():
+    layer = TTEmbedding(30522, 384, 0, rank=16)
+    assert layer.linear.num_parameters < 0.01 * 30522 * 384
+    assert 0.5 < layer(torch.randint(1, 30522, (200,))).std() < 2
+    modes = TTEmbedding(24, 12, rank=2, row_modes=(4, 6), column_modes=(3, 4))
+    assert modes.linear.structure == TensorTrain((2,), (3, 4), (4, 6), 2)
+    assert_close(modes(torch.arange(24)), modes.linear.to_dense(), "rows")
+
+
+def test_a_table_is_decomposed():
+    torch.manual_seed(0)
+    dense = nn.Embedding(40, 16, padding_idx=2, dtype=torch.float64).eval().requires_grad_(False)
+    exact = StructuredEmbedding.from_embedding(dense, structure=LowRank(rank=16))
+    assert_close(exact(torch.arange(40)), dense.weight, "rows")
+    assert exact.padding_idx == 2
+    assert not exact.training
+    assert not any(parameter.requires_grad for parameter in exact.parameters())
+    weights = torch.ones(40, dtype=torch.float64)
+    weights[:5] = 1000
+    errors = []
+    for row_weights in (None, weights):
+        found = StructuredEmbedding.from_embedding(dense, structure=LowRank, ratio=0.5, row_weights=row_weights)
+        errors.append((found(torch.arange(5)) - dense.weight[:5]).norm())
+    assert errors[1] < 0.2 * errors[0]
+    with pytest.raises(TypeError, match=r"from_embedding takes an nn\.Embedding, not Linear"):
+        StructuredEmbedding.from_embedding(nn.Linear(3, 3), structure=LowRank, ratio=0.5)
+    with pytest.raises(ValueError, match="has max_norm"):
+        StructuredEmbedding.from_embedding(nn.Embedding(9, 9, max_norm=1.0), structure=LowRank, ratio=0.5)
