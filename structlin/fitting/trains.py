@@ -95,7 +95,8 @@ def right_orthogonal(cores: Sequence[Tensor]) -> list[Tensor]:
     """Rewrite a train, in the working dtype, with orthonormal rows (r_k, ... r_k+1) in all cores but the first."""
     work = [core.to(working_dtype(core)) for core in cores]
     for k in range(len(work) - 1, 0, -1):
-        q, r = _Orthogonal.apply(work[k].flatten(1).mH)
+        rows = work[k].flatten(1).mH
+        q, r = _Orthogonal.apply(rows) if rows.requires_grad else torch.linalg.qr(rows)
         work[k] = q.mH.reshape(-1, *work[k].shape[1:])
         work[k - 1] = work[k - 1] @ r.mH
     return work
@@ -115,12 +116,21 @@ def truncated(matrix: Tensor, rank: int | None, allowed: float) -> tuple[Tensor,
     They need a gap between the singular values that are kept and those that are not; torch.linalg.svd needs one
     between any two.
     """
-    return _Truncated.apply(matrix, rank, allowed)
+    if matrix.requires_grad:
+        return _Truncated.apply(matrix, rank, allowed)
+    left, values, right = leading(matrix)
+    rank = _least(values, allowed) if rank is None else rank
+    return left[:, :rank], right[:rank] * values[:rank, None]
 
 
 def tails(values: Tensor) -> Tensor:
     """Return the norms of descending singular values from each on."""
     return values.square().flip(0).cumsum(0).flip(0).sqrt()
+
+
+def _least(values: Tensor, allowed: float) -> int:
+    """Return how many descending singular values to keep so that the others have at most a norm."""
+    return max(int((tails(values) > allowed).sum()), 1)
 
 
 class _Truncated(torch.autograd.Function):
@@ -129,9 +139,7 @@ class _Truncated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, rank: int | None, allowed: float) -> tuple[Tensor, Tensor]:
         left, values, right = leading(matrix)
-        if rank is None:
-            rank = max(int((tails(values) > allowed).sum()), 1)
-        ctx.rank = rank
+        ctx.rank = rank = _least(values, allowed) if rank is None else rank
         ctx.save_for_backward(left, values, right)
         return left[:, :rank], right[:rank] * values[:rank, None]
 

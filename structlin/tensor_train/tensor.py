@@ -86,7 +86,7 @@ class TT(Train):
         """
         places = list(index) if isinstance(index, tuple) else [index]
         if places.count(Ellipsis) > 1 or len(places) - places.count(Ellipsis) > len(self.cores):
-            raise IndexError(f"{index} has more places than {self}")
+            raise IndexError(f"an index of {len(places)} places has more than {self}")
         if Ellipsis in places:
             at = places.index(Ellipsis)
             places[at : at + 1] = [slice(None)] * (len(self.cores) - len(places) + 1)
@@ -94,7 +94,8 @@ class TT(Train):
         if all(isinstance(place, Tensor | list) for place in places):
             return self._entries(places)
         if not all(isinstance(place, int | slice) for place in places):
-            raise IndexError(f"{index}: use whole numbers, slices and ..., or lists in all places")
+            kinds = [type(place).__name__ for place in places]
+            raise IndexError(f"places of {kinds}: use whole numbers, slices and ..., or lists in all places")
         cores: list[Tensor] = []
         carried = self.cores[0].new_ones(1, 1)  # the product of the matrices at whole numbers since the last core
         for core, place in zip(self.cores, places, strict=True):
