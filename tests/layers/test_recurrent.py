@@ -140,6 +140,18 @@ def test_empty_and_autocast():
         assert layer(torch.randn(3, 2, 12))[0].isfinite().all()
 
 
+@every_kind
+def test_compiles_and_exports(kind):
+    layer = opened(kind(12, 8, bidirectional=True), structure=LowRank(rank=3)).eval()
+    x = torch.randn(4, 2, 12)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    for a, b in zip(flat(compiled(x)), flat(layer(x)), strict=True):
+        assert torch.equal(a, b)
+    exported = torch.export.export(layer, (x,)).module()
+    for a, b in zip(flat(exported(x)), flat(layer(x)), strict=True):
+        assert_close(a, b, "exported")
+
+
 def test_errors_say_what_is_possible():
     with pytest.raises(TypeError, match=r"from_lstm takes an nn\.LSTM, not GRU"):
         StructuredLSTM.from_lstm(nn.GRU(4, 4))

@@ -136,6 +136,16 @@ def test_ranks_within_the_bounds_of_best_approximation():
     assert max(cuts) - 1e-9 <= error <= math.hypot(*cuts) + 1e-9
 
 
+@pytest.mark.parametrize("cls", TWO_D)
+def test_compiles_and_exports_in_one_graph(cls):
+    layer = cls(8, 6, 3, rank=2, padding=1).eval()
+    x = torch.randn(2, 8, 5, 5)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), layer(x))
+    exported = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    assert_close(exported.module()(torch.cat([x, x, x])), layer(torch.cat([x, x, x])), "exported")
+
+
 def test_errors_say_what_is_possible():
     with pytest.raises(ValueError, match="form='hosvd' is unknown"):
         StructuredLinear(18, 4, structure=ConvKernel("hosvd", (3, 3), 2))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structlin.equation.spec import Equation, Modes, Spec, contraction
+from structlin.runtime.eager import constant
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -25,7 +26,8 @@ class Stage:
         order: of its axes: those shared with the channels so far and kept, new ones, summed ones, taps.
         shape: of the convolution's weight, (out channels, in channels per group, *taps).
         groups: of the convolution.
-        axes: axes of space that the stage convolves along.
+        axes: axes of space whose stride, padding and dilation the stage takes: those that it convolves along, and for
+            the first stage those without taps.
     """
 
     factor: int
@@ -33,7 +35,7 @@ class Stage:
     order: tuple[int, ...]
     shape: tuple[int, ...]
     groups: int
-    axes: frozenset[int]
+    axes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Steps:
     padding: tuple[int, ...]
     dilation: tuple[int, ...]
 
-    def along(self, axes: frozenset[int]) -> Steps:
+    def along(self, axes: tuple[int, ...]) -> Steps:
         """Return the steps of a stage that convolves along these axes only."""
 
         def chosen(values: tuple[int, ...], other: int) -> tuple[int, ...]:
@@ -53,7 +55,7 @@ class Steps:
         return Steps(chosen(self.stride, 1), chosen(self.padding, 0), chosen(self.dilation, 1))
 
 
-@lru_cache(1024)
+@constant
 def small_convolutions(spec: Spec, kernel: tuple[int, ...]) -> tuple[tuple[Stage, ...], ...] | None:
     """Read each equation as a chain of convolutions.
 
@@ -66,6 +68,11 @@ def small_convolutions(spec: Spec, kernel: tuple[int, ...]) -> tuple[tuple[Stage
         The stages of each equation in the order in which they run, or None where an equation has no such chain, or
         one that costs as much as the convolution with the dense kernel.
     """
+    return _planned(spec, kernel)
+
+
+@lru_cache(1024)
+def _planned(spec: Spec, kernel: tuple[int, ...]) -> tuple[tuple[Stage, ...], ...] | None:
     found = tuple(_stages(eq, spec, kernel) for eq in spec.equations)
     cost = sum(math.prod(stage.shape) for stages in found for stage in stages or ())
     return None if None in found or cost >= spec.in_features * spec.out_features else found  # type: ignore[return-value]
@@ -93,6 +100,7 @@ def _chain(
     modes: list[Modes], outputs: Modes, taps: dict[str, int], sizes: dict[str, int], dims: int
 ) -> tuple[Stage, ...] | None:
     left, stages = list(range(len(modes))), list[Stage]()
+    idle = tuple(axis for axis in range(dims) if axis not in taps.values())
     state: Modes = ("channel",)
     while left:
         near = [k for k in left if set(modes[k]) & set(state)]
@@ -113,7 +121,9 @@ def _chain(
         shape = (groups * math.prod(sizes[m] for m in new), math.prod(sizes[m] for m in summed), *kernel)
         order = tuple(modes[k].index(mode) for mode in (*batch, *new, *summed, *mine))
         split = tuple(sizes[mode] for mode in modes[k])
-        stages.append(Stage(k, split, order, shape, groups, frozenset(taps[tap] for tap in mine)))
+        stages.append(
+            Stage(k, split, order, shape, groups, tuple(taps[tap] for tap in mine) + (() if stages else idle))
+        )
         state = batch + new
     return tuple(stages) if state == outputs else None
 
@@ -130,11 +140,10 @@ def convolve(
     dims = len(steps.stride)
     total = None
     for (_, part), stages in zip(spec.split(factors), chains, strict=True):
-        y, done = x, frozenset().union(*(stage.axes for stage in stages))
+        y = x
         for number, stage in enumerate(stages):
             weight = part[stage.factor].reshape(stage.split).permute(stage.order).reshape(stage.shape)
-            # An axis without taps has a stride and a padding too: the first stage takes them.
-            here = steps.along(stage.axes if number else stage.axes | (frozenset(range(dims)) - done))
+            here = steps.along(stage.axes)
             last = bias if total is None and number == len(stages) - 1 else None
             y = _CONVOLUTIONS[dims](y, weight, last, here.stride, here.padding, here.dilation, stage.groups)
         total = y if total is None else total + y
