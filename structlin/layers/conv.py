@@ -37,7 +37,7 @@ class PatchLinear(nn.Linear):
 
 
 class StructuredConv(nn.Module):
-    """Convolve with a structured kernel: (..., in, *space) -> (..., out, *space'), as `nn.Conv1d` to `nn.Conv3d` do.
+    """Convolve with a structured kernel: (..., in, space) -> (..., out, space), as `nn.Conv1d` to `nn.Conv3d` do.
 
     Space has one to three axes; one axis before the channels is optional. With one tap, the linear map runs at each
     position. With more, factors over the channels and taps (low rank, `structlin.structures.ConvKernel`) run as a chain
@@ -144,7 +144,7 @@ class StructuredConv(nn.Module):
         return self.linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolve (batch, in, *space) or (in, *space).
+        """Convolve (batch, in, space) or (in, space).
 
         Raises:
             ValueError: if the input has other axes or another number of channels.
