@@ -70,9 +70,10 @@ class Purse:
         """Take the parameters of compressed layers from the budget, and remember their structures."""
         compressed = [outcome.entry for outcome in outcomes if outcome.entry.structure]
         if self.winners is not None:
-            named = ((outcome.target.linear.weight.shape, _kind(outcome.entry.structure)) for outcome in outcomes)
-            large = {shape: kind for shape, kind in named if kind and shape.numel() > SMALL}
-            self.winners = large | self.winners
+            for outcome in outcomes:
+                kind = _kind(outcome.entry.structure)
+                if kind and outcome.target.linear.weight.numel() > SMALL:
+                    self.winners.setdefault(outcome.target.linear.weight.shape, kind)
         self.spare += sum(
             self.ratios[entry.name] * entry.parameters_before - entry.parameters_after
             for entry in compressed

@@ -28,7 +28,7 @@ class TT(Train):
         >>> train = TT.from_full(tensor, tolerance=1e-6)
         >>> train.ranks, (train * train + 1).round(tolerance=1e-6).ranks
         ((2, 2), (2, 3))
-        >>> train[:, 1, 2].full()
+        >>> train[:, 1, 2].full().round()
         tensor([ 6., 18.])
     """
 

@@ -349,7 +349,7 @@ def test_declared_output_layer_is_the_one_skipped():
 
 @pytest.mark.parametrize("tied", ["skip", "replace"])
 def test_coverage_accounts_for_every_parameter(tied):
-    model = nn.ModuleDict({"shared": Shared(), "norm": nn.LayerNorm(7), "conv": nn.Conv1d(3, 5, 2)})
+    model = nn.ModuleDict({"shared": Shared(), "norm": nn.LayerNorm(7), "conv": nn.ConvTranspose1d(3, 5, 2)})
     model["attention"] = nn.MultiheadAttention(8, 2)
     total = sum(p.numel() for p in model.parameters())
     report = compress_model(model, "lowrank", ratio=0.5, tied=tied)
@@ -358,7 +358,7 @@ def test_coverage_accounts_for_every_parameter(tied):
     assert coverage.compressed + coverage.skipped + sum(coverage.unreached.values()) == total
     assert report.parameters_before == total
     assert report.parameters_after == sum(p.numel() for p in model.parameters())
-    assert coverage.unreached["Conv1d"] == 35
+    assert coverage.unreached["ConvTranspose1d"] == 35
     line = str(report).splitlines()[-2]
     assert line.startswith(f"coverage: {total:,} parameters")
 
