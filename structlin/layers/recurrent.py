@@ -25,6 +25,7 @@ R = TypeVar("R", nn.LSTM, nn.GRU)
 class _Recurrent(nn.Module, ABC):
     """Run cells over time, layer by layer and in one or two directions; the maps are `ih_l0`, `hh_l0`, ..."""
 
+    kind: ClassVar[type[nn.RNNBase]]  # torch's
     gates: ClassVar[int]
     states: ClassVar[int]
 
@@ -58,8 +59,14 @@ class _Recurrent(nn.Module, ABC):
         return [f"{side}_{s}" for k in range(self.num_layers) for s in self.suffixes(k) for side in ("ih", "hh")]
 
     @classmethod
-    def _opened(cls, rnn: nn.LSTM | nn.GRU) -> Self:
-        """Return the same network with `nn.Linear` maps that share its parameters."""
+    def _from(
+        cls, rnn: nn.RNNBase, structure: Structure | Families | None, hidden: Structure | Families | None,
+        ratio: float | None, refine: int | None,
+    ) -> Self:  # fmt: skip
+        """Open a network of torch: `nn.Linear` maps share its parameters; with a structure, decompose them."""
+        if not isinstance(rnn, cls.kind):
+            name = cls.kind.__name__
+            raise TypeError(f"from_{name.lower()} takes an nn.{name}, not {type(rnn).__name__}")
         if getattr(rnn, "proj_size", 0):
             raise ValueError(f"proj_size={rnn.proj_size}; projections of the hidden state have no form here")
         opened = cls(
@@ -71,24 +78,16 @@ class _Recurrent(nn.Module, ABC):
             linear.weight = getattr(rnn, f"weight_{name}")
             if rnn.bias:
                 linear.bias = getattr(rnn, f"bias_{name}")
-        return opened.train(rnn.training)
-
-    def _structured(
-        self,
-        structure: Structure | Families,
-        hidden: Structure | Families | None,
-        ratio: float | None,
-        refine: int | None,
-    ) -> Self:
-        for name in self.names:
             chosen = structure if name.startswith("ih") else hidden
-            if chosen is not None:
-                each = None if isinstance(chosen, Structure) else ratio
-                linear = StructuredLinear.from_linear(getattr(self, name), structure=chosen, ratio=each, refine=refine)
-                setattr(self, name, linear)
+            if structure is None and hidden is None:
+                continue
+            if chosen is None:
+                found = copy.deepcopy(linear)
             else:
-                setattr(self, name, copy.deepcopy(getattr(self, name)))
-        return self
+                each = None if isinstance(chosen, Structure) else ratio
+                found = StructuredLinear.from_linear(linear, structure=chosen, ratio=each, refine=refine)
+            setattr(opened, name, found)
+        return opened.train(rnn.training)
 
     def _merged(self, shell: R) -> R:
         """Merge into a copy of a torch network, whose own parameters are not read (they may be on the meta device)."""
@@ -213,7 +212,7 @@ class StructuredLSTM(_Recurrent):
         2944
     """
 
-    gates, states = 4, 2
+    kind, gates, states = nn.LSTM, 4, 2
 
     @classmethod
     def from_lstm(
@@ -224,19 +223,16 @@ class StructuredLSTM(_Recurrent):
 
         Args:
             lstm: the dense network, without a projection.
-            structure: of the maps from the inputs, as for `StructuredLinear.from_linear`; None only opens the
-                network: its maps are `nn.Linear` modules that share the parameters.
-            hidden_structure: of the maps from the hidden state; None leaves them dense.
+            structure: of the maps from the inputs, as for `StructuredLinear.from_linear`; None leaves them dense.
+            hidden_structure: of the maps from the hidden state, likewise. Without both the network is only opened: its
+                maps are `nn.Linear` modules that share the parameters.
             ratio: parameters kept / dense parameters of a map, for a class or a family.
             refine: steps of refinement.
         Raises:
             TypeError: if it is no `nn.LSTM`.
             ValueError: if it has a projection, or a structure does not fit.
         """
-        if not isinstance(lstm, nn.LSTM):
-            raise TypeError(f"from_lstm takes an nn.LSTM, not {type(lstm).__name__}")
-        opened = cls._opened(lstm)
-        return opened if structure is None else opened._structured(structure, hidden_structure, ratio, refine)
+        return cls._from(lstm, structure, hidden_structure, ratio, refine)
 
     def to_lstm(self, shell: nn.LSTM) -> nn.LSTM:
         """Merge into a copy of a dense network, whose own parameters are not read."""
@@ -283,7 +279,7 @@ class StructuredGRU(_Recurrent):
         torch.Size([5, 2, 32])
     """
 
-    gates, states = 3, 1
+    kind, gates, states = nn.GRU, 3, 1
 
     @classmethod
     def from_gru(
@@ -296,10 +292,7 @@ class StructuredGRU(_Recurrent):
             TypeError: if it is no `nn.GRU`.
             ValueError: if a structure does not fit.
         """
-        if not isinstance(gru, nn.GRU):
-            raise TypeError(f"from_gru takes an nn.GRU, not {type(gru).__name__}")
-        opened = cls._opened(gru)
-        return opened if structure is None else opened._structured(structure, hidden_structure, ratio, refine)
+        return cls._from(gru, structure, hidden_structure, ratio, refine)
 
     def to_gru(self, shell: nn.GRU) -> nn.GRU:
         """Merge into a copy of a dense network, whose own parameters are not read."""

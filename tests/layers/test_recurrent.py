@@ -110,6 +110,9 @@ def test_structured_maps_from_scratch_and_from_weights(kind):
     again = opened(dense, structure=LowRank, ratio=1 - 1e-9, hidden_structure=None)
     assert type(again.hh_l0) is nn.Linear
     assert again.hh_l0.weight is not dense.weight_hh_l0
+    hidden = opened(dense, hidden_structure=LowRank(rank=8))
+    assert type(hidden.ih_l0) is nn.Linear
+    assert isinstance(hidden.hh_l0, StructuredLinear)
     exact = opened(dense, structure=LowRank(rank=3), hidden_structure=LowRank(rank=8))
     for a, b in zip(flat(exact(x)), flat(dense(x)), strict=True):
         assert_close(a, b, "output or state")
