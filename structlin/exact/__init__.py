@@ -4,6 +4,7 @@ from structlin.exact.circuits import circuit
 from structlin.exact.maps import acdc, circulant, convolution, fastfood, low_rank, toeplitz
 from structlin.exact.permutations import permutation
 from structlin.exact.products import orthogonal, square
+from structlin.exact.recover import recover
 from structlin.exact.transforms import dct, dft, dst, hadamard, idft
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "low_rank",
     "orthogonal",
     "permutation",
+    "recover",
     "square",
     "toeplitz",
 ]
