@@ -22,6 +22,7 @@ from structlin.layers.embedding import StructuredEmbedding
 from structlin.layers.freeze import freeze_, unfreeze_
 from structlin.layers.linear import StructuredLinear
 from structlin.layers.recurrent import StructuredGRU, StructuredLSTM
+from structlin.layers.training import Guide, guided, param_groups
 from structlin.runtime import kernels
 from structlin.runtime.measure import measure_machine
 from structlin.structures import (
@@ -64,6 +65,7 @@ __all__ = [
     "DenseLinear",
     "Evaluator",
     "GLTLinear",
+    "Guide",
     "HealOptions",
     "HealReport",
     "KMatrix",
@@ -94,10 +96,12 @@ __all__ = [
     "distillation_loss",
     "exact",
     "freeze_",
+    "guided",
     "heal",
     "kernels",
     "load",
     "measure_machine",
+    "param_groups",
     "plan_compression",
     "save",
     "statistics_by_layer",

@@ -6,8 +6,10 @@ from structlin.compress.commit import to_dense_
 from structlin.compress.config import Compression
 from structlin.compress.evaluate import Evaluator
 from structlin.compress.plan import CompressionPlan, PlanEntry
-from structlin.compress.report import Coverage, LayerReport, Quality, Report
+from structlin.compress.quality import Quality
+from structlin.compress.report import Coverage, LayerReport, Report
 from structlin.compress.statistics import Statistics
+from structlin.compress.taxonomy import Taxonomy
 
 __all__ = [
     "Collecting",
@@ -20,6 +22,7 @@ __all__ = [
     "Quality",
     "Report",
     "Statistics",
+    "Taxonomy",
     "collect_shifted",
     "collect_statistics",
     "compress_model",

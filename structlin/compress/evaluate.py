@@ -21,7 +21,7 @@ from structlin.batches import (
     unmasked,
 )
 from structlin.compress.data import Data
-from structlin.compress.report import Quality
+from structlin.compress.quality import Quality
 
 Evaluate = Callable[[nn.Module], float]
 

@@ -13,35 +13,11 @@ from torch.nn.parameter import is_lazy
 
 from structlin.compress.config import Compression
 from structlin.compress.plan import PlanEntry
+from structlin.compress.quality import Quality
 from structlin.compress.tables import shape, table
 from structlin.compress.targets import STRUCTURED, Piece, Target, unreached
+from structlin.compress.taxonomy import Taxonomy, geometries
 from structlin.layers.linear import StructuredLinear
-
-
-@dataclass(frozen=True)
-class Quality:
-    """How good a model is at one stage of its compression.
-
-    Args:
-        stage: "dense", "compressed", "healed", or another name.
-        size: parameters of the model / parameters of the dense model.
-        task: what `evaluate` returned, None without it.
-        cosine: mean cosine of outputs to the dense model's on held-back batches, for models without logits.
-        kl: mean KL divergence (nats) of the dense model's classes from this one's, for models with logits.
-        top1: share of positions where both prefer the same class, likewise.
-    """
-
-    stage: str
-    size: float
-    task: float | None = None
-    cosine: float | None = None
-    kl: float | None = None
-    top1: float | None = None
-
-    def __str__(self) -> str:
-        values = {"task": self.task, "cosine": self.cosine, "KL": self.kl, "top-1 agreement": self.top1}
-        given = "".join(f", {name} {value:.4f}" for name, value in values.items() if value is not None)
-        return f"{self.stage}: size {self.size:.3f}{given}"
 
 
 @dataclass(frozen=True)
@@ -234,6 +210,23 @@ class Report:
                 batches.
         """
         return replace(self, qualities=(*self.qualities, evaluator(self.model, stage)))
+
+    def taxonomy(self) -> Taxonomy:
+        """Describe the model as it is now in the terms of 'Geometry is all you need' (Xu, Sharmin & Mandic 2024).
+
+        The losses are those of the last stage that was measured.
+        """
+        size = self.parameters_after / max(self.parameters_before, 1)
+        found = Taxonomy(tuple(geometries(self.model)), size)
+        if not self.qualities:
+            return found
+        first, last = self.qualities[0], self.qualities[-1]
+        kept = last.top1 if last.cosine is None else last.cosine
+        return replace(
+            found,
+            accuracy_lost=None if first.task is None or last.task is None else first.task - last.task,
+            fidelity_lost=None if kept is None else 1 - kept,
+        )
 
     @property
     def parameters_before(self) -> int:

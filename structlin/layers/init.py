@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import torch
 from torch import Tensor
@@ -49,25 +50,28 @@ def initial_factors(spec: Spec, *, dtype: torch.dtype = torch.float32) -> list[T
     return factors
 
 
+def factor_rms(eq: Equation, std: float) -> float:
+    """Return the root mean square entry, the same for all learned factors, that gives the matrix this deviation."""
+    bonds = set(eq.size) - {*eq.outputs, *eq.inputs}
+    # E[W^2] = (number of summands) * product of the factors' mean squares.
+    fixed = math.prod(statistics.fmean(x * x for x in factor.constant) for factor in eq.factors if factor.constant)
+    learned = sum(factor.learned for factor in eq.factors)
+    summands = math.log(eq.numel(sorted(bonds)))  # of a long chain more than a float can count
+    return math.exp((2 * math.log(std) - summands - math.log(fixed)) / (2 * learned))
+
+
 def _equation_factors(eq: Equation, std: float, dtype: torch.dtype) -> list[Tensor]:
     drawn = [
         _constant(eq, factor, dtype) if factor.constant else _blocks(eq, factor, absorbed, dtype)
         for factor, absorbed in zip(eq.factors, eq.absorb(range(len(eq.factors))), strict=True)
     ]
-    bonds = set(eq.size) - {*eq.outputs, *eq.inputs}
-    # E[W^2] = (number of summands) * product of the factors' mean squares.
-    fixed = math.prod(_mean_square(t) for t, f in zip(drawn, eq.factors, strict=True) if not f.learned)
-    learned = sum(factor.learned for factor in eq.factors)
-    summands = math.log(eq.numel(sorted(bonds)))  # of a long chain more than a float can count
-    target = math.exp((2 * math.log(std) - summands - math.log(fixed)) / (2 * learned))
+    target = factor_rms(eq, std)
     return [
-        tensor * (target / math.sqrt(_mean_square(tensor))) if factor.learned else tensor
+        tensor * (target * math.sqrt(tensor.numel()) / float(torch.linalg.vector_norm(tensor)))
+        if factor.learned
+        else tensor
         for tensor, factor in zip(drawn, eq.factors, strict=True)
     ]
-
-
-def _mean_square(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor).square() / tensor.numel())
 
 
 def _constant(eq: Equation, factor: Factor, dtype: torch.dtype) -> Tensor:

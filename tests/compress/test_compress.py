@@ -586,3 +586,26 @@ def test_fine_tuning_the_result_lowers_the_loss(mlp):
 def test_public_names():
     assert structlin.compress_model is compress_model
     assert set(structlin.__all__) <= set(dir(structlin))
+
+
+def test_the_taxonomy_states_dimensions_and_losses():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4, bias=False))
+    batches = [torch.randn(32, 12) for _ in range(4)]
+    task = iter([0.9, 0.7])
+    report = structlin.compress_model(
+        model, "lowrank", ratio=0.5, calibration=batches, evaluate=lambda _: next(task), skip_last=False
+    )
+    found = report.taxonomy()
+    expected = [m.structure.rank * (m.in_features + m.out_features - m.structure.rank) for m in (model[0], model[2])]
+    assert [row.dimension for row in found.layers] == expected
+    assert found.size == report.parameters_after / report.parameters_before
+    assert found.accuracy_lost == pytest.approx(0.2)
+    assert found.fidelity_lost == pytest.approx(1 - report.qualities[-1].cosine)
+    assert "projection to" in str(found)
+    assert "(delta_1, delta_2, eta) = (0.2000, " in str(found)
+
+
+def test_the_taxonomy_says_what_was_not_measured():
+    report = structlin.compress_model(nn.Sequential(nn.Linear(12, 16)), "lowrank", ratio=0.5, skip_last=False)
+    assert "(not measured, not measured, " in str(report.taxonomy())

@@ -15,7 +15,7 @@ from structlin import Compression, collect_statistics, compress_model, plan_comp
 from structlin.compress import fit_layers, pipeline, speed
 from structlin.compress.data import Data
 from structlin.compress.processes import dealt, follow, gathered, ranks, shared, spread, together
-from structlin.compress.report import Quality
+from structlin.compress.quality import Quality
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="gloo by TCP is tried on POSIX only")
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}

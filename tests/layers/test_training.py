@@ -1,0 +1,135 @@
+"""Learning rates by factor and the dense guide."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_layer import MAKERS
+from torch import nn
+
+from structlin import LowRankLinear, guided, param_groups
+from structlin.testing import assert_close
+
+
+def rates(model: nn.Module, **options: object) -> dict[str, float]:
+    """The learning rate of each parameter by its name."""
+    by_id = {id(p): group["lr"] for group in param_groups(model, 1e-3, **options) for p in group["params"]}
+    return {name: by_id[id(p)] for name, p in model.named_parameters() if id(p) in by_id}
+
+
+def step_of(model: nn.Linear, direction: torch.Tensor, groups: list[dict]) -> float:
+    """The change of the dense matrix in one step of Adam along a direction, as a share of its spectral norm."""
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.Adam(groups)
+    (model.weight * direction).sum().backward()
+    optimizer.step()
+    return torch.linalg.matrix_norm(model.weight.detach() - before, 2) / torch.linalg.matrix_norm(before, 2)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_step_moves_the_matrix_as_far_as_a_dense_one(kind):
+    """The law: with the rates, a step along a rank-one direction is as large, in spectral norm, as a dense one's."""
+    torch.manual_seed(0)
+    direction = torch.randn(64, 1) @ torch.randn(1, 48)
+    dense = nn.Linear(48, 64, bias=False)
+    expected = step_of(dense, direction, [{"params": dense.parameters(), "lr": 1e-4}])
+    layer = MAKERS[kind](48, 64, False)
+    found = step_of(layer, direction, param_groups(layer, 1e-4))
+    assert 0.33 < found / expected < 2
+
+
+def test_rates_of_a_low_rank_layer_are_those_of_the_formula():
+    layer = LowRankLinear(256, 64, rank=4)
+    rms = math.sqrt(1 / (3 * 256))
+    rms_f = math.sqrt(rms / math.sqrt(4))  # W = left right: rms = rms_f^2 sqrt(rank)
+    expected = 1e-3 * rms_f / rms * math.sqrt(64 / 4) / 2
+    assert rates(layer) == pytest.approx({"left": expected, "right": expected, "bias": 1e-3})
+
+
+def test_the_width_rule_divides_matrices_only():
+    model = nn.Sequential(nn.Linear(128, 32), LowRankLinear(128, 32, rank=4), nn.LayerNorm(32))
+    plain, narrow = rates(model), rates(model, base_width=32)
+    for name in plain:
+        expected = 1 if "bias" in name or name.startswith("2.") else 1 / 4
+        assert narrow[name] == pytest.approx(plain[name] * expected), name
+
+
+def test_decay_of_a_product_is_that_of_a_dense_weight():
+    layer = LowRankLinear(64, 64, rank=4)
+    groups = param_groups(layer, 1e-2, weight_decay=0.1)
+    before = layer.to_dense().detach().clone()
+    optimizer = torch.optim.AdamW(groups)
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert_close(layer.to_dense(), before * (1 - 1e-3), "product", 1e-6)
+    assert {group["weight_decay"] for group in groups if layer.bias in set(group["params"])} == {0.0}
+
+
+def test_groups_hold_each_parameter_once_and_no_frozen_one():
+    layer = LowRankLinear(16, 16, rank=2)
+    frozen = nn.Linear(4, 4).requires_grad_(False)
+    model = nn.ModuleDict({"one": layer, "again": layer, "frozen": frozen, "free": nn.Linear(4, 4)})
+    held = [id(p) for group in param_groups(model, 1e-3) for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    torch.optim.AdamW(param_groups(model, 1e-3))
+
+
+@pytest.mark.parametrize("options", [{"lr": 0.0}, {"lr": 1e-3, "base_width": 0}])
+def test_rates_and_widths_are_positive(options):
+    with pytest.raises(ValueError, match="must be positive"):
+        param_groups(nn.Linear(2, 2), **options)
+
+
+def test_the_guide_blends_fades_and_leaves():
+    model = nn.Sequential(LowRankLinear(16, 16, rank=2), nn.ReLU(), LowRankLinear(16, 8, rank=2))
+    names = list(model.state_dict())
+    x = torch.randn(5, 16)
+    alone = model(x)
+    guide = guided(model, steps=4)
+    assert_close(model(x), alone, "output", 1e-5)  # the dense weights begin as the structured ones
+    with torch.no_grad():
+        for weight in guide.weights:
+            weight.add_(0.1 * torch.randn_like(weight))
+    guide.step()
+    assert guide.share == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+    hidden = guide.share * F.linear(x, guide.weights[0], model[0].bias) + (1 - guide.share) * reference(model[0], x)
+    assert_close(model[0](x), hidden, "output", 1e-5)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in [*model.parameters(), *guide.parameters()])
+    assert_close(model.eval()(x), alone, "output", 1e-5)
+    assert list(model.state_dict()) == names
+    resumed = guided(model.train(), steps=4)
+    resumed.load_state_dict(guide.state_dict())
+    assert resumed.share == guide.share
+    resumed.remove()
+    for _ in range(3):
+        guide.step()
+    assert_close(model(x), alone, "output", 1e-5)
+
+
+def test_a_stochastic_guide_is_used_as_often_as_its_share():
+    torch.manual_seed(0)
+    layer = LowRankLinear(4, 4, rank=1)
+    guide = guided(layer, steps=2, stochastic=True)
+    with torch.no_grad():
+        guide.weights[0].add_(1)
+    guide.step()  # a share of one half
+    x = torch.ones(1, 4)
+    moved = sum(not torch.allclose(layer(x), reference(layer, x)) for _ in range(400))
+    assert 150 < moved < 250
+
+
+def reference(layer: LowRankLinear, x: torch.Tensor) -> torch.Tensor:
+    """The layer's output without a guide."""
+    return F.linear(x, layer.to_dense(), layer.bias)
+
+
+def test_a_guide_needs_layers_and_steps():
+    with pytest.raises(ValueError, match="no structured linear layer"):
+        guided(nn.Linear(2, 2), steps=1)
+    with pytest.raises(ValueError, match="steps=0"):
+        guided(LowRankLinear(2, 2, rank=1), steps=0)
