@@ -21,7 +21,15 @@ from structlin.layers.conv import StructuredConv
 from structlin.layers.embedding import StructuredEmbedding
 from structlin.layers.freeze import freeze_, unfreeze_
 from structlin.layers.linear import StructuredLinear
+from structlin.layers.patterns import (
+    CirculantLinear,
+    DiagonalLinear,
+    PatternLinear,
+    SparseLinear,
+    ToeplitzLinear,
+)
 from structlin.layers.recurrent import StructuredGRU, StructuredLSTM
+from structlin.layers.toeplitz_like import ToeplitzLikeLinear
 from structlin.layers.training import Guide, guided, param_groups
 from structlin.runtime import kernels
 from structlin.runtime.measure import measure_machine
@@ -60,9 +68,11 @@ __all__ = [
     "CPConv2d",
     "CPLinear",
     "CheckpointError",
+    "CirculantLinear",
     "Compression",
     "CompressionPlan",
     "DenseLinear",
+    "DiagonalLinear",
     "Evaluator",
     "GLTLinear",
     "Guide",
@@ -75,8 +85,10 @@ __all__ = [
     "LowRankLinear",
     "MonarchLinear",
     "PHMLinear",
+    "PatternLinear",
     "Report",
     "ShapeshifterLinear",
+    "SparseLinear",
     "Statistics",
     "StructuredConv",
     "StructuredEmbedding",
@@ -88,6 +100,8 @@ __all__ = [
     "TTConv2d",
     "TTEmbedding",
     "TTLinear",
+    "ToeplitzLikeLinear",
+    "ToeplitzLinear",
     "TuckerConv1d",
     "TuckerConv2d",
     "TuckerLinear",
