@@ -28,8 +28,7 @@ from _results import RESULTS, environment, say, store
 from compress_cnn import read
 from torch import Tensor, nn
 
-from structlin import KMatrix
-from structlin.exact import LearnedPermutation
+from structlin import KMatrix, LearnedPermutation, exact
 
 COLUMNS = {
     "network": ("network", ""), "pixels": ("pixels", ""), "test accuracy": ("accuracy", ".4f"),
@@ -118,7 +117,7 @@ def run(args: argparse.Namespace, training: Data, test: Data) -> list[dict[str, 
         start = time.perf_counter()
         learned = learn(original[:, shuffle], args.steps, args.starts)
         seconds = time.perf_counter() - start
-        hardened = learned.harden().requires_grad_(False)
+        hardened = exact.permutation(learned.order()).requires_grad_(False)
         plain: list[tuple[str, str, nn.Module, bool]] = [
             ("CNN", "original", nn.Identity(), True), ("CNN", "permuted", nn.Identity(), True),
             ("FC", "permuted", nn.Identity(), False), ("learned permutation + CNN", "permuted", hardened, True),

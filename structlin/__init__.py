@@ -18,6 +18,7 @@ from structlin.compress import (
 )
 from structlin.heal import HealOptions, HealReport, distillation_loss, heal
 from structlin.layers.conv import StructuredConv
+from structlin.layers.delight import DeLighTBlock, GroupLinear
 from structlin.layers.embedding import StructuredEmbedding
 from structlin.layers.freeze import freeze_, unfreeze_
 from structlin.layers.linear import StructuredLinear
@@ -28,6 +29,7 @@ from structlin.layers.patterns import (
     SparseLinear,
     ToeplitzLinear,
 )
+from structlin.layers.permutation import LearnedPermutation
 from structlin.layers.recurrent import StructuredGRU, StructuredLSTM
 from structlin.layers.toeplitz_like import ToeplitzLikeLinear
 from structlin.layers.training import Guide, guided, param_groups
@@ -71,10 +73,12 @@ __all__ = [
     "CirculantLinear",
     "Compression",
     "CompressionPlan",
+    "DeLighTBlock",
     "DenseLinear",
     "DiagonalLinear",
     "Evaluator",
     "GLTLinear",
+    "GroupLinear",
     "Guide",
     "HealOptions",
     "HealReport",
@@ -82,6 +86,7 @@ __all__ = [
     "KaleidoscopeLinear",
     "KroneckerChainLinear",
     "KroneckerLinear",
+    "LearnedPermutation",
     "LowRankLinear",
     "MonarchLinear",
     "PHMLinear",

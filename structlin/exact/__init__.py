@@ -1,7 +1,6 @@
 """Well-known linear maps written exactly as layers: transforms, permutations, convolutions as K-matrices."""
 
 from structlin.exact.circuits import circuit
-from structlin.exact.learned import LearnedPermutation
 from structlin.exact.maps import acdc, circulant, convolution, fastfood, low_rank, toeplitz
 from structlin.exact.permutations import permutation
 from structlin.exact.products import orthogonal, square
@@ -9,7 +8,6 @@ from structlin.exact.recover import recover
 from structlin.exact.transforms import dct, dft, dst, hadamard, idft
 
 __all__ = [
-    "LearnedPermutation",
     "acdc",
     "circuit",
     "circulant",

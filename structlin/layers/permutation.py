@@ -5,10 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from structlin.exact.permutations import permutation
-from structlin.exact.transforms import binary
-from structlin.structures.kaleidoscope import KaleidoscopeLinear
-
 
 class LearnedPermutation(nn.Module):
     """Reorder the last axis: a K-matrix of width 1 whose 2 x 2 blocks are [[p, 1 - p], [1 - p, p]], p learned.
@@ -44,9 +40,11 @@ class LearnedPermutation(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if features < 2 or temperature <= 0:
-            raise ValueError(f"features={features}, temperature={temperature}; give 2 or more, and a positive number")
-        depth = len(binary(features))
+        depth = features.bit_length() - 1
+        if features != 2**depth or depth < 1:
+            raise ValueError(f"features={features}; a network of switches needs a power of two from 2")
+        if temperature <= 0:
+            raise ValueError(f"temperature={temperature} is not above 0")
         self.in_features = self.out_features = features
         self.temperature, self.noise = temperature, noise
         self.stages = [*range(depth), *range(depth - 2, -1, -1)]  # the binary digit that each maps
@@ -80,13 +78,9 @@ class LearnedPermutation(nn.Module):
         return self._route(torch.eye(self.in_features).to(self.logits), self._straight()).mT
 
     def order(self) -> Tensor:
-        """Return the hardened permutation: outputs are x[..., order]."""
+        """Return the hardened permutation: outputs are x[..., order]; `exact.permutation` makes a K-matrix of it."""
         places = torch.arange(self.in_features, device=self.logits.device, dtype=torch.float64)
         return self._route(places, (self.logits > 0).double()).long()
-
-    def harden(self) -> KaleidoscopeLinear:
-        """Return the permutation as a K-matrix, which is what `eval` computes."""
-        return permutation(self.order().cpu(), dtype=self.logits.dtype, device=self.logits.device)
 
     def extra_repr(self) -> str:
         """Size and temperature."""
