@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -23,15 +24,16 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Return parameter groups for Adam or AdamW, with a learning rate for each factor that suits its shape.
 
-    A step of Adam moves each entry by about `lr`. A dense weight then moves by lr sqrt(min(in, out)) / rms of its
-    spectral norm. A factor f of N gets the rate that moves the product by one N-th of that share:
+    A step of Adam moves each entry by about `lr`, and so the spectral norm of a dense weight by up to
+    lr sqrt(in out), that of a factor by lr_f sqrt(in_f out_f). Each factor f of N gets the rate at which the product
+    moves by one N-th of what a dense weight does:
 
-        lr_f = lr (rms_f / rms) sqrt(min(in, out) / min(in_f, out_f)) / N
+        lr_f = lr sqrt(in out) / (N sqrt(in_f out_f) prod_{g not f} |g|),    |g| = rms_g sqrt(max(in_g, out_g))
 
-    rms: of the dense matrix's entries at initialisation; rms_f: of the factor's; in_f, out_f: what the factor sums over
-    and what it makes, when the factors are applied to an input one by one. Weight decay is divided by the same ratio,
-    so that the product decays as a dense weight does; vectors (biases, norms) do not decay. All is read from the
-    shapes, so that groups made again for a loaded optimizer state are the same.
+    in_f, out_f: what a factor sums over and what it makes when the factors are applied to an input one by one; |g|: the
+    spectral norm of its orthogonal blocks at initialisation, of entries rms_g. Weight decay is divided by
+    N lr_f / lr, so that the product decays as a dense weight does; vectors (biases, norms) do not decay. All is read
+    from the shapes, so that groups made again for a loaded optimizer state are the same.
 
     Args:
         model: any module; its structured layers are found, all other parameters get `lr`.
@@ -43,13 +45,13 @@ def param_groups(
         Groups of `params`, `lr` and `weight_decay`, without parameters that do not require gradients.
     Raises:
         ValueError: if a rate or width is not positive.
-    Source: Qiu et al. 2024, Compute better spent: replacing dense layers with structured matrices. For their
-        initialisation the formula is theirs, lr (in / in_f) / N; this one holds for any initialisation.
+    Source: Qiu et al. 2024, Compute better spent: replacing dense layers with structured matrices. For factors drawn
+        as there, the formula is theirs, lr (in / in_f) / N; this one holds for any initialisation.
     Example:
         >>> from structlin import LowRankLinear
         >>> groups = param_groups(LowRankLinear(64, 64, rank=4), 1e-3)
         >>> sorted(round(group["lr"], 5) for group in groups)
-        [0.001, 0.00526]
+        [0.001, 0.00132]
     """
     if lr <= 0 or (base_width is not None and base_width < 1):
         raise ValueError(f"lr={lr}, base_width={base_width}; both must be positive")
@@ -75,13 +77,20 @@ def _factor_rates(spec: Spec) -> Iterator[tuple[str, tuple[float, int]]]:
     count = sum(factor.learned for factor in spec.factors)
     std = 1 / math.sqrt(3 * spec.in_features * len(spec.equations))
     for eq in spec.equations:
-        ratio = factor_rms(eq, std) / std
-        for step in applied(eq):
-            factor = eq.factors[step.factor]
+        rms = factor_rms(eq, std)
+        steps = applied(eq)
+        sizes = [(eq.numel(step.summed), eq.numel(step.new)) for step in steps]
+        factors = [eq.factors[step.factor] for step in steps]
+        norms = [
+            math.sqrt(max(size))
+            * (rms if f.constant is None else math.sqrt(statistics.fmean(x * x for x in f.constant)))
+            for f, size in zip(factors, sizes, strict=True)
+        ]
+        for factor, size, norm in zip(factors, sizes, norms, strict=True):
             if factor.learned:
-                smaller = min(eq.numel(step.summed), eq.numel(step.new))
-                rate = ratio * math.sqrt(min(spec.in_features, spec.out_features) / smaller) / count
-                yield factor.name, (rate, count)
+                others = math.prod(norms) / norm
+                dense = math.sqrt(spec.in_features * spec.out_features)
+                yield factor.name, (dense / (count * math.sqrt(math.prod(size)) * others), count)
 
 
 class Guide(nn.Module):
