@@ -234,10 +234,11 @@ class Stream:
         return tuple(Pass(partial(dense, n), partial(drifted, n), keep) for n, keep in enumerate(masks))
 
     def advance(self, passes: Sequence[Pass]) -> None:
-        """Replace the hidden states by what the block of the passes makes of them."""
+        """Replace the hidden states by what the block of the passes makes of them, in the dtype of the model's own."""
         with torch.no_grad():
             for number, each in enumerate(passes):
-                self.dense[number], self.drifted[number] = each.dense(), each.drifted()
+                for shelf, run in ((self.dense, each.dense), (self.drifted, each.drifted)):
+                    shelf[number] = run().to(shelf[number].dtype)  # a streamed block may run in a wider one
 
 
 # Parts ---------------------------------------------------------------------------------------------------------------

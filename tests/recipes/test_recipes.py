@@ -174,3 +174,17 @@ def test_compress_minilm_takes_all_structures_only_on_request(monkeypatch):
     assert few.results != recipe.ROOT / "benchmarks" / "results"  # the stored table stays
     with pytest.raises(SystemExit):
         recipe.parse(["--structures", "everything"])
+
+
+def test_learn_permutation(tmp_path):
+    done = run(
+        "learn_permutation.py", "--seeds", "1", "--steps", "300", "--starts", "1", "--epochs", "4",
+        "--results", tmp_path / "results",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = {(row["network"], row["pixels"]): row for row in stored(tmp_path / "results", "permuted_digits")}
+    assert rows["CNN", "original"]["accuracy"] > rows["CNN", "permuted"]["accuracy"]
+    learned = rows["learned permutation + CNN", "permuted"]
+    assert learned["front"] == 11 * 32
+    assert learned["found"] > 0.056  # of a random order: each pair is one of 112 neighbours among 2,016
+    assert rows["K-matrix + CNN", "permuted"]["front"] < rows["dense + CNN", "permuted"]["front"]
