@@ -79,7 +79,7 @@ def cross(
             right[k + 1] = columns[_volume(v.mT)]
     raise RuntimeError(
         f"the error at {SAMPLES} random places is {error:.2g} after {SWEEPS} sweeps, above tolerance={tolerance:g}, "
-        f"with ranks {train.ranks}; give a larger max_rank={max_rank} or tolerance, or decompose the tensor by TT.from_full"
+        f"with ranks {train.ranks}; give a larger max_rank={max_rank} or tolerance, or use TT.from_full"
     )
 
 
