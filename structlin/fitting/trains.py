@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from structlin.fitting.linalg import leading, working_dtype
 
 _NOISE = 1e-13  # relative to the largest singular value, in float64
+_SMALL = 1 << 13  # entries up to which LAPACK's SVD is faster than an eigenproblem of the Gram matrix
 
 
 def tt_matrix(weight: Tensor, out_modes: Sequence[int], in_modes: Sequence[int]) -> Tensor:
@@ -87,7 +88,7 @@ def tt_round(
     for k in range(len(work) - 1):
         left, rest = truncated(work[k].flatten(0, -2), None if ranks is None else ranks[k], allowed)
         work[k] = left.reshape(*work[k].shape[:-1], left.shape[1])
-        work[k + 1] = torch.tensordot(rest, work[k + 1], 1)
+        work[k + 1] = (rest @ work[k + 1].flatten(1)).reshape(-1, *work[k + 1].shape[1:])
     return work
 
 
@@ -100,6 +101,16 @@ def right_orthogonal(cores: Sequence[Tensor]) -> list[Tensor]:
         work[k] = q.mH.reshape(-1, *work[k].shape[1:])
         work[k - 1] = work[k - 1] @ r.mH
     return work
+
+
+def tt_norm(cores: Sequence[Tensor]) -> Tensor:
+    """Compute the Frobenius norm of a train from triangular factors; nothing is squared."""
+    if any(core.requires_grad for core in cores):
+        return torch.linalg.vector_norm(right_orthogonal(cores)[0])
+    *others, work = [core.to(working_dtype(core)) for core in cores]
+    for core in reversed(others):
+        work = core @ torch.linalg.qr(work.flatten(1).mH, mode="r")[1].mH
+    return torch.linalg.vector_norm(work)
 
 
 def loss_per_cut(tensor: Tensor, tolerance: float, bonds: int) -> float:
@@ -118,9 +129,13 @@ def truncated(matrix: Tensor, rank: int | None, allowed: float) -> tuple[Tensor,
     """
     if matrix.requires_grad:
         return _Truncated.apply(matrix, rank, allowed)
-    left, values, right = leading(matrix)
+    left, values, right = _svd(matrix)
     rank = _least(values, allowed) if rank is None else rank
     return left[:, :rank], right[:rank] * values[:rank, None]
+
+
+def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.linalg.svd(matrix, full_matrices=False) if matrix.numel() <= _SMALL else leading(matrix)
 
 
 def tails(values: Tensor) -> Tensor:
@@ -138,7 +153,7 @@ class _Truncated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, rank: int | None, allowed: float) -> tuple[Tensor, Tensor]:
-        left, values, right = leading(matrix)
+        left, values, right = _svd(matrix)
         ctx.rank = rank = _least(values, allowed) if rank is None else rank
         ctx.save_for_backward(left, values, right)
         return left[:, :rank], right[:rank] * values[:rank, None]

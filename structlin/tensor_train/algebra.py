@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from structlin.fitting.budget import check_ratio
 from structlin.fitting.linalg import leading
-from structlin.fitting.trains import right_orthogonal, tails, tt_round, tt_svd
+from structlin.fitting.trains import tails, tt_norm, tt_round, tt_svd
 
 
 class Train:
@@ -144,7 +144,7 @@ class Train:
 
     def norm(self) -> Tensor:
         """Compute the Frobenius norm; near zero, too, to the digits of the largest core: nothing is squared."""
-        return torch.linalg.vector_norm(right_orthogonal(self._flat())[0]).to(self._flat()[0].real.dtype)
+        return tt_norm(self._flat()).to(self._flat()[0].real.dtype)
 
     def round(self, *, rank: int | Sequence[int] | None = None, tolerance: float = 0.0) -> Self:
         """Return the train of lower ranks next to this one (TT-rounding), computed in double precision.
