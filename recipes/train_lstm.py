@@ -36,8 +36,8 @@ BINS, FRAMES = 128, 8  # of a step
 HIDDEN = 128
 DIGITS: dict[str, Structure | None] = {
     "nn.LSTM": None,
-    "tt": TensorTrain(rank=16, in_modes=(32, 32), out_modes=(16, 32)),
     "tt, three cores": TensorTrain(rank=8, in_modes=(8, 16, 8), out_modes=(8, 8, 8)),
+    "tt, two cores": TensorTrain(rank=16, in_modes=(32, 32), out_modes=(16, 32)),
     "kronecker": Kronecker(terms=8),
     "monarch": Monarch(blocks=16),
     "lowrank": LowRank(rank=16),
@@ -58,8 +58,9 @@ VIDEO_COLUMNS = {
     "forward": ("forward", ".3f"), "forward and backward": ("both", ".3f"),
 }  # fmt: skip
 DIGIT_NOTES = """\
-Spoken digits, {train} recordings for training and {test} for testing, AdamW with `param_groups`, equal epochs; *test accuracy*: mean over
-the seeds, with the lowest and the highest. The maps from the hidden state are dense. *training*: median of a run."""
+Spoken digits, {train} recordings for training and {test} for testing, AdamW with `param_groups`, equal epochs; *test
+accuracy*: mean over the seeds, with the lowest and the highest. The maps from the hidden state are dense. *training*:
+median of a run."""
 VIDEO_NOTES = """\
 Input 57,600, hidden 256, six steps of a batch of 16. *forward*, *forward and backward*: time of a call as a share of
 `nn.LSTM`'s in the same run, medians of alternated calls."""
