@@ -15,8 +15,8 @@ class ToeplitzLikeLinear(nn.Module):
     """Apply a matrix of low displacement rank: the sum of r products of a circulant and a skew-circulant matrix.
 
     W = sum_k C(left_k) S(right_k), C(a)[o, i] = a[(o - i) mod n], S(b) the same with the sign of b turned where it
-    wraps around; all matrices whose displacement Z(1) W - W Z(-1) has rank r or less (Z(f): the cyclic shift with f in the
-    corner) are of this form. Products, inverses and sums of Toeplitz matrices have a small r.
+    wraps around; all matrices whose displacement Z(1) W - W Z(-1) has rank r or less are of this form (Z(f): the cyclic
+    shift with f in the corner). Products, inverses and sums of Toeplitz matrices have a small r.
     Cost: 2 n r parameters and O(r n log n) FLOPs per token.
 
     Args:

@@ -110,7 +110,9 @@ class Guide(nn.Module):
         self.weights = nn.ParameterList(nn.Parameter(layer.to_dense().detach().clone()) for layer in layers)
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
         self._done = 0
-        self._handles = [layer.register_forward_hook(partial(self._blend, k)) for k, layer in enumerate(layers)]
+        self._handles = [
+            layer.register_forward_hook(partial(self._blend, k), with_kwargs=True) for k, layer in enumerate(layers)
+        ]
 
     @property
     def share(self) -> float:
@@ -135,12 +137,14 @@ class Guide(nn.Module):
         if self._done >= self.steps:
             self.remove()
 
-    def _blend(self, k: int, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _blend(
+        self, k: int, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
+    ) -> Tensor:
         share = self.share
         if not layer.training or (self.stochastic and torch.rand(()).item() >= share):
             return output
-        bias: Any = layer.bias
-        return torch.lerp(output, F.linear(inputs[0], self.weights[k], bias), share)
+        (x,), bias = args or tuple(kwargs.values()), layer.bias
+        return torch.lerp(output, F.linear(x, self.weights[k], bias), share)
 
 
 def guided(model: nn.Module, steps: int, *, stochastic: bool = False) -> Guide:

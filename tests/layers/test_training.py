@@ -100,6 +100,7 @@ def test_the_guide_blends_fades_and_leaves():
     assert guide.share == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
     hidden = guide.share * F.linear(x, guide.weights[0], model[0].bias) + (1 - guide.share) * reference(model[0], x)
     assert_close(model[0](x), hidden, "output", 1e-5)
+    assert_close(model[0](x=x), hidden, "by keyword", 1e-5)
     model(x).sum().backward()
     assert all(p.grad is not None for p in [*model.parameters(), *guide.parameters()])
     assert_close(model.eval()(x), alone, "output", 1e-5)
