@@ -143,7 +143,8 @@ class Guide(nn.Module):
         share = self.share
         if not layer.training or (self.stochastic and torch.rand(()).item() >= share):
             return output
-        (x,), bias = args or tuple(kwargs.values()), layer.bias
+        bias: Any = layer.bias
+        (x,) = args or kwargs.values()
         return torch.lerp(output, F.linear(x, self.weights[k], bias), share)
 
 
