@@ -33,12 +33,15 @@ class Train:
 
     def __init__(self, cores: Sequence[Tensor]) -> None:
         self.cores = tuple(cores)
-        bonds = [1, *(core.shape[-1] for core in self.cores)]
-        wrong = not self.cores or any(core.ndim != self.axes + 2 for core in self.cores)
-        if wrong or bonds[-1] != 1 or any(core.shape[0] != r for core, r in zip(self.cores, bonds, strict=False)):
-            shapes = [tuple(core.shape) for core in self.cores]
+        shapes = [core.shape for core in self.cores]
+        bond, fits = 1, bool(shapes)
+        for shape in shapes:
+            fits = fits and len(shape) == self.axes + 2 and shape[0] == bond
+            bond = shape[-1] if shape else 0
+        if not fits or bond != 1:
+            found = [tuple(shape) for shape in shapes]
             raise ValueError(
-                f"cores of shapes {shapes} are no {type(self).__name__}: each has {self.axes + 2} axes, its first as "
+                f"cores of shapes {found} are no {type(self).__name__}: each has {self.axes + 2} axes, its first as "
                 "large as the last of the core before it, and the outer two are 1"
             )
 
@@ -167,10 +170,12 @@ class Train:
 
     def _flat(self) -> list[Tensor]:
         """Return the cores with one mode each: (r_k, n_k, r_k+1)."""
-        return [core.flatten(1, -2) for core in self.cores]
+        return list(self.cores) if self.axes == 1 else [core.flatten(1, -2) for core in self.cores]
 
     def _of(self, cores: Sequence[Tensor]) -> Self:
         """Return a train of the same modes from cores with one mode each."""
+        if self.axes == 1:
+            return type(self)(cores)
         pairs = zip(cores, self.modes, strict=True)
         return type(self)([core.reshape(core.shape[0], *size, core.shape[-1]) for core, size in pairs])
 
