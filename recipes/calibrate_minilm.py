@@ -37,6 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "SVD": {"structure": "lowrank", "calibration": None},
     "whitened SVD": PLAIN | {"structure": "lowrank"},
     "auto, plain": PLAIN | {"structure": "auto"},
+    **{f"{name}, plain": PLAIN | {"structure": name} for name in ("cp", "tucker", "glt", "kronchain")},
     "low rank": {"structure": "lowrank"},
     "auto": {"structure": "auto"},
 }
@@ -61,7 +62,9 @@ calibration included. Of the calibration batches a tenth is held back."""
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id or local path (default: all-MiniLM-L6-v2 from its PyPI package)")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=["SVD", "whitened SVD", "auto, plain", "low rank", "auto"]
+    )
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.75, 0.5, 0.48, 0.25])
     parser.add_argument("--sentences", type=int, default=300, help="for calibration; as many others are measured on")
     parser.add_argument("--pairs", type=Path, help="STS-B file whose sentences to calibrate on, in place of docstrings")
