@@ -13,7 +13,7 @@ rates + guide: and `structlin.guided` (stochastic) over the first 40 % of the st
     layers together cost the same FLOPs.
 rates + normalised: and factors W g / max(1, rms(W) / rms_0), g learned (Qiu et al. 2024).
 
-Stores results/training.jsonl (every run) and .md (the best rate of each method).
+Stores results/training.jsonl (every run) and .md (the best rate of each method). Rows of other structures are kept.
 """
 
 from __future__ import annotations
@@ -240,16 +240,18 @@ def main(argv: Sequence[str]) -> int:
     )
     valid = valid[: len(valid) // WINDOW * WINDOW].view(-1, WINDOW)
     cells = [(None, "one rate"), *((name, method) for name in args.structures for method in args.methods)]
-    rows: list[dict[str, object]] = []
+    known = args.results / "training.jsonl"
+    lines = known.read_text(encoding="utf-8").splitlines() if known.exists() else []
+    fresh = {"dense" if structure is None else structure for structure, _ in cells}
+    rows: list[dict[str, object]] = [row for row in map(json.loads, lines) if row["structure"] not in fresh]
     for structure, method in cells:
         for lr in args.rates:
             for seed in range(args.seeds):
-                rows.append(run(structure, method, lr, seed, args.steps, train, valid))
-                say(json.dumps(rows[-1]))
+                rows.append({**run(structure, method, lr, seed, args.steps, train, valid), **about})
+                say(json.dumps({key: value for key, value in rows[-1].items() if key not in about}))
         notes = NOTES.format(rates=", ".join(f"{lr:g}" for lr in args.rates))
         store(args.results, "training", "Training from scratch", notes, about, best(rows), COLUMNS)
-        lines = "".join(json.dumps({**row, **about}) + "\n" for row in rows)
-        (args.results / "training.jsonl").write_text(lines, encoding="utf-8")
+        known.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")  # each with its own command
     return 0
 
 
