@@ -6,7 +6,7 @@ A train of tensors is a product of cores (r_k, ..., r_k+1) with r_0 = r_d = 1; t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from structlin.fitting.linalg import leading, working_dtype
+
+Svd = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 _NOISE = 1e-13  # relative to the largest singular value, in float64
 _SMALL = 1 << 13  # entries up to which LAPACK's SVD is faster than an eigenproblem of the Gram matrix
@@ -86,7 +88,7 @@ def tt_round(
     work = right_orthogonal(cores)
     allowed = loss_per_cut(work[0], tolerance, len(work) - 1)  # the other cores are orthogonal: work[0] has the norm
     for k in range(len(work) - 1):
-        left, rest = truncated(work[k].flatten(0, -2), None if ranks is None else ranks[k], allowed)
+        left, rest = truncated(work[k].flatten(0, -2), None if ranks is None else ranks[k], allowed, _svd)
         work[k] = left.reshape(*work[k].shape[:-1], left.shape[1])
         work[k + 1] = (rest @ work[k + 1].flatten(1)).reshape(-1, *work[k + 1].shape[1:])
     return work
@@ -120,7 +122,7 @@ def loss_per_cut(tensor: Tensor, tolerance: float, bonds: int) -> float:
     return tolerance * torch.linalg.vector_norm(tensor.detach()).item() / math.sqrt(max(bonds, 1))
 
 
-def truncated(matrix: Tensor, rank: int | None, allowed: float) -> tuple[Tensor, Tensor]:
+def truncated(matrix: Tensor, rank: int | None, allowed: float, svd: Svd = leading) -> tuple[Tensor, Tensor]:
     """Return orthonormal left vectors (m, rank) and the rest (rank, n); None: the least rank that loses `allowed`.
 
     The derivatives are those of functions of the product left @ rest, as everything that is computed from a train is.
@@ -128,13 +130,14 @@ def truncated(matrix: Tensor, rank: int | None, allowed: float) -> tuple[Tensor,
     between any two.
     """
     if matrix.requires_grad:
-        return _Truncated.apply(matrix, rank, allowed)
-    left, values, right = _svd(matrix)
+        return _Truncated.apply(matrix, rank, allowed, svd)
+    left, values, right = svd(matrix)
     rank = _least(values, allowed) if rank is None else rank
     return left[:, :rank], right[:rank] * values[:rank, None]
 
 
 def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Decompose a core, which is small in most trains."""
     return torch.linalg.svd(matrix, full_matrices=False) if matrix.numel() <= _SMALL else leading(matrix)
 
 
@@ -152,15 +155,15 @@ class _Truncated(torch.autograd.Function):
     """M = U S V^H + U' S' V'^H -> U, U^H M, differentiated in the gauge U^H dU = 0."""
 
     @staticmethod
-    def forward(ctx: Any, matrix: Tensor, rank: int | None, allowed: float) -> tuple[Tensor, Tensor]:
-        left, values, right = _svd(matrix)
+    def forward(ctx: Any, matrix: Tensor, rank: int | None, allowed: float, svd: Svd) -> tuple[Tensor, Tensor]:
+        left, values, right = svd(matrix)
         ctx.rank = rank = _least(values, allowed) if rank is None else rank
         ctx.save_for_backward(left, values, right)
         return left[:, :rank], right[:rank] * values[:rank, None]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, left_grad: Tensor, rest_grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, left_grad: Tensor, rest_grad: Tensor) -> tuple[Tensor, None, None, None]:
         (left, values, right), rank = ctx.saved_tensors, ctx.rank
         kept, lost = left[:, :rank], left[:, rank:]
         s, t = values[:rank], values[rank:]
@@ -172,7 +175,7 @@ class _Truncated(torch.autograd.Function):
         noise = _NOISE * values[0]  # values below it are zero but for rounding, and have no directions
         weighed = inside * _inverse(s.square() - t.square()[:, None], noise**2)
         grad = kept @ rest_grad + kept @ (weighed.mH @ tail)
-        return grad + (lost @ (weighed * s) + outside * _inverse(s, noise)) @ right[:rank], None, None
+        return grad + (lost @ (weighed * s) + outside * _inverse(s, noise)) @ right[:rank], None, None, None
 
 
 class _Orthogonal(torch.autograd.Function):
