@@ -32,7 +32,7 @@ from structlin.layers.patterns import (
 from structlin.layers.permutation import LearnedPermutation
 from structlin.layers.recurrent import StructuredGRU, StructuredLSTM
 from structlin.layers.toeplitz_like import ToeplitzLikeLinear
-from structlin.layers.training import Guide, guided, param_groups
+from structlin.layers.training import param_groups
 from structlin.runtime import kernels
 from structlin.runtime.measure import measure_machine
 from structlin.structures import (
@@ -79,7 +79,6 @@ __all__ = [
     "Evaluator",
     "GLTLinear",
     "GroupLinear",
-    "Guide",
     "HealOptions",
     "HealReport",
     "KMatrix",
@@ -115,7 +114,6 @@ __all__ = [
     "distillation_loss",
     "exact",
     "freeze_",
-    "guided",
     "heal",
     "kernels",
     "load",

@@ -1,22 +1,18 @@
-"""Training from scratch: learning rates for factors, derived from the equation, and a dense guide that fades."""
+"""Training from scratch: learning rates for factors, derived from the equation."""
 
 from __future__ import annotations
 
 import math
 import statistics
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from structlin.equation.geometry import applied
 from structlin.equation.spec import Spec
 from structlin.layers.factored import Factored
 from structlin.layers.init import factor_rms
-from structlin.layers.linear import StructuredLinear
 
 
 def param_groups(
@@ -91,88 +87,3 @@ def _factor_rates(spec: Spec) -> Iterator[tuple[str, tuple[float, int]]]:
                 others = math.prod(norms) / norm
                 dense = math.sqrt(spec.in_features * spec.out_features)
                 yield factor.name, (dense / (count * math.sqrt(math.prod(size)) * others), count)
-
-
-class Guide(nn.Module):
-    """Dense weights that guide structured layers at the start of training, and fade: see `guided`."""
-
-    position: Tensor
-
-    def __init__(self, model: nn.Module, steps: int, *, stochastic: bool = False) -> None:
-        super().__init__()
-        if steps < 1:
-            raise ValueError(f"steps={steps}; give the number of optimizer steps over which the guide fades, from 1")
-        layers = [module for module in model.modules() if isinstance(module, StructuredLinear)]
-        if not layers:
-            raise ValueError(f"{type(model).__name__} holds no structured linear layer to guide")
-        self.steps = steps
-        self.stochastic = stochastic
-        self.weights = nn.ParameterList(nn.Parameter(layer.to_dense().detach().clone()) for layer in layers)
-        self.register_buffer("position", torch.zeros((), dtype=torch.int64))
-        self._done = 0
-        self._handles = [
-            layer.register_forward_hook(partial(self._blend, k), with_kwargs=True) for k, layer in enumerate(layers)
-        ]
-
-    @property
-    def share(self) -> float:
-        """The share of the dense weights in the outputs: a half cosine from 1 to 0."""
-        return 0.5 * (1 + math.cos(math.pi * min(self._done / self.steps, 1)))
-
-    def step(self) -> None:
-        """Count a step of the optimizer; after the last, layers are as if they had never been guided."""
-        self._done += 1
-        self.position.fill_(self._done)
-        if self._done >= self.steps:
-            self.remove()
-
-    def remove(self) -> None:
-        """Take the guide off the layers."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
-        super()._load_from_state_dict(*args, **options)
-        self._done = int(self.position)
-        if self._done >= self.steps:
-            self.remove()
-
-    def _blend(
-        self, k: int, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
-    ) -> Tensor:
-        share = self.share
-        if not layer.training or (self.stochastic and torch.rand(()).item() >= share):
-            return output
-        bias: Any = layer.bias
-        (x,) = args or kwargs.values()
-        return torch.lerp(output, F.linear(x, self.weights[k], bias), share)
-
-
-def guided(model: nn.Module, steps: int, *, stochastic: bool = False) -> Guide:
-    """Guide the structured layers of a model by dense weights that fade: out = c W x + (1 - c) structured(x).
-
-    c falls from 1 to 0 over `steps` steps along a half cosine; the dense weights begin as the structured ones. Only
-    forward passes in training mode are guided. Model and state_dict stay as they are: the dense weights belong to the
-    guide, and are trained by giving its parameters to the optimizer.
-
-    Args:
-        model: a structured layer, or a model that holds some.
-        steps: optimizer steps until the guide is gone; the source takes half of all steps.
-        stochastic: use the dense weight in a forward pass with probability c only, which saves half of its cost.
-    Returns:
-        The guide, a module: its `step()` follows `optimizer.step()`; its `state_dict` resumes it.
-    Raises:
-        ValueError: if steps is below 1 or the model holds no structured layer.
-    Source: Wei et al. 2024, Building on efficient foundations: effective training of LLMs with structured feedforward
-        layers (self-guided training).
-    Example:
-        >>> from structlin import LowRankLinear
-        >>> layer = LowRankLinear(64, 64, rank=4)
-        >>> guide = guided(layer, steps=100)
-        >>> optimizer = torch.optim.AdamW([*layer.parameters(), *guide.parameters()])
-        >>> layer(torch.randn(2, 64)).sum().backward()
-        >>> optimizer.step(); guide.step()
-        >>> round(guide.share, 4)
-        0.9998
-    """
-    return Guide(model, steps, stochastic=stochastic)

@@ -1,4 +1,4 @@
-"""Learning rates by factor and the dense guide."""
+"""Learning rates by factor."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from test_layer import MAKERS
 from torch import nn
 
-from structlin import LowRankLinear, guided, param_groups
+from structlin import LowRankLinear, param_groups
 from structlin.testing import assert_close
 
 
@@ -84,55 +83,3 @@ def test_groups_hold_each_parameter_once_and_no_frozen_one():
 def test_rates_and_widths_are_positive(options):
     with pytest.raises(ValueError, match="must be positive"):
         param_groups(nn.Linear(2, 2), **options)
-
-
-def test_the_guide_blends_fades_and_leaves():
-    model = nn.Sequential(LowRankLinear(16, 16, rank=2), nn.ReLU(), LowRankLinear(16, 8, rank=2))
-    names = list(model.state_dict())
-    x = torch.randn(5, 16)
-    alone = model(x)
-    guide = guided(model, steps=4)
-    assert_close(model(x), alone, "output", 1e-5)  # the dense weights begin as the structured ones
-    with torch.no_grad():
-        for weight in guide.weights:
-            weight.add_(0.1 * torch.randn_like(weight))
-    guide.step()
-    assert guide.share == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
-    hidden = guide.share * F.linear(x, guide.weights[0], model[0].bias) + (1 - guide.share) * reference(model[0], x)
-    assert_close(model[0](x), hidden, "output", 1e-5)
-    assert_close(model[0](x=x), hidden, "by keyword", 1e-5)
-    model(x).sum().backward()
-    assert all(p.grad is not None for p in [*model.parameters(), *guide.parameters()])
-    assert_close(model.eval()(x), alone, "output", 1e-5)
-    assert list(model.state_dict()) == names
-    resumed = guided(model.train(), steps=4)
-    resumed.load_state_dict(guide.state_dict())
-    assert resumed.share == guide.share
-    resumed.remove()
-    for _ in range(3):
-        guide.step()
-    assert_close(model(x), alone, "output", 1e-5)
-
-
-def test_a_stochastic_guide_is_used_as_often_as_its_share():
-    torch.manual_seed(0)
-    layer = LowRankLinear(4, 4, rank=1)
-    guide = guided(layer, steps=2, stochastic=True)
-    with torch.no_grad():
-        guide.weights[0].add_(1)
-    guide.step()  # a share of one half
-    x = torch.ones(1, 4)
-    moved = sum(not torch.allclose(layer(x), reference(layer, x)) for _ in range(400))
-    assert 150 < moved < 250
-
-
-def reference(layer: LowRankLinear, x: torch.Tensor) -> torch.Tensor:
-    """The layer's output without a guide."""
-    return F.linear(x, layer.to_dense(), layer.bias)
-
-
-def test_a_guide_needs_layers_and_steps():
-    with pytest.raises(ValueError, match="no structured linear layer"):
-        guided(nn.Linear(2, 2), steps=1)
-    with pytest.raises(ValueError, match="steps=0"):
-        guided(LowRankLinear(2, 2, rank=1), steps=0)
