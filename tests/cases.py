@@ -6,7 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pytest
+
 from structlin.equation.structure import Structure
+from structlin.runtime import kernels
+from structlin.runtime.kernels import native
 from structlin.structures import (
     CP,
     GLT,
@@ -130,3 +134,14 @@ SMALL = [
 CLOSED = [member for member, in_features, _ in SMALL if in_features == 12 and not member.refine_steps]
 # One member per structure, sizes open.
 ONE = {name: (case.small or case.fixed or tuple(make(2) for make in case.families))[-1] for name, case in CASES.items()}
+
+
+def switch_on(monkeypatch):
+    """Build the kernel (once) and switch it on; a machine without a compiler has nothing to test here."""
+    monkeypatch.setenv(native.SWITCH, "")
+    monkeypatch.setattr(native._State, "usable", None)
+    try:
+        kernels.build()
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+    assert kernels.available()

@@ -40,9 +40,9 @@ class Attack:
             yield number
             self.done += 1
 
-    def count(self, outcome: str) -> None:
-        """Count one outcome; those that must not be are failures, not counts."""
-        self.counts[outcome] += 1
+    def count(self, outcome: str, number: int = 1) -> None:
+        """Count an outcome; those that must not be are failures, not counts."""
+        self.counts[outcome] += number
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

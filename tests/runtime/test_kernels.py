@@ -14,13 +14,13 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES
+from cases import CASES, switch_on
 from torch.func import functional_call, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from structlin.fitting.fit import fit
 from structlin.layers.linear import build
-from structlin.runtime import kernels, planner
+from structlin.runtime import planner
 from structlin.runtime.contract import forward
 from structlin.runtime.eager import suits
 from structlin.runtime.kernels import native
@@ -34,17 +34,6 @@ from structlin.testing import assert_close
 SIZES = [(16, 20), (33, 48), (64, 64), (17, 5), (1, 7), (96, 130)]
 ROUNDED = 2.0**-8  # bfloat16 has 8 bits: one rounding, at the very end, changes a number by up to 2^-8 of it
 AGAIN = 5e-4  # rounded alike: the few numbers that float32 puts on two sides of a tie differ
-
-
-def switch_on(monkeypatch):
-    """Build the kernel (once) and switch it on; a machine without a compiler has nothing to test here."""
-    monkeypatch.setenv(native.SWITCH, "")
-    monkeypatch.setattr(native._State, "usable", None)
-    try:
-        kernels.build()
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
-    assert kernels.available()
 
 
 @pytest.fixture(autouse=True)

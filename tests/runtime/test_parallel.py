@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from test_kernels import switch_on
+from cases import switch_on
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
