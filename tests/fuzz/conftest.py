@@ -2,7 +2,7 @@
 
 The seed is 0 by default and drawn at full length; each failure prints it with its round. STRUCTLIN_FUZZ=seed or
 STRUCTLIN_FUZZ=seed:round repeats a run or one round of it. STRUCTLIN_FUZZ_LOG names a file that gets one JSON line
-per attack: name, seed, rounds, seconds, and how often each outcome was counted.
+per attack that passed: name, seed, rounds, seconds, and how often each outcome was counted.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
+
+PASSED = pytest.StashKey[bool]()
 
 
 @dataclass
@@ -51,6 +53,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("fuzz")
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when == "call":
+        item.stash[PASSED] = report.passed
+    return report
+
+
 @pytest.fixture
 def attack(request: pytest.FixtureRequest) -> Iterator[Attack]:
     long = "fuzz" in request.config.option.markexpr
@@ -59,7 +69,8 @@ def attack(request: pytest.FixtureRequest) -> Iterator[Attack]:
     ).partition(":")
     made, start = Attack(int(seed), int(only) if only else None, long), time.perf_counter()
     yield made
-    if log := os.environ.get("STRUCTLIN_FUZZ_LOG"):
+    log = os.environ.get("STRUCTLIN_FUZZ_LOG")
+    if log and request.node.stash[PASSED]:
         line = {"attack": request.node.name, "seed": made.seed, "rounds": made.done, "counts": made.counts}
         with Path(log).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line | {"seconds": round(time.perf_counter() - start, 1)}) + "\n")

@@ -140,7 +140,8 @@ def tied(size, made):
 
 def model_of(random):
     size = random.choice((8, 12, 16, 30))
-    body = tree(random, size, 2, [])
+    made = []
+    body = nn.Sequential(tree(random, size, 2, made), nn.Linear(size, size), tree(random, size, 1, made))
     model = Language(size, body, random.random() < 0.5, random.random() < 0.5) if random.random() < 0.3 else body
     x = torch.randint(19, (TOKENS,)) if model is not body else torch.randn(TOKENS, size)
     for parameter in model.parameters():
@@ -214,7 +215,7 @@ def try_with_a_failure(model, structure, settings, attack, monkeypatch):
     "ignore:fitted without the metric",  # a tree may hold no map at all
 )
 def test_trees_of_modules(attack, monkeypatch, tmp_path):
-    for _ in attack.rounds(12, 1000):
+    for _ in attack.rounds(6, 1000):
         model, x = model_of(attack.random)
         skeleton = copy.deepcopy(model)
         structure, settings = attack.random.choice(STRUCTURES), settings_of(attack.random, x)
