@@ -32,6 +32,7 @@ WINGS = {
     "compress": 8,
     "integrations": 9,
     "hf": 9,
+    "peft": 9,
     "cli": 10,
     "": 10,
 }

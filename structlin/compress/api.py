@@ -128,10 +128,11 @@ def plan_compression(
 
 
 def check_model(model: object) -> None:
-    """Refuse what is not a module.
+    """Refuse what is not a module, and models with adapters of peft, which would be compressed as layers.
 
     Raises:
         TypeError: saying what to pass.
+        ValueError: naming the first adapter.
     """
     if isinstance(model, str):
         raise TypeError(
@@ -140,3 +141,9 @@ def check_model(model: object) -> None:
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model is a {type(model).__name__}; pass a torch.nn.Module")
+    for name, module in model.named_modules():
+        if any(cls.__module__.startswith("peft.tuners") for cls in type(module).__mro__):
+            raise ValueError(
+                f"module {name!r} holds adapters of peft; call merge_and_unload() first, or unload() to drop them, and "
+                "add adapters to the compressed model"
+            )

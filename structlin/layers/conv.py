@@ -220,7 +220,7 @@ def check_conv(conv: nn.Module) -> None:
 
 def _is_watched(linear: nn.Module) -> bool:
     """Whether hooks or a replaced forward wait for the calls of a layer."""
-    return bool(linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))
+    return bool(linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__)
 
 
 def _axes(dims: int) -> str:

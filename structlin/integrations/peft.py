@@ -1,0 +1,219 @@
+"""LoRA, DoRA and IA3 of peft on structured layers; importing this module makes peft's own calls know them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.ia3 import IA3Model
+from peft.tuners.ia3 import layer as ia3
+from peft.tuners.lora import LoraModel
+from peft.tuners.lora import layer as lora
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from structlin.layers.embedding import StructuredEmbedding
+from structlin.layers.linear import StructuredLinear
+from structlin.structures.arithmetic import add_low_rank, scaled
+
+ALL_LINEAR = "all-linear"
+
+
+class Merging(nn.Module, BaseTunerLayer):
+    """Merge adapters into a new structured layer, and put the old one back at `unmerge` (abstract)."""
+
+    base_layer: nn.Module
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters into the base layer, which becomes another structured layer with exactly the sum.
+
+        Args:
+            safe_merge: refuse factors that are not finite.
+            adapter_names: None for the active ones.
+        Raises:
+            ValueError: if the structure cannot hold the sum, or factors are not finite under `safe_merge`.
+        """
+        if not isinstance(self.base_layer, StructuredLinear):  # `to_dense_` has merged it
+            return super().merge(safe_merge, adapter_names)
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self._adapters():
+                continue
+            if name in getattr(self, "lora_variant", ()) and self.merged_adapters:
+                raise ValueError(f"adapter {name!r} is DoRA of the layer before {self.merged_adapters}; merge it alone")
+            merged = self._merged(self.base_layer, name)
+            if safe_merge and not all(parameter.isfinite().all() for parameter in merged.parameters()):
+                raise ValueError(f"adapter {name!r} makes the merged factors infinite or NaN; it seems to be broken")
+            self.__dict__.setdefault("_before", []).append(self.base_layer)
+            self.base_layer = merged
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Put back the layer from before `merge`."""
+        before = self.__dict__.get("_before")
+        if not before:
+            return super().unmerge()
+        factor = self.base_layer.factors[0]  # type: ignore[index]
+        self.base_layer = before[0].to(factor.device, factor.dtype)
+        before.clear()
+        self.merged_adapters.clear()
+
+    def _adapters(self) -> Any:
+        """Return the adapters by name."""
+        raise NotImplementedError
+
+    def _merged(self, base: StructuredLinear, name: str) -> StructuredLinear:
+        """Return the base layer with an adapter in it."""
+        raise NotImplementedError
+
+
+class StructuredLoraLinear(Merging, lora.Linear):
+    """LoRA on a structured layer: y = base(x) + scaling B A x; with DoRA the rows are scaled to learned norms.
+
+    Merged, low rank keeps its form with more columns; other structures become a sum with a low-rank part. DoRA needs a
+    structure whose rows can be scaled, such as low rank, K-matrices, Monarch or BLAST.
+    """
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        return module.in_features, module.out_features  # type: ignore[return-value]
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], Any]:
+        """The variants of LoRA that are exact here."""
+        return {(): None, ("use_dora",): DoraLinearVariant}
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
+        """Add an adapter.
+
+        Raises:
+            ValueError: if it is DoRA and the structure's rows cannot be scaled, or another variant of LoRA.
+        """
+        base = self.get_base_layer()
+        if config.use_dora and isinstance(base, StructuredLinear):
+            scaled(base, rows=torch.ones(base.out_features))
+        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
+
+    def _adapters(self) -> Any:
+        return self.lora_A
+
+    def _merged(self, base: StructuredLinear, name: str) -> StructuredLinear:
+        lora_a: Any = self.lora_A[name]
+        lora_b: Any = self.lora_B[name]
+        right, left = lora_a.weight, lora_b.weight * self.scaling[name]
+        merged = add_low_rank(base, left, right)
+        if self.lora_bias[name]:
+            if merged.bias is None:
+                raise ValueError(f"adapter {name!r} has a bias, and the layer has none to merge it into")
+            merged.bias.data += lora_b.bias * self.scaling[name]
+        if name in self.lora_variant:
+            magnitude: Any = self.lora_magnitude_vector[name]
+            norms = magnitude.get_weight_norm(base.to_dense(), left @ right, scaling=1)
+            bias = merged.bias
+            merged = scaled(merged, rows=(magnitude.weight / norms).detach())
+            if bias is not None:
+                merged.bias = bias  # DoRA scales the weight alone
+        return merged
+
+
+class StructuredIA3Linear(Merging, ia3.Linear):
+    """IA3 on a structured layer: its outputs (or, in feed-forward layers, its inputs) times a learned vector.
+
+    It merges where the structure's rows (columns) can be scaled, such as low rank, K-matrices, Monarch or BLAST.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: Any, is_feedforward: bool = False, **_: Any
+    ) -> None:
+        nn.Module.__init__(self)
+        # As in IA3Layer.__init__, which refuses types that it does not know.
+        self.base_layer = base_layer
+        self.ia3_l = nn.ParameterDict()
+        self._disable_adapters, self.merged_adapters = False, []
+        self.is_feedforward, self.fan_in_fan_out, self.is_target_conv_1d_layer = is_feedforward, False, False
+        base: Any = self.get_base_layer()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config=config)
+
+    def _adapters(self) -> Any:
+        return self.ia3_l
+
+    def _merged(self, base: StructuredLinear, name: str) -> StructuredLinear:
+        scale: Tensor = self.ia3_l[name].flatten()
+        return scaled(base, columns=scale) if self.is_feedforward else scaled(base, rows=scale)
+
+
+def _structured(module: nn.Module) -> bool:
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return isinstance(base, StructuredLinear)
+
+
+def linear_names(model: nn.Module) -> set[str]:
+    """Name what "all-linear" means: dense and structured layers, without the output layer and tables of embeddings."""
+    modules = dict(model.named_modules())
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    tables = {module.linear for module in modules.values() if isinstance(module, StructuredEmbedding)}
+    wrappers = [f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer)]
+    return {
+        name
+        for name, module in modules.items()
+        if (isinstance(module, nn.Linear | Conv1D) or _structured(module))
+        and module is not output
+        and module not in tables
+        and not name.startswith(tuple(wrappers))
+    }
+
+
+class Knowing(BaseTuner):
+    """A tuner of peft that knows structured layers (abstract)."""
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter; "all-linear" means structured layers too.
+
+        Raises:
+            ValueError: if `target_parameters` names a factor: an adapter of one factor is none of the weight.
+        """
+        config: Any = self.peft_config[adapter_name]
+        for name, module in model.named_modules():
+            factors = [f"{name}.{factor}" for factor, _ in module.named_parameters()] if _structured(module) else []
+            for target in getattr(config, "target_parameters", None) or ():
+                if any(factor == target or factor.endswith(f".{target}") for factor in factors):
+                    raise ValueError(f"target_parameters={target!r} is a factor of {name!r}; name it in target_modules")
+        if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
+            config.target_modules = linear_names(model)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+
+class StructuredLoraModel(Knowing, LoraModel):
+    """LoraModel of peft, which knows structured layers."""
+
+    @staticmethod
+    def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        if _structured(target):
+            return StructuredLoraLinear(target, adapter_name, config=lora_config, **kwargs)
+        made: nn.Module = LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+        return made
+
+
+class StructuredIA3Model(Knowing, IA3Model):
+    """IA3Model of peft, which knows structured layers."""
+
+    @staticmethod
+    def _create_new_module(ia3_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        if _structured(target):
+            return StructuredIA3Linear(target, adapter_name, config=ia3_config, **kwargs)
+        made: nn.Module = IA3Model._create_new_module(ia3_config, adapter_name, target, **kwargs)
+        return made
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, StructuredLinear):  # unloaded: peft would assign a weight to it
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+
+PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] = StructuredLoraModel
+PEFT_TYPE_TO_TUNER_MAPPING[PeftType.IA3] = StructuredIA3Model
