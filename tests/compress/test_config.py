@@ -132,7 +132,7 @@ def test_functions_do_not_go_through_json():
     ("change", "error", "message"),
     [
         ({"version": 9}, ValueError, "settings of version 9; this structlin reads version 1"),
-        ({"ration": 0.5}, TypeError, "a stored Compression has no setting 'ration'; did you mean 'ratio'"),
+        ({"ration": 0.5}, ValueError, "a stored Compression has no setting 'ration'; did you mean 'ratio'"),
         ({"ratio": 7}, ValueError, "ratio=7 is outside"),
     ],
 )
