@@ -66,7 +66,7 @@ def parse(text: bytes) -> Any:
     except RecursionError as error:  # far deeper than check_depth allows
         raise ValueError(f"nested deeper than {DEPTH} levels") from error
     except ValueError as error:
-        raise ValueError(f"not valid JSON: {error}") from error
+        raise ValueError(shortened(f"not valid JSON: {error}")) from error
     check_depth(value)
     return value
 
