@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import secrets
 import shutil
 import stat
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from structlin.checkpoint import bounded
 
 MANIFEST = "structlin.json"
 INDEX = "model.safetensors.index.json"
@@ -21,12 +21,12 @@ OWN = re.compile(f"{re.escape(MANIFEST)}|{re.escape(INDEX)}|{SHARD.pattern}")
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
 
-JSON_BYTES = 64 * 2**20
-JSON_DEPTH = 32
-
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be written, is damaged, or does not fit the model; nothing was changed."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(bounded.shortened(message))
 
 
 @contextmanager
@@ -53,36 +53,14 @@ def plain_file(directory: Path, name: str) -> Path:
 
 
 def read_json(directory: Path, name: str) -> Any:
-    """Read a JSON file of bounded size and depth, without duplicate keys, NaN or infinities."""
+    """Read a JSON file within the bounds of `bounded.parse`."""
     path = plain_file(directory, name)
-    if (size := path.stat().st_size) > JSON_BYTES:
-        raise CheckpointError(f"{path}: {size} B; expected at most {JSON_BYTES} B")
+    if (size := path.stat().st_size) > bounded.BYTES:
+        raise CheckpointError(f"{path}: {size} B; expected at most {bounded.BYTES} B")
     try:
-        value = json.loads(path.read_bytes().decode(), object_pairs_hook=_distinct, parse_constant=_no_constant)
-        _check_depth(value, JSON_DEPTH)
-    except RecursionError as error:  # raised by _check_depth, or by the parser if the text is nested far deeper
-        raise CheckpointError(f"{path}: nested deeper than {JSON_DEPTH} levels") from error
+        return bounded.parse(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from error
-    return value
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError(f"duplicate key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r}")
-    return found
-
-
-def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not JSON")
-
-
-def _check_depth(value: Any, depth: int) -> None:
-    if depth < 0:
-        raise RecursionError
-    for child in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-        _check_depth(child, depth - 1)
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def readable(directory: Path) -> Path:

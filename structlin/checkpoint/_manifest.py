@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any
 
 import torch
 
+from structlin.checkpoint import bounded
 from structlin.checkpoint._directory import MANIFEST, CheckpointError, explaining, read_json
-from structlin.checkpoint.tensors import LARGEST_AXIS, MOST_AXES, Stored, read_headers
+from structlin.checkpoint.tensors import MOST_TENSORS, Stored, read_headers
 from structlin.equation.structure import Structure, hyperparameters, registered
 
 FORMAT_VERSION = 1
@@ -30,10 +32,8 @@ LAYER_DTYPES = {
     )
 }  # fmt: skip
 
-# A small file must not ask for much work. Hyperparameters are at most SMALL or the largest stored axis. Planning takes
-# seconds for a chain of MOST_FACTORS, and grows with a high power of the length.
+# A small file must not ask for much work: hyperparameters are at most SMALL or the largest stored axis.
 SMALL = 1024
-MOST_FACTORS = 128
 # A tensor that stands for a weight that a layer replaced: transformers finds it to be of the wrong shape.
 MOST_IN_SENTINEL = 2
 
@@ -136,12 +136,16 @@ def read(directory: Path) -> Checkpoint:
     for name in document["sentinels"]:
         if (sentinel := tensors.pop(name, None)) is None or math.prod(sentinel.shape) > MOST_IN_SENTINEL:
             raise CheckpointError(f"{where}: sentinel {name!r}: expected a stored tensor of a number or two")
-    limit = max((size for stored in tensors.values() for size in stored.shape), default=1)
+    check_names(document["layers"], document["shared_layers"], tensors, document["aliases"])
     same = {key: document[key] for key in ("shared_layers", "aliases", "shards", "metadata", "structlin_version")}
-    checkpoint = Checkpoint(directory, tensors, decoded_layers(document, limit), **same)
-    check_names(checkpoint)
+    checkpoint = Checkpoint(directory, tensors, decoded_layers(document, largest_axis(tensors)), **same)
     check_tensors(checkpoint)
     return checkpoint
+
+
+def largest_axis(tensors: Mapping[str, Stored]) -> int:
+    """Return the largest axis of the tensors that are not empty: a file has to hold what its numbers ask for."""
+    return max((size for stored in tensors.values() if 0 not in stored.shape for size in stored.shape), default=1)
 
 
 def check_document(document: Any, fields: Mapping[str, type], where: str) -> None:
@@ -159,21 +163,22 @@ def check_document(document: Any, fields: Mapping[str, type], where: str) -> Non
 def decoded_layers(document: Mapping[str, Any], limit: int) -> dict[str, Layer]:
     """Read the layers of a document; their hyperparameters are at most `limit`, or SMALL."""
     limit = max(limit, SMALL)
+    for name in filter(None, document["layers"]):
+        _check_name(name)  # first of all, as it stands in all that is said of the layer
     return {name: _decoded_layer(f"layer {name!r}", entry, limit) for name, entry in document["layers"].items()}
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
     """Compare the layers with the stored tensors."""
     layers = checkpoint.layers
-    for name, layer in layers.items():
-        _check_layer(name, layer, checkpoint)
+    shapes = {name: _checked_layer(name, layer, checkpoint) for name, layer in layers.items()}
     for key in (*checkpoint.tensors, *checkpoint.aliases):
         owner, _, part = key.rpartition(".")
-        if owner in layers and part not in (has := layers[owner].shapes()):
-            problem = f"tensor {key!r} is unexpected; {layers[owner].structure} has {sorted(has)}"
+        if owner in layers and part not in shapes[owner]:
+            problem = f"tensor {key!r} is unexpected; {layers[owner].structure} has {sorted(shapes[owner])}"
             raise CheckpointError(f"layer {owner!r}: {problem}")
     for name, first in checkpoint.shared_layers.items():
-        for part in layers[first].shapes():
+        for part in shapes[first]:
             key, expected = dotted(name, part), dotted(first, part)
             if checkpoint.aliases.get(key) != checkpoint.stored_name(expected):
                 raise CheckpointError(f"layer {name!r} is {first!r}, but tensor {key!r} is not {expected!r}")
@@ -196,16 +201,21 @@ def _decoded_layer(where: str, entry: Any, limit: int) -> Layer:
     stacked = isinstance(entry, dict) and "experts" in entry
     _check_fields(entry, LAYER_FIELDS | ({"experts": int} if stacked else {}), where)
     for side in ("in_features", "out_features", *(["experts"] if stacked else [])):
-        if not 1 <= entry[side] <= LARGEST_AXIS:
-            raise CheckpointError(f"{where}: {side}={entry[side]}; expected 1 to {LARGEST_AXIS}")
+        if not 1 <= entry[side] <= bounded.LARGEST_AXIS:
+            raise CheckpointError(f"{where}: {side}={entry[side]}; expected 1 to {bounded.LARGEST_AXIS}")
     if entry["dtype"] not in LAYER_DTYPES:
         raise CheckpointError(f"{where}: dtype {entry['dtype']!r}; expected one of {sorted(LAYER_DTYPES)}")
-    structure = _decoded({key: entry[key] for key in STRUCTURE_FIELDS}, limit, where)
+    try:
+        bounded.check_record(entry["hyperparameters"], limit, where)
+        structure = _decoded({key: entry[key] for key in STRUCTURE_FIELDS}, where)
+        bounded.check_factors(structure, where)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     sizes = entry["in_features"], entry["out_features"]
     return Layer(structure, *sizes, entry["bias"], LAYER_DTYPES[entry["dtype"]], entry.get("experts"))
 
 
-def _decoded(value: Any, limit: int, where: str) -> Any:
+def _decoded(value: Any, where: str) -> Any:
     if isinstance(value, dict):
         _check_fields(value, STRUCTURE_FIELDS, where)
         kind = registered().get(value["kind"])
@@ -214,16 +224,18 @@ def _decoded(value: Any, limit: int, where: str) -> Any:
                 f"{where}: kind {value['kind']!r} is not registered; import the module that defines it, "
                 f"or use one of {sorted(registered())}"
             )
-        fields = {key: _decoded(field, limit, f"{where}: {key}") for key, field in value["hyperparameters"].items()}
-        with explaining(f"{where}: {value['kind']} does not take {fields}"):  # third-party code may raise anything
+        given, known = value["hyperparameters"], [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+        if unknown := {key: given[key] for key in given if key not in known}:
+            raise CheckpointError(f"{where}: {value['kind']} does not take {unknown}; expected {known}")
+        if missing := [key for key in known if key not in given]:  # a default would be a guess at what was meant
+            raise CheckpointError(f"{where}: hyperparameters {missing} of {value['kind']} are missing; save again")
+        fields = {key: _decoded(field, f"{where}: {key}") for key, field in given.items()}
+        try:
             return kind(**fields)
-    if isinstance(value, list):
-        if len(value) > MOST_AXES:
-            raise CheckpointError(f"{where}: {len(value)} items; expected at most {MOST_AXES}")
-        return tuple(_decoded(item, limit, where) for item in value)
-    if isinstance(value, int) and abs(value) > limit:
-        raise CheckpointError(f"{where}: {value} exceeds {limit}, the largest size that the tensors warrant")
-    return value
+        except Exception as error:  # third-party code may raise anything
+            problem = f"{where}: {value['kind']} does not take {fields}"
+            raise CheckpointError(f"{problem}: {type(error).__name__}: {error}") from error
+    return tuple(_decoded(item, where) for item in value) if isinstance(value, list) else value
 
 
 # Checks --------------------------------------------------------------------------------------------------------------
@@ -239,18 +251,27 @@ def _check_fields(value: Any, kinds: Mapping[str, type], where: str) -> None:
             raise CheckpointError(f"{where}: {key} is {type(value[key]).__name__}, expected {kind.__name__}")
 
 
-def check_names(checkpoint: Checkpoint) -> None:
-    layers, shared, tensors, aliases = (
-        checkpoint.layers, checkpoint.shared_layers, checkpoint.tensors, checkpoint.aliases,
-    )  # fmt: skip
+def check_names(
+    layers: Collection[str], shared: Mapping[str, str], tensors: Collection[str], aliases: Mapping[str, str]
+) -> None:  # fmt: skip
+    """Check the names of layers and tensors, and that further names are those of first ones."""
+    if (count := len(tensors) + len(aliases)) > MOST_TENSORS:
+        raise CheckpointError(f"{count} names of tensors; expected at most {MOST_TENSORS}")
     for name in (*layers, *shared, *tensors, *aliases):
-        # Names reach setattr. The root is "", if it is a layer itself.
-        if any(not part or part.startswith("__") for part in name.split(".")) and not (name == "" and name in layers):
-            raise CheckpointError(f"name {name!r}; expected parts that are not empty and do not begin with '__'")
+        if name or name not in layers:  # the root is "", if it is a layer itself
+            _check_name(name)
     for kind, names, firsts in (("layer", shared, layers), ("tensor", aliases, tensors)):
         for name, first in names.items():
             if first not in firsts or name in firsts:
                 raise CheckpointError(f"{kind} {name!r} is another name of {first!r}; expected {kind}s stored once")
+
+
+def _check_name(name: str) -> None:
+    if len(name) > bounded.LETTERS:
+        raise CheckpointError(f"name {name[:50]!r}.. has {len(name)} letters; expected at most {bounded.LETTERS}")
+    # Names reach setattr.
+    if any(not part or part.startswith("__") for part in name.split(".")):
+        raise CheckpointError(f"name {name!r}; expected parts that are not empty and do not begin with '__'")
 
 
 def check_equation(name: str, layer: Layer) -> dict[str, tuple[int, ...]]:
@@ -258,8 +279,8 @@ def check_equation(name: str, layer: Layer) -> dict[str, tuple[int, ...]]:
     where, structure = f"layer {name!r}", layer.structure
     with explaining(f"{where}: {structure} has no equation"):  # third-party code, or sizes that overflow
         shapes = layer.shapes()
-    if len(shapes) > MOST_FACTORS:
-        raise CheckpointError(f"{where}: {structure} has {len(shapes)} tensors; expected up to {MOST_FACTORS}")
+    if len(shapes) > bounded.FACTORS:
+        raise CheckpointError(f"{where}: {structure} has {len(shapes)} tensors; expected up to {bounded.FACTORS}")
     return shapes
 
 
@@ -271,7 +292,8 @@ def check_resolved(name: str, layer: Layer) -> None:
         raise CheckpointError(f"layer {name!r}: found {layer.structure}, expected the resolved {resolved}")
 
 
-def _check_layer(name: str, layer: Layer, checkpoint: Checkpoint) -> None:
+def _checked_layer(name: str, layer: Layer, checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Compare a layer with its stored tensors; return their shapes."""
     where, structure = f"layer {name!r}", layer.structure
     shapes = check_equation(name, layer)
     for part, shape in shapes.items():
@@ -285,3 +307,4 @@ def _check_layer(name: str, layer: Layer, checkpoint: Checkpoint) -> None:
                 f"expected {layer.dtype} {shape}"
             )
     check_resolved(name, layer)
+    return shapes

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from structlin.adapters import Origin
-from structlin.checkpoint import _manifest, _skeleton
-from structlin.checkpoint._directory import INDEX, MANIFEST, CheckpointError, read_json
+from structlin.checkpoint import _manifest, _skeleton, bounded
+from structlin.checkpoint._directory import INDEX, MANIFEST, CheckpointError, explaining, read_json
 from structlin.checkpoint._manifest import FIELDS, Checkpoint, dotted
 from structlin.checkpoint.tensors import Stored, read_headers
 from structlin.layers.embedding import StructuredEmbedding
@@ -78,7 +78,7 @@ def read_table(document: Any, limit: int, where: str) -> Checkpoint:
     table = _table(document, limit, where)
     # The tensors are not known here: what aliases stand for is checked against the model.
     firsts = dict.fromkeys(table.aliases.values(), Stored("", (), torch.float32))
-    _manifest.check_names(replace(table, tensors=firsts))
+    _manifest.check_names(table.layers, table.shared_layers, firsts, table.aliases)
     limit = max(limit, _manifest.SMALL)
     for name, layer in table.layers.items():
         if max(layer.in_features, layer.out_features) > limit:
@@ -90,6 +90,8 @@ def read_table(document: Any, limit: int, where: str) -> Checkpoint:
 
 
 def _table(document: Any, limit: int, where: str) -> Checkpoint:
+    with explaining(where):
+        bounded.check_depth(document)
     _manifest.check_document(document, TABLE_FIELDS, where)
     same = {key: document[key] for key in ("shared_layers", "aliases", "structlin_version")}
     layers = _manifest.decoded_layers(document, limit)
@@ -168,7 +170,7 @@ def read_folder(directory: Path, skeleton: nn.Module | None) -> Checkpoint | Non
     for reader in name_readers:
         named = reader(skeleton, config)
         tensors = {named(name): replace(stored, key=stored.key or name) for name, stored in tensors.items()}
-    limit = max((size for stored in tensors.values() for size in stored.shape), default=1)
+    limit = _manifest.largest_axis(tensors)
     table = {key: value for key, value in document.items() if key != "quant_method"}
     checkpoint = replace(
         _table(table, limit, str(directory / CONFIG)), directory=directory, shards=dict.fromkeys(shards)
@@ -178,7 +180,7 @@ def read_folder(directory: Path, skeleton: nn.Module | None) -> Checkpoint | Non
     stored = {name: tensor for name, tensor in tensors.items() if not _replaces(name, tensor, checkpoint, dense)}
     aliases = {**_dense_ties(skeleton, stored), **checkpoint.aliases}
     checkpoint = replace(checkpoint, tensors=stored, aliases=aliases)
-    _manifest.check_names(checkpoint)
+    _manifest.check_names(checkpoint.layers, checkpoint.shared_layers, stored, aliases)
     try:
         _manifest.check_tensors(checkpoint)
     except CheckpointError as error:

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from structlin.checkpoint import bounded
 from structlin.checkpoint._directory import INDEX, SHARD, CheckpointError, explaining, plain_file, read_json
 
 DTYPES = {
@@ -30,8 +31,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # safetensors before 0.6 has no complex numbers: they are stored as pairs, in a trailing axis of size 2.
 COMPLEX = {torch.float64: torch.complex128, torch.float32: torch.complex64, torch.float16: torch.complex32}
 
-LARGEST_AXIS = 2**31 - 1
-MOST_AXES = 64  # of a torch tensor
+MOST_TENSORS = 200_000  # a model of 60 layers, 384 experts and scales has 140,000
 
 
 def _real(dtype: torch.dtype) -> torch.dtype:
@@ -48,9 +48,19 @@ def obstacle(tensor: Tensor) -> str | None:
     # A subclass (a quantised weight, say) may have no memory, or other memory than its shape and dtype say.
     if kind not in (Tensor, nn.Parameter):
         return f"is a {kind.__name__}; gather or dequantise it, only plain tensors are stored"
+    if tensor.is_nested:  # of no single shape
+        return "is a nested tensor; pad it, only tensors with a shape are stored"
     if tensor.layout is not torch.strided or _real(tensor.dtype) not in NAMES:
         return f"is {tensor.dtype}, {tensor.layout}; expected a dense tensor of one of {sorted(DTYPES)}"
+    if tensor.numel() and not _has_memory(tensor):
+        return "has no memory of its size, as weights that are sharded or offloaded; gather them before saving"
     return None
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """Whether the storage holds the last entry: it is read by address, and FSDP frees storages of live parameters."""
+    last = tensor.storage_offset() + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr() != 0 and (last + 1) * tensor.itemsize <= tensor.untyped_storage().nbytes()
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
@@ -111,7 +121,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Stored:
     """A tensor in a shard, as the header describes it; `key` where the file has another name for it."""
 
@@ -154,6 +164,8 @@ def read_headers(directory: Path, shards: list[str], pairs: set[str]) -> dict[st
                     raise CheckpointError(f"tensor {key!r} is in two shards, {found[key].shard} and {shard}")
                 view = file.get_slice(key)
                 found[key] = _stored(key, shard, tuple(view.get_shape()), view.get_dtype(), key in pairs)
+            if len(found) > MOST_TENSORS:
+                raise CheckpointError(f"{directory}: more than {MOST_TENSORS} tensors")
     if pairs - set(found):
         raise CheckpointError(f"{directory}: complex tensors {sorted(pairs - set(found))[:5]} are in no shard")
     if len(shards) > 1:
@@ -166,8 +178,10 @@ def read_headers(directory: Path, shards: list[str], pairs: set[str]) -> dict[st
 
 def _stored(key: str, shard: str, shape: tuple[int, ...], name: str, pair: bool) -> Stored:
     where = f"tensor {key!r} in {shard}"
-    if len(shape) > MOST_AXES or any(size > LARGEST_AXIS for size in shape):
-        raise CheckpointError(f"{where}: shape {shape}; expected up to {MOST_AXES} axes of up to {LARGEST_AXIS}")
+    if len(shape) > bounded.ITEMS or max(shape, default=0) > bounded.LARGEST_AXIS:
+        raise CheckpointError(
+            f"{where}: shape {shape}; expected up to {bounded.ITEMS} axes of up to {bounded.LARGEST_AXIS}"
+        )
     if name not in DTYPES:
         raise CheckpointError(f"{where}: dtype {name}; expected one of {sorted(DTYPES)}")
     dtype = DTYPES[name]
@@ -182,8 +196,18 @@ def _stored(key: str, shard: str, shape: tuple[int, ...], name: str, pair: bool)
 def opened(directory: Path, shard: str) -> Iterator[Any]:
     """Open a shard; any error in the block becomes a CheckpointError, as safetensors and torch raise many kinds."""
     path = plain_file(directory, shard)
-    with explaining(f"{path}: cannot be read"), safe_open(path, framework="pt") as file:
-        yield file
+    with explaining(f"{path}: cannot be read"):
+        _check_header(path)
+        with safe_open(path, framework="pt") as file:
+            yield file
+
+
+def _check_header(path: Path) -> None:
+    """Refuse a header that would take long to parse; safetensors refuses those that are wrong."""
+    with path.open("rb") as file:
+        if (size := int.from_bytes(file.read(8), "little")) > bounded.BYTES:
+            raise ValueError(f"a header of {size} B; expected at most {bounded.BYTES} B")
+        bounded.check_marks(file.read(size))
 
 
 def check_hashes(directory: Path, hashes: Mapping[str, str | None]) -> None:

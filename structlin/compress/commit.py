@@ -17,6 +17,8 @@ from structlin.layers.linear import StructuredLinear, build
 
 # Called with the root whenever modules were swapped; integrations keep what they store beside a model up to date.
 after_swap: list[Callable[[nn.Module], object]] = []
+# Dense weights by what their structured layers share, and by shape.
+Weights = dict[tuple[tuple[int, ...], tuple[int, ...]], nn.Parameter]
 
 _HOOKS = (
     "_forward_hooks",
@@ -164,8 +166,7 @@ def merged(model: nn.Module, only: Container[nn.Module] | None = None) -> dict[n
     Returns:
         Structured module -> dense module.
     """
-    # By a layer's first factor, which layers may share, and by shape.
-    weights: dict[tuple[int, tuple[int, ...]], nn.Parameter] = {}
+    weights: Weights = {}
     swaps: dict[nn.Module, nn.Module] = {}
     origins = {module: found for module in module_names(model) if (found := vars(module).get("origin"))}
     # Leaves that only opened modules hold are merged with these.
@@ -187,14 +188,14 @@ def merged(model: nn.Module, only: Container[nn.Module] | None = None) -> dict[n
     return swaps
 
 
-def _share(dense: nn.Module, name: str, leaf: Any, weights: dict[tuple[int, tuple[int, ...]], nn.Parameter]) -> None:
+def _share(dense: nn.Module, name: str, leaf: Any, weights: Weights) -> None:
     """Give a dense module the weight of one that is merged already, if their structured layers share factors."""
     if isinstance(leaf, Factored):
         owner, _, attribute = name.rpartition(".")
         holder = dense.get_submodule(owner)
         weight = holder.get_parameter(attribute)
         if weight.numel() == leaf.in_features * leaf.out_features:  # not packed with others
-            setattr(holder, attribute, weights.setdefault((id(leaf.factors[0]), tuple(weight.shape)), weight))
+            setattr(holder, attribute, weights.setdefault((leaf.weight_id, tuple(weight.shape)), weight))
 
 
 def _with_hooks(new: nn.Module, old: nn.Module) -> nn.Module:

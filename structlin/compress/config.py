@@ -16,7 +16,8 @@ from typing import Any, get_args
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from structlin.equation.structure import Structure, from_record, to_record
+from structlin.checkpoint import bounded
+from structlin.equation.structure import Structure, to_record
 from structlin.fitting.budget import Budget, check_ratio
 from structlin.fitting.fit import Families
 from structlin.layers.linear import StructuredLinear
@@ -208,6 +209,7 @@ class Compression:
         return json.dumps(self.to_record(), indent=2)
 
     @classmethod
+    @bounded.explained("a stored Compression")
     def from_record(cls, record: Mapping[str, Any]) -> Self:
         """Read what `to_record` returned; absent settings take their defaults.
 
@@ -225,7 +227,7 @@ class Compression:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Read what `to_json` wrote; see `from_record`."""
-        return cls.from_record(json.loads(text))
+        return cls.from_record(bounded.parse(text.encode()))
 
 
 def with_settings(structure: Value | Compression, settings: Mapping[str, Any], caller: str) -> Compression:
@@ -337,5 +339,5 @@ def _read(value: Any) -> Any:
     if not isinstance(value, Mapping):
         return value
     if "kind" in value:
-        return from_record(value)
+        return bounded.read_structure(value)
     return {name: _read(item) if name == "structure" else item for name, item in value.items()}

@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from structlin.checkpoint import bounded
 from structlin.compress.config import Choice, Compression
 from structlin.compress.statistics import Statistics, StatisticsSummary
 from structlin.compress.tables import shape, table
 from structlin.compress.targets import Target
-from structlin.equation.structure import Structure, from_record, show, to_record
+from structlin.equation.structure import Structure, show, to_record
 from structlin.fitting.fit import Fit
 from structlin.structures import Dense
 
 VERSION = 2
+# Fields of an entry in JSON, and what they may be.
+KINDS: dict[str, tuple[type, ...]] = {
+    "name": (str,), "aliases": (list,), "in_features": (int,), "out_features": (int,), "structure": (dict, NoneType),
+    "reason": (str, NoneType), "refine": (int, NoneType), "count": (int,), "sizes": (list, NoneType),
+}  # fmt: skip
+SMALL = 1024  # numbers of a structure up to this are fine, whatever the sizes of its layer
 # Settings that the entries of a plan have answered already.
 ANSWERED = ("structure", "ratio", "rules", "exclude", "budget", "allocation", "tied", "skip_last", "refine")
 
@@ -210,6 +219,7 @@ class CompressionPlan(Compression):
         return json.dumps(self.to_record(), indent=2)
 
     @classmethod
+    @bounded.explained("a stored plan")
     def from_record(cls, record: Mapping[str, Any]) -> Self:
         """Read what `to_record` returned; structures are resolved and checked against their layers' sizes.
 
@@ -223,11 +233,13 @@ class CompressionPlan(Compression):
         # Plans of version 1 did not keep their settings.
         settings = record.get("settings") or {"version": 1, "structure": None, "tied": record.get("tied", "skip")}
         made = Compression.from_record(settings)
-        summary = record.get("fitted_with")
+        entries = tuple(_read(layer) for layer in record["layers"])
+        if twice := [name for name, count in Counter(entry.name for entry in entries).items() if count > 1]:
+            raise ValueError(f"layers {twice[:5]} stand in the plan twice; name each once")
         return cls(
             **{name: getattr(made, name) for name in made.__dataclass_fields__},
-            entries=tuple(_read(layer) for layer in record["layers"]),
-            fitted_with=None if summary is None else StatisticsSummary(**summary),
+            entries=entries,
+            fitted_with=_summary(record.get("fitted_with")),
         )
 
     def __str__(self) -> str:
@@ -273,24 +285,44 @@ def _written(entry: PlanEntry) -> dict[str, Any]:
 
 
 def _read(layer: Mapping[str, Any]) -> PlanEntry:
+    with bounded.explained("the layers of the plan"):
+        where = f"layer {layer.get('name')!r} of the plan"
     try:
-        sizes = layer["in_features"], layer["out_features"]
-        structure = from_record(layer["structure"]).resolve(*sizes) if layer["structure"] else None
-        reason = layer["reason"] or (None if structure else "left dense in the plan")
-        made = None if layer.get("sizes") is None else _smaller(layer["sizes"], sizes, structure)
-        more = layer["refine"], layer.get("count", 1)
-        return PlanEntry(layer["name"], tuple(layer["aliases"]), *sizes, structure, reason, *more, sizes=made)
+        fields = {"count": 1, "sizes": None, **layer}
+        for name, kinds in KINDS.items():
+            if type(fields[name]) not in kinds:  # not isinstance: True is no size
+                raise TypeError(f"{name}={fields[name]!r}; use {' or '.join(kind.__name__ for kind in kinds)}")
+        sizes = fields["in_features"], fields["out_features"]
+        if not 1 <= min(sizes) <= max(sizes) <= bounded.LARGEST_AXIS or fields["count"] < 1:
+            raise ValueError(f"(in, out)={sizes}, count={fields['count']}; use 1 to {bounded.LARGEST_AXIS}")
+        if not all(type(alias) is str for alias in fields["aliases"]):
+            raise TypeError(f"aliases={fields['aliases']}; use names")
+        structure, made = fields["structure"], fields["sizes"]
+        if structure is not None:
+            structure = bounded.read_structure(structure, max(*sizes, SMALL)).resolve(*sizes)
+        reason = fields["reason"] or (None if structure else "left dense in the plan")
+        made = None if made is None else _smaller(made, sizes, structure)
+        more = fields["refine"], fields["count"]
+        return PlanEntry(fields["name"], tuple(fields["aliases"]), *sizes, structure, reason, *more, sizes=made)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"layer {layer.get('name')!r} of the plan: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
 
 
-def _smaller(made: Any, sizes: tuple[int, int], structure: Structure | None) -> tuple[int, int]:
+def _smaller(made: list[Any], sizes: tuple[int, int], structure: Structure | None) -> tuple[int, int]:
     inside, outside = made
-    if not (isinstance(structure, Dense) and 1 <= inside <= sizes[0] and 1 <= outside <= sizes[1]):
+    fits = 1 <= inside <= sizes[0] and 1 <= outside <= sizes[1] and {type(inside), type(outside)} == {int}
+    if not (isinstance(structure, Dense) and fits):
         raise ValueError(
             f"sizes={made} beside structure {structure} of (in, out) {sizes}; use 'dense' and smaller ones"
         )
     return inside, outside
+
+
+def _summary(record: Any) -> StatisticsSummary | None:
+    summary = None if record is None else StatisticsSummary(**record)
+    if summary is not None and not all(type(value) in (int, float) for value in asdict(summary).values()):
+        raise ValueError(f"fitted_with={record}; use numbers")
+    return summary
 
 
 def _mean(errors: Iterable[float | None]) -> float | None:

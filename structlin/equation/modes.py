@@ -7,6 +7,7 @@ from functools import lru_cache
 
 BALANCE = 2.0  # largest mode / geometric mean of the modes, up to which a factorisation needs no padding
 SMOOTH = 7  # `digits` pads only numbers that have a prime factor above this and above the radix
+_RARE = 31  # numbers without a larger prime factor are so rare that it is faster to list them than to look for them
 
 
 @lru_cache(maxsize=4096)
@@ -59,9 +60,40 @@ def padded(n: int, count: int) -> int:
         >>> padded(384, 2), padded(97, 2), padded(1021, 2)
         (384, 98, 1023)
     """
+    largest = int(BALANCE * (2 * n) ** (1 / count))  # mode of any m up to the next power of two, which is balanced
     while balanced(n, count)[-1] > BALANCE * n ** (1 / count):
-        n += 1
+        n = next_smooth(n + 1, largest)
     return n
+
+
+@lru_cache(maxsize=4096)
+def next_smooth(n: int, largest: int) -> int:
+    """Return the smallest m >= n without a prime factor above `largest`, at least 2.
+
+    Example:
+        >>> next_smooth(97, 7), next_smooth(2**30 + 1, 3)
+        (98, 1088391168)
+    """
+    if largest > _RARE:
+        while not _is_smooth(n, largest):
+            n += 1
+        return n
+    power = 1 << (n - 1).bit_length()
+    odd = [1]  # products of odd primes
+    for prime in (p for p in range(3, largest + 1, 2) if all(p % d for d in range(3, p, 2))):
+        for m in odd:  # also over what is appended
+            if m * prime <= power:
+                odd.append(m * prime)
+    return min(m << (-(-n // m) - 1).bit_length() for m in odd)
+
+
+def _is_smooth(n: int, largest: int) -> bool:
+    for d in range(2, largest + 1):
+        while n % d == 0:
+            n //= d
+        if n <= largest or d * d > n:  # what is left has no factor, or only small ones
+            return n <= largest
+    return False
 
 
 @lru_cache(maxsize=4096)
@@ -99,24 +131,22 @@ def digits(n: int, radix: int) -> tuple[int, ...]:
     """
     if radix < 2:
         raise ValueError(f"radix={radix} is below 2; use 2 for the classic butterfly or None for two stages")
-    while (rest := _digits_or_none(n, radix)) is None:
-        n += 1
-    return rest or (1,)
-
-
-def _digits_or_none(n: int, radix: int) -> tuple[int, ...] | None:
+    n = next_smooth(n, max(radix, SMOOTH))
     count = 0
     while n % radix == 0:
         n, count = n // radix, count + 1
     rest: list[int] = []
-    for prime in range(2, min(max(radix, SMOOTH), n) + 1):  # a composite never divides: its primes came before it
-        while n % prime == 0:
-            n //= prime
-            if rest and rest[-1] * prime <= radix:  # multiply small primes into one digit up to the radix
-                rest[-1] *= prime
-            else:
-                rest.append(prime)
-    return (*sorted(rest, reverse=True), *([radix] * count)) if n == 1 else None
+    prime = 2
+    while n > 1:
+        if n % prime:
+            prime = prime + 1 if prime * prime < n else n  # a composite never divides: its primes came before it
+            continue
+        n //= prime
+        if rest and rest[-1] * prime <= radix:  # multiply small primes into one digit up to the radix
+            rest[-1] *= prime
+        else:
+            rest.append(prime)
+    return (*sorted(rest, reverse=True), *([radix] * count)) or (1,)
 
 
 def same_length(first: tuple[int, ...], second: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:

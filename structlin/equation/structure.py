@@ -31,6 +31,7 @@ class Structure(ABC):
     aliases: ClassVar[tuple[str, ...]] = ()  # other names that are accepted
     refine_steps: ClassVar[int] = 0  # default refinement; above 0 for a structure without a closed form
     sized: ClassVar[bool] = True  # whether `candidates` finds sizes from a budget
+    repeats: ClassVar[tuple[str, ...]] = ()  # fields that multiply the number of factors, instead of sizing them
 
     def __post_init__(self) -> None:
         """Turn lists into tuples, and raise TypeError for a field that does not fit its annotation."""
@@ -169,6 +170,23 @@ def hyperparameters(structure: Structure) -> dict[str, Any]:
     """Return the fields of a structure by name."""
     assert dataclasses.is_dataclass(structure)
     return {field.name: getattr(structure, field.name) for field in dataclasses.fields(structure)}
+
+
+def least_factors(structure: Structure) -> int:
+    """Return a number that the factors of a structure reach at least, without writing its equation.
+
+    An equation is as long as a file's few digits ask for, which is why readers count before they write it.
+
+    Example:
+        >>> from structlin.structures import Kaleidoscope, LowRank, Sum
+        >>> least_factors(Sum((LowRank(rank=2), Kaleidoscope(width=10**7))))
+        10000001
+    """
+    fields = hyperparameters(structure)
+    repeated = [fields[name] for name in structure.repeats]
+    values = [item for value in fields.values() for item in (value if isinstance(value, tuple) else (value,))]
+    inside = sum(least_factors(value) for value in values if isinstance(value, Structure))
+    return max(1, inside, *(value for value in repeated if value is not None))
 
 
 def to_record(structure: Structure) -> dict[str, Any]:

@@ -64,13 +64,13 @@ def _vocabulary(model: Any) -> dict[str, nn.Module]:
         ends = [model.get_input_embeddings(), model.get_output_embeddings()]
     except NotImplementedError:  # transformers' own answer of models whose embeddings are not tokens
         return {}
-    factors = {id(layer.factors[0]) for end in ends if isinstance(end, nn.Module) and (layer := _layer(end))}
+    weights = {layer.weight_id for end in ends if isinstance(end, nn.Module) and (layer := _layer(end))}
     modules = dict(model.named_modules(remove_duplicate=False))
     found = {
         name: module
         for name, module in modules.items()
         if (layer := _layer(module)) is not None
-        and id(layer.factors[0]) in factors
+        and layer.weight_id in weights
         # The layer of a table is no module of the dense model.
         and not isinstance(modules[name.rpartition(".")[0]], StructuredEmbedding)
     }

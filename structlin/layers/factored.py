@@ -102,6 +102,14 @@ class Factored(nn.Module):
         """The tensors of the equation, in its order."""
         return tuple(getattr(self, factor.name) for factor in self.spec.factors)
 
+    @property
+    def weight_id(self) -> tuple[int, ...]:
+        """What layers with one weight have in common: the identities of all factors that are learned.
+
+        Constant factors are buffers, which a change of dtype replaces, and parametrised ones are computed anew.
+        """
+        return tuple(id(parameter) for name, parameter in self.named_parameters() if name != "bias")
+
     def _matrices(self) -> list[tuple[Tensor, ...]]:
         """Return the factors of each matrix of the stack; constants are the same in all."""
         if not self.stack:

@@ -37,6 +37,7 @@ class Kaleidoscope(DigitStructure):
     name: ClassVar[str] = "kmatrix"
     aliases: ClassVar[tuple[str, ...]] = ("kaleidoscope",)
     refine_steps: ClassVar[int] = 500
+    repeats: ClassVar[tuple[str, ...]] = ("width",)
     width: int = 1
     expansion: int = 1
     radix: int | None = None

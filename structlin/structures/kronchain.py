@@ -36,6 +36,7 @@ class KroneckerChain(DigitStructure):
     name: ClassVar[str] = "kronchain"
     aliases: ClassVar[tuple[str, ...]] = ("kronecker_chain",)
     refine_steps: ClassVar[int] = 500
+    repeats: ClassVar[tuple[str, ...]] = ("depth",)
     terms: int = 1
     depth: int = 2
     in_modes: Digits | None = None

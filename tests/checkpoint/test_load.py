@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 import structlin
 from structlin import LowRankLinear
+from structlin.structures import PHM, LowRank, Structure, StructuredLinear
 
 LAYERS = {"structured": lambda: LowRankLinear(8, 8, rank=2), "dense": lambda: nn.Linear(8, 8)}
 
@@ -114,6 +116,74 @@ def test_dtype_does_not_hide_a_wrong_one_in_the_file(saved: Path) -> None:
     target.body[1].num_batches_tracked = torch.tensor(0.0)
     with pytest.raises(structlin.CheckpointError, match=r"'body\.1\.num_batches_tracked' in .* is torch\.int64"):
         structlin.load(target, saved, dtype=torch.float32)
+
+
+# Ties ----------------------------------------------------------------------------------------------------------------
+
+
+class Language(nn.Module):
+    """A table whose weight is the output layer's too, as in BERT (with a bias) and GPT-2 (without)."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.table = nn.Embedding(48, 16)
+        self.out = nn.Linear(16, 48, bias=bias)
+        self.out.weight = self.table.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.out(self.table(tokens))
+
+
+TIED = ("lowrank", "kronecker", "tt", "monarch", "butterfly", "phm", "tucker", "lowrank+blast", PHM(algebra="hamilton"))
+
+
+@pytest.mark.parametrize("structure", TIED, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_tied_table_stays_tied(bias: bool, structure: str | PHM, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    original = Language(bias)
+    options = {"ratio": 0.6} if isinstance(structure, str) else {}
+    report = structlin.compress_model(original, structure, tied="replace", refine=0, **options)
+    assert report.layers[0].structure
+    found = structlin.load(Language(bias), structlin.save(original, tmp_path / "out"))
+    tokens = torch.arange(48)
+    assert torch.equal(found(tokens), original(tokens))
+    assert isinstance(found.out, StructuredLinear)
+    assert {id(p) for p in found.table.parameters()} <= {id(p) for p in found.out.parameters()}
+    assert count(found) == count(original) < 48 * 16 + 48 * bias
+    assert count(structlin.to_dense_(found)) == 48 * 16 + 48 * bias
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+
+
+@pytest.mark.parametrize("structure", [PHM(algebra="hamilton"), LowRank(rank=2)], ids=str)
+@pytest.mark.parametrize("change", [nn.Module.double, lambda model: model.to("cpu"), lambda model: model], ids=str)
+def test_ties_outlive_another_dtype(structure: Structure, change: Callable, tmp_path: Path) -> None:
+    original = Pair()
+    structlin.compress_model(original, structure, tied="replace", skip_last=False)
+    path = structlin.save(change(original), tmp_path / "out")
+    for model in (original, change(structlin.load(Pair(), path))):
+        structlin.to_dense_(model)
+        assert model.first.weight is model.second.weight
+        assert count(model) == 64 + 16
+
+
+@pytest.mark.parametrize("factor", ["left", "right"])
+def test_layers_that_share_one_factor_of_two_are_two_matrices(factor: str) -> None:
+    model = nn.Sequential(LowRankLinear(8, 8, rank=2), LowRankLinear(8, 8, rank=2))
+    setattr(model[1], factor, getattr(model[0], factor))
+    expected = [layer.to_dense() for layer in model]
+    structlin.to_dense_(model)
+    assert all(torch.allclose(layer.weight, weight) for layer, weight in zip(model, expected, strict=True))
 
 
 # Links ---------------------------------------------------------------------------------------------------------------

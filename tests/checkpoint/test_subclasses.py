@@ -65,6 +65,72 @@ def test_other_subclasses_are_refused_and_nothing_is_written(name, tensor, kind,
     assert os.listdir(tmp_path) == []
 
 
+def freed() -> torch.Tensor:
+    """As FSDP leaves parameters that other processes hold."""
+    tensor = torch.ones(4)
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def cut() -> torch.Tensor:
+    tensor = torch.ones(4)
+    tensor.untyped_storage().resize_(12)
+    return tensor
+
+
+@pytest.mark.filterwarnings("ignore")  # prototypes say that they are
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (freed, "has no memory of its size, as weights that are sharded or offloaded; gather them before saving"),
+        (cut, "has no memory of its size"),
+        (lambda: torch._efficientzerotensor((4,)), "has no memory of its size"),
+        (lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "is a nested tensor; pad it"),
+        (
+            lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+            "is a NestedTensor; gather",
+        ),
+        (lambda: torch.eye(4).to_sparse(), "torch.sparse_coo; expected a dense tensor"),
+        (lambda: torch.eye(4).to_sparse_csr(), "torch.sparse_csr; expected a dense tensor"),
+        (lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8), "torch.qint8, torch.strided; expected"),
+        (lambda: torch.empty(4, dtype=torch.uint1), "torch.uint1, torch.strided; expected a dense tensor"),
+        (lambda: torch.ones(4, device="meta"), "is on the meta device; load values before saving"),
+    ],
+)
+def test_tensors_without_plain_memory_are_refused(make, message: str, tmp_path: Path) -> None:
+    bad = model()
+    bad[2].register_buffer("scale", make())
+    with pytest.raises(structlin.CheckpointError, match=f"tensor '2.scale' {message}|tensor '2.scale' is .*{message}"):
+        structlin.save(bad, tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.arange(4.0).expand(3, 4),
+        torch.arange(64.0).view(8, 8)[::2, 1::3],
+        torch.arange(9.0).as_strided((4, 4), (1, 1)),
+        torch.arange(6.0).view(2, 3).mT,
+        torch.randn(4, dtype=torch.complex64).conj(),
+        torch.randn(4, dtype=torch.complex64).conj().imag,
+        torch.arange(9.0)[5:],
+        torch.zeros(3, 0),
+    ],
+    ids=["expanded", "strided", "overlapping", "transposed", "conjugate", "negative", "offset", "empty"],
+)
+def test_tensors_of_any_strides_are_stored_by_value(tensor: torch.Tensor, tmp_path: Path) -> None:
+    original, target = model(), skeleton()
+    original[2].register_buffer("scale", tensor)
+    original[2].register_buffer("view", tensor[:1])  # of the same memory: stored by itself
+    target[2].register_buffer("scale", torch.empty_like(tensor))
+    target[2].register_buffer("view", torch.empty_like(tensor[:1]))
+    found = structlin.load(target, structlin.save(original, tmp_path / "out"))
+    assert torch.equal(found[2].scale, tensor)
+    assert torch.equal(found[2].view, tensor[:1])
+    assert found[2].scale.is_contiguous()
+
+
 def test_parameters_and_buffers_are_plain(tmp_path: Path) -> None:
     plain = model()
     plain[2].register_buffer("scale", nn.Buffer(torch.ones(2)))

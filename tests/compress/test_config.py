@@ -132,7 +132,7 @@ def test_functions_do_not_go_through_json():
     ("change", "error", "message"),
     [
         ({"version": 9}, ValueError, "settings of version 9; this structlin reads version 1"),
-        ({"ration": 0.5}, TypeError, "a stored Compression has no setting 'ration'; did you mean 'ratio'"),
+        ({"ration": 0.5}, ValueError, "a stored Compression has no setting 'ration'; did you mean 'ratio'"),
         ({"ratio": 7}, ValueError, "ratio=7 is outside"),
     ],
 )
@@ -140,6 +140,48 @@ def test_bad_records(change, error, message):
     record = Compression("lowrank", ratio=0.5).to_record() | change
     with pytest.raises(error, match=message):
         Compression.from_record(record)
+
+
+@pytest.mark.parametrize("kind", [Compression, CompressionPlan])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"LONG": 1, "LONG": 2}', "not valid JSON: duplicate key"),
+        ('{"version": 1, "ratio": 1e999}', "1e999 is not JSON"),
+        ("[" * 40 + "]" * 40, "nested deeper than 32 levels"),
+        ("[]", "a stored (Compression|plan): AttributeError"),
+        ('{"version": "LONG"}', r"version '?xxx"),
+        ('{"version": 1, "layers": [], "settings": {"version": 1, "LONG": 1}}', "has no setting"),
+        ('{"version": 1, "structure": {"kind": "kmatrix", "width": 10000000}}', "kmatrix|'layers'|10000000 tensors"),
+    ],
+)
+def test_hostile_json_is_a_value_error_in_few_words(kind, text, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        kind.from_json(text.replace("LONG", "x" * 100_000))
+    assert len(str(caught.value)) <= 2000
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"structure": {"kind": "kmatrix", "width": 10**7}}, "width: 10000000 exceeds 1024"),
+        ({"structure": {"kind": "kmatrix", "width": 1000}}, "has 1000 tensors or more; expected up to 128"),
+        ({"structure": []}, r"structure=\[\]; use dict or NoneType"),
+        ({"in_features": 2**31}, r"\(in, out\)=\(2147483648, .*; use 1 to 2147483647"),
+        ({"count": True}, "count=True; use int"),
+        ({"aliases": [1]}, r"aliases=\[1\]; use names"),
+        ({"name": "2"}, r"layers \['2'\] stand in the plan twice; name each once"),
+    ],
+)
+def test_entries_of_a_plan_are_checked(model, change, message):
+    record = json.loads(plan_compression(model, "lowrank", ratio=0.5).to_json())
+    record["layers"][0] |= change
+    with pytest.raises(ValueError, match=message):
+        CompressionPlan.from_record(record)
+    with pytest.raises(ValueError, match=r"fitted_with=.*; use numbers"):
+        CompressionPlan.from_record({**record, "layers": [], "fitted_with": dict.fromkeys(
+            ("layers", "tokens", "energy", "output_energy"), "1"
+        )})  # fmt: skip
 
 
 def test_settings_do_not_follow_the_callers_mapping():
