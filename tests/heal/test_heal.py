@@ -663,8 +663,11 @@ def test_masked_hidden_state_by_hand():
     batch = {"attention_mask": torch.tensor([[1, 1], [1, 0]])}
     assert distillation_loss(student, teacher, batch).item() == pytest.approx(4 / 9)
     assert distillation_loss(student.half(), teacher.half(), batch).dtype == torch.float32
-    nothing = {"attention_mask": torch.zeros(2, 2)}
-    assert distillation_loss(student, teacher, nothing).item() == 0
+    with pytest.raises(ValueError, match="the mask of a batch is 0 everywhere; leave that batch out"):
+        distillation_loss(student, teacher, {"attention_mask": torch.zeros(2, 2)})
+    additive = torch.tensor([[0, -math.inf], [0, 0]])
+    with pytest.raises(ValueError, match="other values than 0 and 1; give 1 for each position that counts"):
+        distillation_loss(student, teacher, {"attention_mask": additive})
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------
