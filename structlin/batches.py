@@ -128,12 +128,33 @@ def pick(output: Any) -> tuple[str, Tensor]:
     )
 
 
+def kept(mask: Tensor) -> Tensor:
+    """Return a mask of ones for the positions that count and zeros for all others as booleans.
+
+    Raises:
+        ValueError: if it has other values (additive masks of 0 and -inf mean the reverse), or keeps no position.
+    """
+    chosen = mask.bool()
+    if not (mask == chosen).all():
+        raise ValueError(
+            "the mask of a batch has other values than 0 and 1; give 1 for each position that counts and 0 for all "
+            "others, as by attention_mask = (additive == 0)"
+        )
+    if mask.numel() and not chosen.any():
+        raise ValueError("the mask of a batch is 0 everywhere; leave that batch out, or give 1 where a position counts")
+    return chosen
+
+
 def unmasked(tensor: Tensor, batch: Any) -> Tensor:
-    """Return the positions (n, ...) that the batch's `attention_mask` keeps; all if it has another shape than they."""
+    """Return the positions (n, ...) that the batch's `attention_mask` keeps; all if it has another shape than they.
+
+    Raises:
+        ValueError: if the mask is additive, or 0 everywhere, see `kept`.
+    """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or tensor.ndim <= mask.ndim or tensor.shape[: mask.ndim] != mask.shape:
         return tensor
-    return tensor[mask.to(tensor.device).bool()]
+    return tensor[kept(mask).to(tensor.device)]
 
 
 def divergence(logits: Tensor, target: Tensor) -> Tensor:

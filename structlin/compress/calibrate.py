@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from structlin.batches import Forward, copied, device_of, evaluating, run, to_device
+from structlin.batches import Forward, copied, device_of, evaluating, kept, run, to_device
 from structlin.compress.config import Compression, Mask, check_mask
 from structlin.compress.data import Data
 from structlin.compress.gradients import add_gradients, sampled_loss, through, watch
@@ -331,11 +331,7 @@ def _mask_of(mask: Mask, batch: Any) -> Tensor | None:
     else:
         found = batch.get("attention_mask") if mask == "auto" and isinstance(batch, Mapping) else None
         found = found if isinstance(found, Tensor) and found.ndim == 2 else None
-    if found is not None and not ((found == 0) | (found == 1)).all():
-        raise ValueError(
-            "the mask of a batch has other values than 0 and 1; pass mask=callable(batch) with such values"
-        )
-    return None if found is None else found.bool()
+    return None if found is None else kept(found)
 
 
 def _chosen(model: nn.Module, names: Iterable[str] | None, tied: str) -> list[Target]:

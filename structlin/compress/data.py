@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,6 +64,12 @@ class Data:
             held_back = tuple(batch for k, batch in enumerate(batches) if k in chosen)
             batches = tuple(batch for k, batch in enumerate(batches) if k not in chosen)
         return cls(None, batches, held_back, forward)
+
+    def checked(self, sizes: Mapping[str, tuple[int, int]], shrinkage: float) -> Self:
+        """Return the data with a shrinkage, once the caller's statistics are known to be of layers of these sizes."""
+        if self.statistics is not None:
+            self.statistics.check(sizes)
+        return replace(self, shrinkage=shrinkage)
 
     def expert_grams(self, names: Sequence[str]) -> list[tuple[InputGram | None, Tensor | None]]:
         """Return the same for the matrices of a stack, each shrunk towards the pooled Gram where it saw few inputs.

@@ -31,6 +31,16 @@ def shares_of(targets: Sequence[Target], choices: Choices) -> list[Share]:
     ]
 
 
+def sizes_of(targets: Sequence[Target], choices: Choices) -> dict[str, tuple[int, int]]:
+    """Return (in, out) of each matrix that is to be fitted, by its name in statistics, which know no tables."""
+    return {
+        name: (target.linear.in_features, target.linear.out_features)
+        for target in targets
+        if not isinstance(choices[target.name], str) and not target.on_request
+        for name in target.parts
+    }
+
+
 def choose(config: Compression, targets: Sequence[Target], last: Target | None) -> Choices:
     """Apply the rules to the layers of a model, or pair a plan with them; check all weights that will be fitted.
 

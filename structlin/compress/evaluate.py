@@ -1,12 +1,15 @@
-"""The numbers of the compression literature: what the task loses, how faithful the outputs are, and the size."""
+"""The numbers of the compression literature (task, fidelity, size), and a look at what still runs dense."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from structlin.batches import (
     Forward,
@@ -21,7 +24,10 @@ from structlin.batches import (
     unmasked,
 )
 from structlin.compress.data import Data
+from structlin.compress.patched import model_runs
 from structlin.compress.quality import Quality
+from structlin.compress.report import Outcome, Report
+from structlin.compress.workers import seeded
 
 Evaluate = Callable[[nn.Module], float]
 
@@ -68,9 +74,9 @@ class Evaluator:
             return None
         return cls(model, data.held_back, evaluate=evaluate, forward=data.forward)
 
-    def __call__(self, model: nn.Module, stage: str) -> Quality:
-        """Measure a model at a stage of its compression."""
-        return self._quality(model, stage, self._outputs(model))
+    def __call__(self, model: nn.Module, stage: str, watching: AbstractContextManager[Any] | None = None) -> Quality:
+        """Measure a model at a stage of its compression; `watching` is entered while it runs on its first batch."""
+        return self._quality(model, stage, self._outputs(model, watching))
 
     def distance(self, model: nn.Module) -> float:
         """Return the mean distance from the dense outputs: KL divergence of logits, else relative squared error."""
@@ -80,13 +86,16 @@ class Evaluator:
         ]
         return sum(distances) / len(distances)
 
-    def _outputs(self, model: nn.Module) -> list[tuple[str, Tensor]]:
+    def _outputs(
+        self, model: nn.Module, watching: AbstractContextManager[Any] | None = None
+    ) -> list[tuple[str, Tensor]]:
         """Run a model over the batches; keep the tensor that stands for each output, without masked positions."""
-        found = []
+        found: list[tuple[str, Tensor]] = []
         with evaluating(model), torch.no_grad():
             for given in self.batches:
                 batch = given if self._forward else to_device(given, device_of(model))
-                kind, tensor = pick(run(model, copied(batch), self._forward))
+                with watching if watching is not None and not found else nullcontext():
+                    kind, tensor = pick(run(model, copied(batch), self._forward))
                 tensor = unmasked(tensor, batch)
                 found.append((kind, tensor if tensor.ndim > 1 else tensor.unsqueeze(-1)))
         return found
@@ -113,3 +122,44 @@ class Evaluator:
 def _are_logits(kind: str, output: Tensor) -> bool:
     """Whether the last axis of an output holds the scores of several classes."""
     return kind == "logits" and output.shape[-1] > 1
+
+
+# Bypassed layers -----------------------------------------------------------------------------------------------------
+
+
+class _Reads(TorchFunctionMode):
+    """Note which of some tensors the functions of torch are given."""
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        super().__init__()
+        self.names, self.found = names, set[str]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in (*args, *(kwargs or {}).values()):
+            parts = value if isinstance(value, tuple | list) else (value,)
+            self.found.update(self.names[id(part)] for part in parts if id(part) in self.names)
+        return func(*args, **(kwargs or {}))
+
+
+def measured(report: Report, outcomes: Sequence[Outcome], evaluator: Evaluator | None, data: Data) -> Report:
+    """Measure the compressed model, and mark the layers whose dense weight it still reads.
+
+    A model may hold its modules in a plain list too, or have kept a bound `forward`: there nothing was swapped. Its
+    first held-back batch shows it, or its first calibration batch.
+    """
+    left = {id(parameter) for parameter in report.model.parameters()}
+    gone = {
+        id(parameter): outcome.target.name
+        for outcome in outcomes
+        for user in outcome.target.users
+        for parameter in user.module.parameters()
+        if outcome.modules and id(parameter) not in left
+    }
+    reads = _Reads(gone)
+    if evaluator is not None:
+        report = report.measure("compressed", lambda model, stage: evaluator(model, stage, reads))
+    if gone and not (evaluator is not None and evaluator.batches):
+        for go in model_runs(report.model, data.batches[:1], data.forward):
+            with evaluating(report.model), torch.no_grad(), seeded(0), reads:
+                go()
+    return replace(report, layers=tuple(replace(row, bypassed=row.name in reads.found) for row in report.layers))

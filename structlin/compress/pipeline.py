@@ -32,8 +32,8 @@ from structlin.compress.calibrate import both_sides, masks_of
 from structlin.compress.commit import commit
 from structlin.compress.config import Compression
 from structlin.compress.data import Data
-from structlin.compress.decide import Choices, choose, shares_of
-from structlin.compress.evaluate import Evaluate, Evaluator
+from structlin.compress.decide import Choices, choose, shares_of, sizes_of
+from structlin.compress.evaluate import Evaluate, Evaluator, measured
 from structlin.compress.fit_layers import Purse, fit_part
 from structlin.compress.observe import OutputSearch, replaced
 from structlin.compress.output import declared_output, last_target, vocabulary_of
@@ -63,7 +63,7 @@ def find(model: nn.Module, config: Compression, data: Data, checks: bool, meta: 
     """Find the targets (for plans also on `meta`) and what each gets; `checks`: whether held-back batches are known."""
     targets = find_targets(model, tied=config.tied, meta=meta)
     choices = choose(config, targets, last_target(model, targets))
-    data = replace(data, shrinkage=config.shrinkage)
+    data = data.checked(sizes_of(targets, choices), config.shrinkage)
     if isinstance(config, CompressionPlan):
         if data.statistics is None and not data.batches:
             data = replace(data, statistics=config.statistics)
@@ -142,9 +142,9 @@ def compress(found: Found, evaluate: Evaluate | Evaluator | None, dry_run: bool,
     root = model if dry_run else commit(patched, targets)
     planned = CompressionPlan.of(found.config, [outcome.entry for outcome in outcomes], found.data.statistics)
     report = Report(root, tuple(o.row for o in outcomes), covered, planned.settings(), blocks=tuple(blocks))
-    if report.verdict:
-        warnings.warn(report.verdict, stacklevel=3)
     if evaluator is not None:
         report = replace(report, qualities=(evaluator.dense,))
-        report = report if dry_run else together(lambda: report.measure("compressed", evaluator))
+    report = report if dry_run else together(lambda: measured(report, outcomes, evaluator, found.data))
+    if report.verdict:
+        warnings.warn(report.verdict, stacklevel=3)
     return replace(report, qualities=shared(lambda: report.qualities))

@@ -94,6 +94,7 @@ class LayerReport:
         itemsize: bytes of one entry of the weight.
         hooks: number of forward and backward hooks that were kept.
         speed: with `require_speedup`, the worst measured time of the replacement / that of the dense layer.
+        bypassed: whether the model, run on a batch with its new modules, still read the dense weight.
     """
 
     name: str
@@ -115,6 +116,7 @@ class LayerReport:
     hooks: int = 0
     bias_lost: int = 0
     speed: float | None = None
+    bypassed: bool = False
 
     @classmethod
     def dense(cls, entry: PlanEntry) -> LayerReport:
@@ -250,7 +252,7 @@ class Report:
 
     @property
     def verdict(self) -> str | None:
-        """Say it where nothing was compressed, or most parameters are in modules that no adapter knows; else None."""
+        """Say it where nothing was compressed, dense weights still run, or most parameters were not reached."""
         unreached = {kind: count for kind, count in self.coverage.unreached.items() if not kind.endswith(STRUCTURED)}
         if not any(row.structure for row in self.layers):
             reasons = Counter(row.reason for row in self.layers).most_common(1)
@@ -260,6 +262,12 @@ class Report:
                 else f"{reasons[0][1]} of {len(self.layers)} layers: {reasons[0][0]}"
                 if reasons
                 else "the model has no linear map that is known"
+            )
+        if bypassed := [row.name for row in self.layers if row.bypassed]:
+            return (
+                f"the model still runs the dense weights of {len(bypassed)} layers ({', '.join(bypassed[:5])}): it "
+                "holds the old modules elsewhere too, in a plain list or as a bound method; keep them as submodules "
+                "only, or exclude those layers"
             )
         if 2 * sum(unreached.values()) > self.coverage.total:
             kinds = ", ".join(unreached)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import json
 import math
 import os
@@ -16,11 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from structlin.checkpoint.tensors import read_safetensors, write_safetensors
-from structlin.fitting.objective import InputGram
+from structlin.fitting.objective import InputGram, defect, indefinite
 
 FIELDS = ("grams", "output_grams", "cross_grams")
 OLD_NAMES = {"cross_grams": "crosses"}  # of fields, in files that are still read
-VERSION = 1
+VERSION = 2  # files of version 1 have no sha256, and are still read
 SHRINKAGE = 0.03
 OUTPUT_SHRINKAGE = 0.3
 ROUNDING = 1e-3  # relative difference of energies that are summed in another order, or on another device
@@ -125,6 +127,47 @@ class Statistics:
         """Memory of all tensors in B, a shared one counted once."""
         return sum(tensor.nbytes for tensor in self._distinct())
 
+    def check(self, sizes: Mapping[str, tuple[int, int]] | None = None) -> None:
+        """Refuse what cannot have been collected: by the layers that are to be fitted with it, or on its own.
+
+        Args:
+            sizes: (in_features, out_features) of each matrix that is to be fitted, by name; None looks at values only,
+                and not for negative eigenvalues, which take a decomposition.
+        Raises:
+            ValueError: naming the layer, if its statistics are missing or of another shape, or hold NaN, infinite
+                values or no sum x x^H.
+        """
+        if self.tokens.keys() != self.grams.keys():
+            raise ValueError("its tokens and its Gram matrices have different names")
+        if missing := [name for name in sizes or () if name not in self.grams]:
+            known = f"they know {list(self.grams)[:5]}" if self.grams else "they are empty"
+            raise ValueError(
+                f"the statistics lack {len(missing)} of {len(sizes or ())} layers to be compressed, such as "
+                f"{missing[:5]}; {known}. Collect them from this very model, with all of its layers"
+            )
+        if sizes and not any(self.tokens.values()):
+            raise ValueError(
+                "the statistics saw no input: there was no batch (an iterator is exhausted after one pass), or no "
+                "layer was called; collect them from a list of batches"
+            )
+        for name, count in self.tokens.items():
+            if type(count) is not int or count < 0:
+                raise ValueError(f"layer {name!r}: tokens={count!r}; give the number of inputs summed")
+        seen: dict[int, str | None] = {}
+        for what in FIELDS:
+            for name, tensor in getattr(self, what).items():
+                size = (sizes or {}).get(name, (len(self.grams.get(name, tensor)), len(tensor)))[what == "output_grams"]
+                wanted = [(size, size), (size,)] if what == "output_grams" else [(size, size)]
+                if tuple(tensor.shape) not in wanted:
+                    raise ValueError(
+                        f"layer {name!r}: {what} of shape {tuple(tensor.shape)}; it needs "
+                        f"{' or '.join(map(str, wanted))}: collect them from this very model"
+                    )
+                if id(tensor) not in seen:
+                    seen[id(tensor)] = _fault(what, tensor, sizes is not None)
+                if fault := seen[id(tensor)]:
+                    raise ValueError(f"layer {name!r}: {what} {fault}")
+
     def merge(self, *others: Statistics) -> Statistics:
         """Sum statistics of several sets of batches, on the devices of the first.
 
@@ -202,6 +245,7 @@ class Statistics:
         record: dict[str, Any] = {"version": VERSION, "tokens": dict(self.tokens)}
         record |= {what: {name: keys[id(t)] for name, t in getattr(self, what).items()} for what in FIELDS}
         record["complex"] = [key for key, tensor in tensors.items() if tensor.is_complex()]
+        record["sha256"] = _digest(record, tensors)
         target = Path(path).resolve()
         aside = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
         try:
@@ -217,7 +261,7 @@ class Statistics:
         Args:
             path: the file.
         Raises:
-            ValueError: if the file is damaged, not one of `save`, or of another version.
+            ValueError: if the file is damaged, not one of `save`, or of another version, or holds no statistics.
             OSError: if it cannot be opened.
         """
         try:
@@ -225,18 +269,21 @@ class Statistics:
             record = json.loads(metadata.get(_KEY, "null"))
             if not isinstance(record, dict):
                 raise ValueError(f"its metadata lacks {_KEY!r}")
-            if record.get("version") != VERSION:
-                raise ValueError(f"version {record.get('version')}; this structlin reads version {VERSION}")
+            if record.get("version") not in (1, VERSION):
+                raise ValueError(f"version {record.get('version')}; this structlin reads versions 1 and {VERSION}")
+            expected = record.pop("sha256", None)
             tensors |= {key: torch.view_as_complex(tensors[key]) for key in record["complex"]}
             keys = {what: record[what if what in record else OLD_NAMES[what]] for what in FIELDS}
             parts = {what: {name: tensors[key] for name, key in found.items()} for what, found in keys.items()}
-            if record["tokens"].keys() != parts["grams"].keys():
-                raise ValueError("its tokens and its Gram matrices have different names")
+            if (expected is not None or record["version"] != 1) and _digest(record, tensors) != expected:
+                raise ValueError("its content has another sha256 than it had when it was written; copy it again")
+            found = cls(tokens=record["tokens"], **parts)
+            found.check()
         except OSError:
             raise
         except Exception as error:  # safetensors and torch raise many kinds
             raise ValueError(f"{path}: not a file of Statistics.save, or damaged: {error}") from error
-        return cls(tokens=record["tokens"], **parts)
+        return found
 
     def _distinct(self) -> list[Tensor]:
         return list({id(tensor): tensor for what in FIELDS for tensor in getattr(self, what).values()}.values())
@@ -268,6 +315,24 @@ class Statistics:
                     sums[shared] = total(what, name)
                 parts[what][name] = sums[shared]
         return Statistics(tokens=tokens, **parts)
+
+
+def _fault(what: str, tensor: Tensor, decompose: bool) -> str | None:
+    """Say why a tensor is no statistic of its kind."""
+    if what == "cross_grams":
+        return None if torch.isfinite(tensor).all() else "hold NaN or infinite values; collect them again"
+    return defect(tensor) or (indefinite(tensor) if decompose and tensor.ndim == 2 else None)
+
+
+def _digest(record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of a record and of the bits of tensors."""
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
+    for key, tensor in sorted(tensors.items()):
+        plain = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        digest.update(f"{key} {plain.dtype} {tuple(plain.shape)}".encode())
+        if plain.nbytes:  # by address: torch's tensors have no buffer interface, and `numpy()` needs numpy
+            digest.update(memoryview((ctypes.c_ubyte * plain.nbytes).from_address(plain.data_ptr())))
+    return digest.hexdigest()
 
 
 def _check_alike(first: _Outline, other: _Outline, who: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from structlin.equation.spec import Spec
 from structlin.equation.structure import Family, Structure
 from structlin.fitting.budget import Budget, NoMemberError, within
-from structlin.fitting.objective import InputGram, Objective, make_objective, norm
+from structlin.fitting.objective import InputGram, Objective, divided, make_objective, norm
 from structlin.fitting.refine import Refinement, low_rank_summand
 from structlin.runtime.contract import to_dense
 
@@ -40,6 +40,7 @@ class Fit:
         return self.error if self.output_error is None else self.output_error
 
 
+@torch.inference_mode(False)  # refinement needs gradients
 def fit(
     weight: Tensor,
     structure: Structure | Families,
@@ -72,8 +73,8 @@ def fit(
     Returns:
         The Fit with the least error among the candidates.
     Raises:
-        ValueError: if the weight is not a finite matrix, if a Gram or the structure does not fit it, or unless either
-            an instance or a ratio is given.
+        ValueError: if the weight is not a finite matrix, if a Gram or the structure does not fit it, unless either an
+            instance or a ratio is given, or if the approximation has entries that the weight's dtype cannot hold.
     Example:
         >>> from structlin.structures import LowRank
         >>> inputs, weight = torch.randn(100, 64), torch.randn(32, 64)
@@ -192,8 +193,14 @@ class _Problem:
         """Round the factors to the dtype of the weight, and compute the error of the result."""
         stored = _rescaled(spec, factors, self.scale, self.weight.dtype)
         dense = to_dense(spec, [factor.to(self.objective.weight.dtype) for factor in stored])
+        largest, limit = torch.linalg.vector_norm(dense, math.inf).item(), torch.finfo(self.weight.dtype).max
+        if not largest <= limit:
+            raise ValueError(
+                f"{structure} approximates the weight by entries up to {largest:.4g}, and {self.weight.dtype} ends at "
+                f"{limit:.4g}; use a smaller weight or a wider dtype"
+            )
         error = relative_error(self.weight.to(dense.dtype), dense)
-        dense = dense / self.scale  # the copy of before is freed
+        dense = divided(dense, self.scale)  # the copy of before is freed
         measured = None if self.objective.plain else self.objective.relative_error(dense)
         return Fit(structure, spec, stored, error, measured)
 

@@ -13,6 +13,9 @@ from structlin.fitting import linalg
 
 # Eigenvalues below this share of the largest are rounding errors.
 _NOISE = 1e-13
+RIDGE = 1e-6  # of an output Gram's mean eigenvalue, added to all: a singular one becomes invertible
+_INDEFINITE = "has negative eigenvalues; give sum x x^H, which has none"
+SLACK = 1e-3  # relative asymmetry and negative eigenvalues that rounded sums over many tokens may have
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,11 @@ class Objective:
         """Compute the root of the squared error that a difference of weights (out, in) is."""
         if self.gram is None:
             return norm(self._image(difference))
-        return math.sqrt(max(inner(self._columns(difference), self._image(difference)), 0.0))
+        columns = self._columns(difference)
+        square = inner(columns, self._image(difference))
+        if square < 0 and square < -SLACK * norm(columns) ** 2:
+            raise ValueError(f"gram {_INDEFINITE}")
+        return math.sqrt(max(square, 0.0))
 
     def relative_error(self, approximation: Tensor) -> float:
         """Compute the error of a dense approximation (out, in) relative to the norm of the weight."""
@@ -134,6 +141,8 @@ class InputGram:
         factor, failed = torch.linalg.cholesky_ex(gram)
         if failed:
             values, vectors = torch.linalg.eigh((gram + gram.mH) / 2)
+            if values[0] < -SLACK * torch.linalg.vector_norm(values):
+                raise ValueError(f"a Gram {_INDEFINITE}")
             kept = values > _NOISE * values[-1]
             factor = values[kept].sqrt() * vectors[:, kept]
         return factor.mT.to(self.matrix.dtype)
@@ -148,12 +157,14 @@ def make_objective(
         The objective in float64 (complex128), but for a Gram of fewer digits if the weight has no more; and the scale
         that its weight was divided by. The weight has a root mean square of 1 unless it is zero, as have the roots.
     Raises:
-        ValueError: if a Gram has the wrong shape or values that are not finite.
+        ValueError: if a Gram has the wrong shape or is none, see `defect`; or if the weight's norm overflows.
     """
     out_features, in_features = weight.shape
     exact = weight.detach().to(linalg.working_dtype(weight))
     scale = norm(exact) / math.sqrt(exact.numel()) or 1.0
-    exact = exact / scale
+    if scale == math.inf:
+        raise ValueError(f"the norm of the weight exceeds the largest {exact.dtype}; divide the weight by 2**20")
+    exact = divided(exact, scale)
     inputs = outputs = matrix = None
     if isinstance(gram, Tensor):
         _check("gram", gram, [(in_features, in_features)])
@@ -169,18 +180,66 @@ def make_objective(
         metric = (torch.diag(output_gram) if output_gram.ndim == 1 else output_gram).to(exact)
         mean = metric.diagonal().real.mean()
         if mean > 0:
-            # The ridge makes a singular H invertible, as `low_rank` needs it.
-            root = InputGram.of(metric / mean + 1e-6 * torch.eye(out_features).to(exact))
-            assert root is not None
-            outputs = root.root.mH.resolve_conj()
+            outputs = _invertible_root(metric / mean + RIDGE * torch.eye(out_features).to(exact))
     return Objective(exact, inputs, outputs, matrix), scale
+
+
+def _invertible_root(metric: Tensor) -> Tensor:
+    """Return the square root (n, n) that `Objective.outputs` is, of H (n, n) with a ridge."""
+    found = InputGram.of(metric)
+    assert found is not None
+    if len(found.root) == len(metric):
+        return found.root.mH.resolve_conj()
+    # Rounding has left eigenvalues below minus the ridge: the root was cut, and would have no inverse.
+    values, vectors = torch.linalg.eigh((found.matrix + found.matrix.mH) / 2)
+    return (values.clamp_min(RIDGE * values[-1]).sqrt() * vectors).conj().resolve_conj()
 
 
 def _check(name: str, gram: Tensor, shapes: list[tuple[int, ...]]) -> None:
     if tuple(gram.shape) not in shapes:
         raise ValueError(f"{name} has shape {tuple(gram.shape)}; this weight needs {' or '.join(map(str, shapes))}")
+    if reason := defect(gram):
+        raise ValueError(f"{name} {reason}")
+
+
+def defect(gram: Tensor) -> str | None:
+    """Say why a matrix (n, n), or a diagonal (n,), cannot be a sum of x x^H, as far as its entries show; else None."""
+    if not (gram.is_floating_point() or gram.is_complex()):
+        return f"has dtype {gram.dtype}; use a float or complex one"
     if not torch.isfinite(gram).all():
-        raise ValueError(f"{name} holds NaN or infinite values; collect it in float64, or from finite inputs")
+        return "holds NaN or infinite values; collect it in float64, or from finite inputs"
+    diagonal = gram if gram.ndim == 1 else gram.diagonal()
+    if (diagonal.real < 0).any():
+        least = diagonal.real.min().item()
+        return f"has {least:.4g} on its diagonal; give sum x x^H, whose diagonal is a sum of squares"
+    if gram.ndim == 1 or not gram.any():
+        return None
+    unit = _unit(gram)
+    asymmetry = torch.linalg.vector_norm(unit - unit.mH, math.inf).item()
+    if asymmetry > _slack(gram):
+        return f"is not Hermitian: it differs from its adjoint by {asymmetry:.2g} of its largest entry; give sum x x^H"
+    roots = unit.diagonal().real.sqrt()
+    if (unit.abs() > roots * roots.unsqueeze(1) + _slack(gram)).any():  # Cauchy and Schwarz
+        return _INDEFINITE
+    return None
+
+
+def indefinite(gram: Tensor) -> str | None:
+    """Say so if a Hermitian matrix has negative eigenvalues, up to `SLACK`; else None.  Cost: n^3 / 3 in float32."""
+    if not gram.any():
+        return None
+    unit = _unit(gram)
+    unit.diagonal().add_(_slack(gram) * torch.linalg.vector_norm(unit))
+    return _INDEFINITE if torch.linalg.cholesky_ex(unit)[1] else None
+
+
+def _slack(gram: Tensor) -> float:
+    return max(SLACK, 4 * torch.finfo(gram.dtype).eps)
+
+
+def _unit(gram: Tensor) -> Tensor:
+    """Divide by the largest entry, in float32."""
+    return (gram / torch.linalg.vector_norm(gram, math.inf)).to(torch.complex64 if gram.is_complex() else torch.float32)
 
 
 def leading_basis(rows: Tensor, rank: int) -> Tensor:
@@ -198,7 +257,21 @@ def leading_basis(rows: Tensor, rank: int) -> Tensor:
 def norm(tensor: Tensor) -> float:
     """Return the Frobenius norm, computed in float64."""
     wide = torch.promote_types(tensor.dtype, torch.float64)  # the squares of 1e30 overflow float32
-    return torch.linalg.vector_norm(tensor, dtype=wide).item()
+    found: float = torch.linalg.vector_norm(tensor, dtype=wide).item()
+    if 1e-140 < found < math.inf:
+        return found
+    largest = torch.linalg.vector_norm(tensor, math.inf, dtype=wide).item()
+    if largest == 0 or not math.isfinite(largest):
+        return found
+    # The squares of 1e200 overflow float64, and those of 1e-200 are 0.
+    scale = 2.0 ** (1 - max(math.frexp(largest)[1], -1020))
+    return float(torch.linalg.vector_norm(tensor.to(wide) * scale).item()) / scale
+
+
+def divided(tensor: Tensor, scale: float) -> Tensor:
+    """Divide by a scale, also by one that has no reciprocal in float64: torch divides complex numbers by it."""
+    lift = 1.0 if 1e-140 < scale < 1e140 else 2.0 ** -max(math.frexp(scale)[1], -1020)
+    return (tensor if lift == 1 else tensor * lift) / (scale * lift)
 
 
 def inner(a: Tensor, b: Tensor) -> float:

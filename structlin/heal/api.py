@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import fields, replace
@@ -55,10 +56,15 @@ def heal(
     Returns:
         Steps, time, the loss before and after, and its history.
     Raises:
-        ValueError: if an argument or the checkpoint is invalid; the student is unchanged.
+        ValueError: if an argument is invalid, or the checkpoint damaged or of another healing. Student, optimizer and
+            torch's generators are unchanged.
+        OSError: if the checkpoint cannot be written, naming it: found before the first step, but for a disk that fills
+            up later. The old file stays.
         TypeError: if a setting is unknown, or a batch, an output or a returned value is of the wrong kind.
         RuntimeError: if a loss or gradient is not finite. The student has the best weights so far: lowest validation
             loss or, without validation, lowest mean training loss.
+        BaseException: what a loader, a loss or Ctrl-C raises. With a validation the student has the best weights so
+            far, without one those of the last step.
     Example:
         >>> teacher = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16))
         >>> student = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 16))
@@ -89,6 +95,7 @@ def heal(
         evaluating(student, teacher),
         requiring_gradients(student, set(trained.values())),
         objective(student, teacher, names, loss, forward) as loss_of,
+        torch.inference_mode(False),
         torch.enable_grad(),
         progress_bar("heal", "step", length, progress) as advance,
     ):
@@ -138,6 +145,8 @@ def _select(student: nn.Module, parameters: Parameters) -> dict[str, nn.Paramete
         raise ValueError(
             f"no parameter to train: {parameters!r} chooses only frozen ones; choose others, or unfreeze some"
         )
+    if any(parameter.is_inference() for parameter in trained.values()):
+        raise ValueError("the student was made under torch.inference_mode, and can never be trained; make it outside")
     return trained
 
 
@@ -167,7 +176,10 @@ def _check_pair(student: nn.Module, teacher: nn.Module, trained: Mapping[str, nn
 
 def _optimizer(parameters: list[nn.Parameter], options: HealOptions) -> torch.optim.Optimizer:
     if options.optimizer is None:
-        return torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.0)
+        # In float16 the squares of gradients below 2e-4 are 0, and so is 1e-8: eps must keep those steps short.
+        limits = [torch.finfo(parameter.dtype) for parameter in parameters]
+        eps = max(1e-8, *(math.sqrt(limit.tiny * limit.eps) for limit in limits))
+        return torch.optim.AdamW(parameters, lr=options.lr, eps=eps, weight_decay=0.0)
     made = options.optimizer(parameters)
     if not isinstance(made, torch.optim.Optimizer):
         raise TypeError(

@@ -27,8 +27,9 @@ class HealOptions:
         blocks: globs on dotted names, such as "encoder.layer.*". `*` matches dots too, but of nested matches of one
             glob only the outermost counts.
         lr: peak learning rate of the default optimizer: 5 % linear warm-up, then a cosine to 0.
-        optimizer: maps the list of parameters to an optimizer that replaces AdamW without weight decay. Its learning
-            rates become the peaks of the same schedule; its `step` must need no closure.
+        optimizer: maps the list of parameters to an optimizer that replaces AdamW without weight decay, whose eps is
+            1e-8, or 2.4e-4 for parameters in float16. Its learning rates become the peaks of the same schedule; its
+            `step` must need no closure.
         parameters: "all"; "factors" for biases and the parameters of structured layers and norms; or a predicate of
             (name, parameter). Frozen parameters stay frozen.
         every: steps between measurements.
@@ -36,7 +37,7 @@ class HealOptions:
         checkpoint: a file that every measurement replaces. If it exists, the run resumes from it: on the CPU exactly as
             if uninterrupted, given the same student and batches. The batches of the current pass are read again and
             skipped; the states of torch's generators, and of a DataLoader's own, are restored. Limits, `lr` and `every`
-            may change in between; the optimizer's other options are those of the file.
+            may change in between; the optimizer's other options are those of the file. A checksum shows any damage.
         clip: limit on the gradient's norm, None for none.
         held_back: share of the batches that only measurements see, where they are a list or tuple and there is no
             validation; less than one batch is none.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.serialization import get_unsafe_globals_in_checkpoint
 
+from structlin.heal.file import FORMAT, damaged, probe, read, write
 from structlin.heal.options import HealOptions, HealReport, HealStep
 
-FORMAT = 3  # of a checkpoint
 PROBE = 4  # number of training batches that are judged if there is no validation
 WARM_UP = 0.05  # share of the schedule
 LEAST = 0.02  # share of the peak learning rate at the start, where time as the schedule would give 0
@@ -68,6 +66,15 @@ class Stream:
     def position(self) -> tuple[Any, ...]:
         """Return what `resume` needs."""
         return self.epoch, self.taken, self.first_opened, self.opened, self._states()
+
+    def check(self, position: tuple[Any, ...]) -> None:
+        """Refuse what `position` cannot have returned for these generators, before anything is changed."""
+        epoch, taken, *states = position
+        if len(states) != 3 or min(epoch, taken) < 0:
+            raise ValueError(f"position {position}")
+        for state in states:
+            for generator, value in zip(self.generators, state, strict=True):
+                torch.Generator(generator.device).set_state(value)
 
     def resume(self, position: tuple[Any, ...]) -> list[Any]:
         """Read the current pass again up to a position, and return the first batches of the first pass."""
@@ -128,19 +135,34 @@ class Run:
     window: list[float] = field(default_factory=list)  # training losses since the last measurement
 
     def run(self, advance: Callable[..., None]) -> HealReport:
-        """Resume or start, train until a limit is reached, and keep the best weights."""
+        """Resume or start, train until a limit is reached, and keep the best weights: also after an interruption."""
         self.start = time.perf_counter()
         self.peaks = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.path = None if self.options.checkpoint is None else Path(self.options.checkpoint)
-        content = _read(self.path, self._about()) if self.path is not None and self.path.exists() else None
-        first = self.stream.start() if content is None else self.stream.resume(content["position"])
+        if self.path is not None:
+            probe(self.path)
+        content = read(self.path, self._about()) if self.path is not None and self.path.exists() else None
+        first = self.stream.start() if content is None else self._resume(content)
         self.judged = first if self.validation is None else self.validation
         if content is None:
             self._keep()
             self.loss_before = self._judge("before the first step")
-        else:
-            self._resume(content)
         advance(self.step)
+        try:
+            stopped = self._steps(advance)
+        except BaseException:  # Ctrl-C too
+            if self.validation is not None:
+                self._restore_best()
+            raise
+        validated, trained = self.validation is not None, sum(p.numel() for p in self.trained.values())
+        if validated:
+            self._restore_best()
+        loss, step = self._best() if validated else (self._judge("at the end"), self.step)
+        seconds, history = self._seconds(), tuple(self.history)
+        return HealReport(self.step, seconds, self.loss_before, loss, step, stopped, trained, validated, history)
+
+    def _steps(self, advance: Callable[..., None]) -> str:
+        """Train and measure until a limit is reached; return its name."""
         batches = iter(self.stream)
         while (stopped := self._limit()) is None:
             try:
@@ -154,12 +176,7 @@ class Run:
                 self._measure()
         if self.window:
             self._measure()
-        validated, trained = self.validation is not None, sum(p.numel() for p in self.trained.values())
-        if validated:
-            self._restore_best()
-        loss, step = self._best() if validated else (self._judge("at the end"), self.step)
-        seconds, history = self._seconds(), tuple(self.history)
-        return HealReport(self.step, seconds, self.loss_before, loss, step, stopped, trained, validated, history)
+        return stopped
 
     def _limit(self) -> str | None:
         since_best = sum(row.step > self._best()[1] for row in self.history)
@@ -255,7 +272,6 @@ class Run:
         return {name: str(value) for name, value in about.items()}
 
     def _save(self, path: Path) -> None:
-        """Replace the file at once, so that an interruption leaves the old one."""
         content = {
             "about": self._about(),
             "loss_before": self.loss_before,
@@ -265,51 +281,47 @@ class Run:
             "kept": self.kept if self._best()[1] != self.step else {},
             "optimizer": self.optimizer.state_dict(),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f"{path.name}.tmp")
-        try:
-            with fresh.open("wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())  # otherwise a power cut may leave the new name with no content
-            if found := get_unsafe_globals_in_checkpoint(fresh):  # they could not be read again by weights_only=True
-                raise TypeError(f"the optimizer's state holds {found[0]}, which is not stored; use checkpoint=None")
-            os.replace(fresh, path)
-        finally:
-            fresh.unlink(missing_ok=True)
+        write(path, content)
 
     @torch.no_grad()
-    def _resume(self, content: Mapping[str, Any]) -> None:
-        self.optimizer.load_state_dict(content["optimizer"])
+    def _resume(self, content: Mapping[str, Any]) -> list[Any]:
+        """Go on where the file ends, and return the first batches: all or nothing is changed."""
+        tensors, before = self._tensors(), (self.optimizer.state, self.optimizer.param_groups)
+        assert self.path is not None
+        try:
+            history = [HealStep(*row) for row in content["history"]]
+            start, loss_before = self.start - history[-1].seconds, float(content["loss_before"])
+            values = {name: _like(content["student"][name], tensor) for name, tensor in tensors.items()}
+            kept = {name: _like(value, self.trained[name]) for name, value in content["kept"].items()}
+            if kept and kept.keys() != self.trained.keys():
+                raise ValueError(f"kept are {list(kept)}")
+            self.stream.check(content["position"])
+            self._load_optimizer(content["optimizer"])
+        except Exception as error:  # of a forged file: damage shows in its checksum
+            self.optimizer.state, self.optimizer.param_groups = before
+            raise damaged(self.path) from error
+        try:
+            first = self.stream.resume(content["position"])
+        except BaseException:
+            self.optimizer.state, self.optimizer.param_groups = before
+            raise
+        for name, tensor in tensors.items():
+            tensor.copy_(values[name])
+        self._keep()  # the file has no second copy if its weights are the best
+        self.kept |= kept
+        self.loss_before, self.history, self.start = loss_before, history, start
+        self.step = history[-1].step  # only measurements write the file
+        return first
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state)
         # It has cast moments to the dtypes of their parameters: put every bit back.
         parameters = list(chain(*(group["params"] for group in self.optimizer.param_groups)))
-        for key, state in content["optimizer"]["state"].items():
-            self.optimizer.state[parameters[key] if isinstance(key, int) else key] = state
-        for name, tensor in self._tensors().items():
-            tensor.copy_(content["student"][name])
-        self._keep()  # the file has no second copy if its weights are the best
-        self.kept |= content["kept"]
-        self.loss_before, self.history = content["loss_before"], [HealStep(*row) for row in content["history"]]
-        self.step = self.history[-1].step  # only measurements write the file
-        self.start -= self.history[-1].seconds
+        for key, moments in state["state"].items():
+            self.optimizer.state[parameters[key] if isinstance(key, int) else key] = moments
 
 
-def _read(path: Path, about: Mapping[str, str]) -> dict[str, Any]:
-    """Read a checkpoint without running code in it, and refuse a file whose "about" differs."""
-    if not path.is_file():
-        raise ValueError(f"checkpoint={str(path)!r} is not a file; name a file, such as {str(path / 'heal')!r}")
-    try:
-        with path.open("rb") as file:  # given a path, torch would go by its suffix
-            content: dict[str, Any] = torch.load(file, weights_only=True)
-        theirs = content["about"]
-        pairs = {name: (about.get(name, "missing"), theirs.get(name, "missing")) for name in {**about, **theirs}}
-    except Exception as error:  # torch raises many kinds
-        raise ValueError(f"{path}: not a checkpoint of this version of heal; delete it to start again") from error
-    lines = [f"{name} is {ours}, in the file {other}" for name, (ours, other) in pairs.items() if ours != other]
-    if lines:
-        more = f" (and {len(lines) - 3} more)" if len(lines) > 3 else ""
-        raise ValueError(
-            f"{path} is of another healing: {'; '.join(lines[:3])}{more}. Give the student, parameters and optimizer "
-            "that it was written with, or delete it to start again"
-        )
-    return content
+def _like(value: Tensor, tensor: Tensor) -> Tensor:
+    if (value.shape, value.dtype) != (tensor.shape, tensor.dtype):
+        raise ValueError(f"{tuple(value.shape)} {value.dtype} in place of {tuple(tensor.shape)} {tensor.dtype}")
+    return value

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import socket
 import sys
 from collections import UserDict
@@ -282,7 +283,8 @@ def test_masks_of_the_caller():
     for mask in (None, lambda batch: None):
         assert collect_statistics(model, [batch], mask=mask).tokens["q"] == 6
     assert collect_statistics(model, [{"x": x, "attention_mask": keep[:, None]}]).tokens["q"] == 6  # not 2-D
-    assert collect_statistics(model, [{"x": x, "attention_mask": torch.zeros(2, 3)}]).tokens["q"] == 0
+    with pytest.raises(ValueError, match="the mask of a batch is 0 everywhere; leave that batch out"):
+        collect_statistics(model, [{"x": x, "attention_mask": torch.zeros(2, 3)}])
     with pytest.raises(ValueError, match="the mask of a batch has other values than 0 and 1"):
         collect_statistics(model, [{"x": x, "attention_mask": -1e9 * keep}])
 
@@ -446,9 +448,9 @@ def test_a_file_that_is_not_ours(tmp_path):
     save_file({"a": torch.eye(2)}, path)
     with pytest.raises(ValueError, match="metadata lacks 'structlin_statistics'"):
         Statistics.load(path)
-    record = {"version": 2, "tokens": {}, "grams": {}, "output_grams": {}, "cross_grams": {}, "complex": []}
+    record = {"version": 3, "tokens": {}, "grams": {}, "output_grams": {}, "cross_grams": {}, "complex": []}
     save_file({"0": torch.eye(2)}, path, {"structlin_statistics": json.dumps(record)})
-    with pytest.raises(ValueError, match="version 2; this structlin reads version 1"):
+    with pytest.raises(ValueError, match="version 3; this structlin reads versions 1 and 2"):
         Statistics.load(path)
     for change in ({"grams": {"a": "9"}}, {"grams": {"a": "0"}}, {"cross_grams": None}, {"tokens": 3}):
         save_file({"0": torch.eye(2)}, path, {"structlin_statistics": json.dumps(record | {"version": 1} | change)})
@@ -460,6 +462,18 @@ def test_a_file_that_is_not_ours(tmp_path):
         Statistics.load(path)
     with pytest.raises(FileNotFoundError):
         Statistics.load(tmp_path / "missing")
+
+
+def test_a_file_of_version_1_has_no_checksum_and_is_read(tmp_path):
+    record = {"version": 1, "tokens": {"a": 3}, "grams": {"a": "0"}, "output_grams": {}, "crosses": {}, "complex": []}
+    save_file({"0": torch.eye(2)}, tmp_path / "old", {"structlin_statistics": json.dumps(record)})
+    assert torch.equal(Statistics.load(tmp_path / "old").grams["a"], torch.eye(2))
+    save_file({"0": torch.eye(2) * math.nan}, tmp_path / "old", {"structlin_statistics": json.dumps(record)})
+    with pytest.raises(ValueError, match="layer 'a': grams holds NaN or infinite values"):
+        Statistics.load(tmp_path / "old")
+    save_file({"0": torch.eye(2)}, tmp_path / "old", {"structlin_statistics": json.dumps(record | {"version": 2})})
+    with pytest.raises(ValueError, match="its content has another sha256 than it had when it was written"):
+        Statistics.load(tmp_path / "old")
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import structlin
-from structlin import collect_statistics, compress_model, plan_compression
+from structlin import Statistics, collect_statistics, compress_model, plan_compression
 from structlin.compress import fit_layers, workers
 from structlin.compress.allocate import Share, allocate
 from structlin.compress.config import AUTO, Choice
@@ -98,9 +98,84 @@ def test_shrunken_grams_are_computed_once(mlp):
 
 
 def test_layers_without_tokens_are_fitted_plainly(mlp):
-    statistics = collect_statistics(mlp, [])
+    seen = collect_statistics(mlp, batches(2))
+    first = next(iter(seen.tokens))
+    statistics = Statistics({**seen.grams, first: torch.zeros_like(seen.grams[first])}, {**seen.tokens, first: 0})
     report = compress_model(mlp, "lowrank", ratio=0.5, calibration=statistics)
-    assert all(row.output_error is None for row in changed(report))
+    assert {row.name for row in changed(report) if row.output_error is None} == {first}
+
+
+NAN, HOLLOW = torch.full((32, 32), math.nan), torch.ones(32, 32) - torch.eye(32)
+
+
+@pytest.mark.parametrize("entry", [compress_model, plan_compression])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda s: replaced_gram(s, NAN), "layer '0': grams holds NaN or infinite values"),
+        (lambda s: replaced_gram(s, HOLLOW), "layer '0': grams has negative eigenvalues"),
+        (lambda s: replaced_gram(s, 1.5 * torch.eye(32) - 0.5), "layer '0': grams has negative eigenvalues"),
+        (lambda s: replaced_gram(s, -torch.eye(32)), "layer '0': grams has -1 on its diagonal"),
+        (lambda s: replaced_gram(s, torch.ones(32, 32).triu()), "layer '0': grams is not Hermitian"),
+        (lambda s: replaced_gram(s, torch.eye(31)), r"layer '0': grams of shape \(31, 31\); it needs \(32, 32\)"),
+        (lambda s: replaced_gram(s, torch.ones(32)), r"layer '0': grams of shape \(32,\); it needs \(32, 32\)"),
+        (lambda s: Statistics(s.grams, s.tokens, {"0": torch.eye(3)}), r"layer '0': output_grams of shape \(3, 3\)"),
+        (lambda s: Statistics(s.grams, s.tokens, {"0": -torch.ones(64)}), "layer '0': output_grams has -1 on its"),
+        (lambda s: Statistics(s.grams, {**s.tokens, "0": -3}), "layer '0': tokens=-3; give the number of inputs"),
+        (lambda s: Statistics(s.grams, {}), "its tokens and its Gram matrices have different names"),
+        (
+            lambda s: Statistics({f"0.{n}": g for n, g in s.grams.items()}, {f"0.{n}": t for n, t in s.tokens.items()}),
+            r"the statistics lack 3 of 3 layers to be compressed, such as \['0', '2', '4'\]; they know \['0.0', '0.2'",
+        ),
+        (lambda s: Statistics({}, {}), r"the statistics lack 3 of 3 layers .* they are empty"),
+        (
+            lambda s: Statistics({"0": s.grams["0"]}, {"0": s.tokens["0"]}),
+            r"lack 2 of 3 layers .* such as \['2', '4'\]",
+        ),
+        (lambda s: Statistics(s.grams, dict.fromkeys(s.tokens, 0)), "saw no input: there was no batch"),
+    ],
+)
+def test_statistics_that_nobody_collected_from_this_model(mlp, entry, make, message):
+    before = {name: value.clone() for name, value in mlp.state_dict().items()}
+    bad = make(collect_statistics(mlp, batches(2)))
+    with pytest.raises(ValueError, match=message):
+        entry(mlp, "lowrank", ratio=0.5, calibration=bad)
+    assert before.keys() == mlp.state_dict().keys()
+    assert all(torch.equal(value, before[name]) for name, value in mlp.state_dict().items())
+
+
+class Listed(nn.Module):
+    """Runs its first layer by way of a plain list, the second by a bound method kept from before, the third plainly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.head = (nn.Linear(32, 32) for _ in range(4))
+        self.plain, self.kept = [self.a], self.b.forward
+
+    def forward(self, x):
+        return self.head(self.c(self.kept(self.plain[0](x))))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_layers_that_still_run_dense_are_named(count):
+    model = Listed()
+    with pytest.warns(
+        UserWarning, match=r"still runs the dense weights of 2 layers \(a, b\): it holds the old modules"
+    ):
+        report = compress_model(model, "lowrank", ratio=0.5, calibration=batches(count))
+    assert {row.name for row in report.layers if row.bypassed} == {"a", "b"}
+    assert "still runs the dense weights" in str(report)
+    assert not any(row.bypassed for row in compress_model(Listed(), "lowrank", ratio=0.5).layers)  # nothing has run
+
+
+def replaced_gram(statistics, gram):
+    return Statistics({**statistics.grams, "0": gram}, statistics.tokens)
+
+
+def test_dead_inputs_are_fitted_plainly(mlp):
+    """A layer behind units that never fire has a zero Gram of many tokens, which says nothing of its weight."""
+    report = compress_model(mlp, "lowrank", ratio=0.5, calibration=collect_statistics(mlp, [torch.zeros(5, 32)]))
+    assert next(row for row in changed(report) if row.name == "0").output_error is None
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch import nn
 from structlin import KaleidoscopeLinear, LowRankLinear, StructuredLinear, TTLinear
 from structlin.fitting.budget import COARSE, SLACK, within
 from structlin.fitting.fit import fit, relative_error
+from structlin.runtime.contract import to_dense
 from structlin.structures import PHM, Kaleidoscope, LowRank, TensorTrain, families, family
 
 every_structure = pytest.mark.parametrize("name", sorted(families()))
@@ -181,6 +182,29 @@ def test_bad_requests(structure, options, message):
 def test_bad_weights(weight, message):
     with pytest.raises(ValueError, match=message):
         fit(weight, LowRank(rank=2))
+
+
+@pytest.mark.parametrize("exponent", [900, 500, -500, -900])
+def test_weights_whose_squares_leave_float64_fit_like_others(exponent):
+    weight = torch.randn(6, 8, dtype=torch.float64)
+    plain, scaled = (fit(weight * 2.0**e, TensorTrain(rank=2), refine=5) for e in (0, exponent))
+    assert scaled.error == pytest.approx(plain.error, rel=1e-9)
+    dense = to_dense(scaled.spec, scaled.factors) * 2.0**-exponent
+    assert torch.allclose(dense, to_dense(plain.spec, plain.factors), rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_an_approximation_that_the_dtype_cannot_hold_is_refused(dtype):
+    weight = torch.tensor([[1.0, 0.99, -1.0], [1.0, 1.0, 1.0]], dtype=torch.float64)
+    high = torch.tensor([[1.0, 1.0], [1.0, 0.0]], dtype=torch.float64)  # rank 1 comes to 1.17
+    limit = torch.finfo(dtype).max / 2**8
+    assert fit((weight * limit).to(dtype), LowRank(rank=1)).error < 1
+    with pytest.raises(
+        ValueError, match=r"approximates the weight by entries up to .* use a smaller weight or a wider"
+    ):
+        fit((high * limit * 2**8).to(dtype), LowRank(rank=1))
+    with pytest.raises(ValueError, match=r"the norm of the weight exceeds the largest torch.float64; divide"):
+        fit(high * torch.finfo(torch.float64).max, LowRank(rank=1))
 
 
 def test_from_linear_takes_linear_layers_only():

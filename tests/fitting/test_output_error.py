@@ -16,7 +16,19 @@ from structlin.fitting.objective import InputGram, make_objective
 from structlin.fitting.refine import HALVINGS, HURRY, WARM_UP, WINDOW, Refinement, Schedule, low_rank_summand
 from structlin.runtime.contract import to_dense
 from structlin.runtime.planner import flops_per_token
-from structlin.structures import PHM, Blast, Kaleidoscope, Kronecker, LowRank, Monarch, Sum, families, family, sum_of
+from structlin.structures import (
+    PHM,
+    Blast,
+    Kaleidoscope,
+    Kronecker,
+    LowRank,
+    Monarch,
+    Sum,
+    TensorTrain,
+    families,
+    family,
+    sum_of,
+)
 
 every_structure = pytest.mark.parametrize("name", sorted(families()))
 
@@ -234,11 +246,41 @@ def test_degenerate_grams_and_weights(k):
         ({"gram": torch.eye(3)}, r"gram has shape \(3, 3\); this weight needs \(8, 8\)"),
         ({"output_gram": torch.ones(8)}, r"output_gram has shape \(8,\); this weight needs \(6, 6\) or \(6,\)"),
         ({"gram": torch.full((8, 8), math.nan)}, "gram holds NaN or infinite values; collect it in float64"),
+        ({"gram": -torch.eye(8)}, "gram has -1 on its diagonal; give sum x x^H"),
+        (
+            {"gram": torch.eye(8) + torch.ones(8, 8).triu(1)},
+            "gram is not Hermitian: it differs from its adjoint by 1 of",
+        ),
+        ({"gram": torch.ones(8, 8).triu(1) - torch.ones(8, 8).tril(-1)}, "gram is not Hermitian"),
+        ({"gram": torch.ones(8, 8) - torch.eye(8)}, "gram has negative eigenvalues; give sum x x^H"),
+        ({"gram": 1.9 * torch.eye(8) - 0.9}, "a Gram has negative eigenvalues"),
+        ({"output_gram": 1.9 * torch.eye(6) - 0.9}, "Gram has negative eigenvalues"),
+        ({"output_gram": torch.tensor([1.0, 1, -2, 1, 1, 1])}, "output_gram has -2 on its diagonal"),
+        ({"gram": torch.eye(8, dtype=torch.int64)}, "gram has dtype torch.int64; use a float or complex one"),
     ],
 )
 def test_bad_grams(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        fit(torch.randn(6, 8), LowRank(2), **arguments)
+    with pytest.raises(ValueError, match=re.escape(message) if "^" in message else message):
+        fit(torch.randn(*((8, 8) if "a Gram" in message else (6, 8))), LowRank(2), **arguments)
+
+
+def test_an_output_gram_with_rounded_eigenvalues_below_zero():
+    """A singular float32 H whose rounding errors exceed the ridge: its root was cut, and `solve` refused it."""
+    torch.manual_seed(0)
+    metric = torch.ones(6, 6) + 1e-4 * torch.randn(6, 6).triu()
+    metric = metric.triu() + metric.triu(1).T
+    assert torch.linalg.eigvalsh(metric)[0] < -1e-5
+    found = fit(torch.randn(6, 8), LowRank(2), output_gram=metric)
+    assert found.output_error < 0.1
+
+
+def test_fits_work_under_inference_mode():
+    with torch.inference_mode():
+        weight, gram = torch.randn(6, 8), torch.eye(8)
+        inside = fit(weight, TensorTrain(rank=2), gram=gram, output_gram=torch.ones(6), refine=5)
+    outside = fit(weight.clone(), TensorTrain(rank=2), gram=gram.clone(), output_gram=torch.ones(6), refine=5)
+    assert not any(factor.is_inference() for factor in inside.factors)
+    assert all(torch.equal(a, b) for a, b in zip(inside.factors, outside.factors, strict=True))
 
 
 # Refinement ----------------------------------------------------------------------------------------------------------

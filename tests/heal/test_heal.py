@@ -465,7 +465,7 @@ def test_best_weights_come_through_an_interruption(student, teacher, tmp_path):
     options = {**STEPS, "lr": 10.0, "validation": data(2, seed=2), "checkpoint": tmp_path / "heal"}
     with pytest.raises(StopHereError):
         heal(student, teacher, data(), **options, loss=failing_at(10))
-    assert not same_state(student, before)
+    assert same_state(student, before)  # the best so far
     report = heal(resumed, teacher, data(), **options)
     assert report.best_step == 0
     assert same_state(resumed, before)
@@ -571,10 +571,97 @@ def test_damaged_checkpoint_is_refused(student, teacher, tmp_path):
     with pytest.raises(ValueError, match="not a checkpoint of"):
         heal(student, teacher, data(), **STEPS, checkpoint=path)
     torch.save({"about": {"the format": "99"}}, path)
-    with pytest.raises(ValueError, match=r"the format is 3, in the file 99.* or delete it"):
+    with pytest.raises(ValueError, match=r"the format is 4, in the file 99.* or delete it"):
         heal(student, teacher, data(), **STEPS, checkpoint=path)
     with pytest.raises(ValueError, match="is not a file"):
         heal(student, teacher, data(), **STEPS, checkpoint=tmp_path)
+
+
+def test_a_file_of_any_damage_changes_nothing(student, teacher, tmp_path):
+    path, made = tmp_path / "heal", []
+    options = {**STEPS, "checkpoint": path, "optimizer": lambda p: made.append(torch.optim.Adam(p)) or made[-1]}
+    heal(copy.deepcopy(student), teacher, data(), **options)
+    whole, before, generator = path.read_bytes(), state_of(student), torch.get_rng_state()
+    for cut in (whole[:-1], whole[:-90], whole[: len(whole) // 2], whole[:100], b""):
+        path.write_bytes(cut)
+        with pytest.raises(ValueError, match=r"damaged, or not a checkpoint of this version of heal; delete it"):
+            heal(student, teacher, data(), **options)
+        assert path.read_bytes() == cut
+        assert made[-1].state == {}
+    assert same_state(student, before)
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+@pytest.mark.parametrize("name", ["file/heal", "x" * 300, "/proc/nobody/heal"])
+def test_a_checkpoint_that_cannot_be_written_is_found_before_the_first_step(student, teacher, tmp_path, name):
+    (tmp_path / "file").write_text("in the way")
+    before = state_of(student)
+    with pytest.raises(OSError, match=r"the checkpoint cannot be written: .*(heal|xxx)"):
+        heal(student, teacher, data(), **STEPS, checkpoint=tmp_path / name)
+    assert same_state(student, before)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits of resources")
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(student, teacher, tmp_path):
+    import resource
+
+    path = tmp_path / "heal"
+    heal(copy.deepcopy(student), teacher, data(), **STEPS, checkpoint=path)
+    content = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(content) // 2, limits[1]))
+        with pytest.raises(OSError, match=r"the checkpoint cannot be written: File too large.*heal"):
+            heal(student, teacher, data(), **{**STEPS, "steps": 16}, checkpoint=path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == content
+    assert [entry.name for entry in tmp_path.iterdir()] == ["heal"]
+
+
+class Breaking(list):
+    """A loader that raises in the middle of its second pass."""
+
+    def __init__(self, batches, error):
+        super().__init__(batches)
+        self.error, self.passes = error, 0
+
+    def __iter__(self):
+        self.passes += 1
+        yield from self[:2] if self.passes > 1 else self[:]
+        if self.passes > 1:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), StopHereError(), OSError("the file server is gone")])
+def test_an_interruption_restores_the_best_weights(student, teacher, error):
+    before, options = state_of(student), {**STEPS, "validation": data(2, seed=2)}
+    with pytest.raises(type(error)):
+        heal(student, teacher, Breaking(data(), error), **{**options, "lr": 10.0})
+    assert same_state(student, before)
+    with pytest.raises(type(error)):
+        heal(student, teacher, Breaking(data(), error), **options)
+    best = state_of(student)
+    assert not same_state(student, before)
+    with pytest.raises(type(error)):
+        heal(student, teacher, Breaking(data(), error), **STEPS)  # no validation: as it is
+    assert not same_state(student, best)
+
+
+def test_float16_is_healed_by_the_default_optimizer(student, teacher):
+    student, teacher = student.half(), teacher.half()
+    report = heal(student, teacher, [x.half() for x in data(40)], steps=100, lr=2e-3, every=20)
+    assert report.loss_after < 0.7 * report.loss_before
+
+
+def test_healing_works_under_inference_mode(student, teacher):
+    with torch.inference_mode():
+        report = heal(student, teacher, data(), **STEPS)
+        made = nn.Linear(24, 8)
+        with pytest.raises(ValueError, match=r"only frozen ones|under torch.inference_mode, and can never be trained"):
+            heal(made, teacher, data(), **STEPS)
+    assert report.loss_after < report.loss_before
 
 
 def test_optimizer_state_that_cannot_be_stored(student, teacher, tmp_path):
@@ -663,8 +750,11 @@ def test_masked_hidden_state_by_hand():
     batch = {"attention_mask": torch.tensor([[1, 1], [1, 0]])}
     assert distillation_loss(student, teacher, batch).item() == pytest.approx(4 / 9)
     assert distillation_loss(student.half(), teacher.half(), batch).dtype == torch.float32
-    nothing = {"attention_mask": torch.zeros(2, 2)}
-    assert distillation_loss(student, teacher, nothing).item() == 0
+    with pytest.raises(ValueError, match="the mask of a batch is 0 everywhere; leave that batch out"):
+        distillation_loss(student, teacher, {"attention_mask": torch.zeros(2, 2)})
+    additive = torch.tensor([[0, -math.inf], [0, 0]])
+    with pytest.raises(ValueError, match="other values than 0 and 1; give 1 for each position that counts"):
+        distillation_loss(student, teacher, {"attention_mask": additive})
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------
