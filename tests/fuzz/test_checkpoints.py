@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 from cases import ONE
-from conftest import Attack
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -292,7 +291,7 @@ def outcome_of(read: Callable[[], Any], size: int, measured: bool) -> Any:
     return found
 
 
-def test_damaged_checkpoints(attack: Attack, sources: list[Source], tmp_path: Path) -> None:
+def test_damaged_checkpoints(attack: Any, sources: list[Source], tmp_path: Path) -> None:
     skeletons: dict[int, nn.Module] = {}
     for number in attack.rounds(130, 12_000):
         source = sources[number % len(sources)]
@@ -324,7 +323,7 @@ def test_damaged_checkpoints(attack: Attack, sources: list[Source], tmp_path: Pa
 # Plans ---------------------------------------------------------------------------------------------------------------
 
 
-def test_damaged_plans(attack: Attack) -> None:
+def test_damaged_plans(attack: Any) -> None:
     settings = Compression("lowrank", ratio=0.5, rules={"0": Kronecker(terms=2), "re:[12]": {"ratio": 0.25}, "*": None})
     whole = plan()
     for number in attack.rounds(250, 4000):
