@@ -71,8 +71,9 @@ def locked(target: Path) -> Iterator[Path]:
             os.write(handle, f"process {os.getpid()} on {socket.gethostname()} since {now}".encode())
         yield path
     finally:
-        with suppress(OSError):  # Windows deletes no open file
-            path.unlink()  # before the lock ends: who opened this file sees that it is not the one of that name
+        if _is_named(handle, path):  # and not another's, where a user deleted ours
+            with suppress(OSError):  # Windows deletes no open file
+                path.unlink()  # before the lock ends: who opened this file sees that it has lost its name
         with suppress(OSError):
             _unlock(handle)
         os.close(handle)

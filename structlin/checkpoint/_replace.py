@@ -38,6 +38,10 @@ def replacing(directory: Path) -> Iterator[Path]:
     """
     with explaining(f"{directory}: cannot be written", OSError):
         target = directory.resolve()  # a link to the directory stays a link
+        if any(".structlin-" in part for part in target.parts):  # "." in a directory that another process has replaced
+            raise CheckpointError(
+                f"{target} is what another save leaves behind; give the path of the checkpoint itself"
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         with locked(target) as lock:
             stays = lock.parent != target.parent or must_stay(target)
@@ -208,6 +212,7 @@ def _replace_files(target: Path, fresh: Path) -> None:
             _put_back(target)
         raise
     _discard(target / PREVIOUS, _temporary(target, inside=True))
+    sync(target)
 
 
 def _put_back(target: Path) -> None:

@@ -214,6 +214,14 @@ def test_working_directory_stays(shown: str, saved: Path, monkeypatch: pytest.Mo
     assert value_in(saved) == 2
 
 
+def test_working_directory_that_another_process_replaces(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved)
+    saved.rename(saved.parent / ".out.structlin-previous")
+    with pytest.raises(CheckpointError, match="previous is what another save leaves behind; give the path of the chec"):
+        save(model(1), ".")
+    assert value_in(saved) == 0
+
+
 def test_first_save_into_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "notes").touch()
