@@ -8,7 +8,7 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -116,6 +116,8 @@ def readable(directory: Path) -> Path:
             return target  # what it lacks is said by who reads it
         if HUB_ID.fullmatch(str(directory)):
             return _in_hub_cache(str(directory))
+        with suppress(FileNotFoundError, NotADirectoryError):
+            target.stat()  # a parent that may not be searched is another thing
     raise CheckpointError(f"{directory}: no such directory; expected one written by structlin.save")
 
 

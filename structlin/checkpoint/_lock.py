@@ -16,6 +16,7 @@ from structlin.checkpoint._directory import CheckpointError, explaining, naming,
 
 LOCK = ".structlin-lock"
 OWNER_BYTES = 200
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # in a folder that all may write, a link may lead to any file
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 if sys.platform == "win32":
@@ -85,7 +86,7 @@ def locked(target: Path) -> Iterator[Path]:
 def _taken(path: Path, target: Path) -> int:
     while True:
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
         except PermissionError as error:
             if path.exists():
                 raise CheckpointError(f"{target} is being saved by another user; {_advice(path)}") from error

@@ -98,9 +98,10 @@ def _repair(target: Path, stays: bool) -> None:
         previous.rename(target)
     # The lock is ours: who made these is gone.
     for folder, start in ((target.parent, f".{target.name}{TEMPORARY}"), (target, TEMPORARY)):
-        for name in os.listdir(folder) if folder.is_dir() else ():
-            if name.startswith(start):
-                shutil.rmtree(folder / name, ignore_errors=True)
+        with suppress(FileNotFoundError, PermissionError):  # a new directory; a parent that may not be listed
+            for name in os.listdir(folder):
+                if name.startswith(start):
+                    shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _keep_modes(target: Path, fresh: Path) -> None:
@@ -166,7 +167,10 @@ def _replace_directory(target: Path, fresh: Path) -> None:
 
 def _keep_foreign(target: Path, fresh: Path) -> None:
     def own(folder: str, names: list[str]) -> set[str]:
-        return {name for name in names if Path(folder) == target and (OWN.fullmatch(name) or (fresh / name).exists())}
+        if Path(folder) != target:
+            return set()
+        ours = (name for name in names if OWN.fullmatch(name) or name.startswith(".structlin-"))
+        return {*ours, *os.listdir(fresh)}
 
     shutil.copytree(target, fresh, symlinks=True, ignore=own, copy_function=link_or_copy, dirs_exist_ok=True)
 

@@ -60,7 +60,9 @@ def save(
     """Write the parameters and persistent buffers of a model, and the structures of its structured layers.
 
     A new directory is written beside the old one and takes its name, so that a crash leaves a complete checkpoint: the
-    old or the new. Other files in the directory (a tokenizer, say) stay. One process may write at a time.
+    old or the new. The working directory, a mount point, or a directory whose parent may not be written stays where it
+    is: its files are replaced. Other files in the directory (a tokenizer, say) stay, and new files have the permissions
+    of the old. A second saver of the directory is refused while the first one writes.
 
     The `config.json` of a model of transformers is written too: `from_pretrained` loads the folder where `structlin.hf`
     is imported, and fails where it is not.
@@ -82,7 +84,7 @@ def save(
     Raises:
         ValueError: if max_shard_bytes is below 1.
         CheckpointError: if the model holds something that `load` could not restore (a quantised tensor, say), or
-            writing fails; the directory is as it was.
+            writing fails, or another process or thread saves there; the directory is as it was.
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> from structlin import LowRankLinear

@@ -160,6 +160,15 @@ def test_lock_of_another_user(open_folder: Path) -> None:
     assert names(open_folder / "out") == []
 
 
+@posix
+def test_lock_file_that_is_a_link_is_not_written(saved: Path) -> None:
+    (saved.parent / "precious").write_text("precious")
+    (saved.parent / ".out.structlin-lock").symlink_to("precious")
+    save(model(1), saved)
+    assert (saved.parent / "precious").read_text() == "precious"
+    assert value_in(saved) == 1
+
+
 def test_unfinished_work_locks_its_target(tmp_path: Path) -> None:
     with Journal.opened(tmp_path / "out", {}) as journal:
         with pytest.raises(CheckpointError, match="is being saved by process"), Journal.opened(tmp_path / "out", {}):
