@@ -187,7 +187,7 @@ def _swap(fresh: Path, target: Path) -> bool:
     try:
         fresh.rename(target)
     except BaseException:
-        if previous.exists():
+        if previous.exists() and not target.exists():
             previous.rename(target)
         raise
     sync(target.parent)
@@ -240,9 +240,7 @@ def _link_all(source: Path, destination: Path, names: Iterable[str]) -> None:
 
 
 def _move(fresh: Path, target: Path) -> None:
-    new = sorted(
-        os.listdir(fresh), key=lambda name: (name == MANIFEST, name)
-    )  # last: no reader of any kind finds it early
+    new = sorted(os.listdir(fresh), key=lambda name: (name == MANIFEST, name))  # last: it names the others
     for name in new:
         os.replace(fresh / name, target / name)
     for name in os.listdir(target):

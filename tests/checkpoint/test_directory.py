@@ -343,6 +343,24 @@ def test_full_disk_names_the_file_and_changes_nothing(saved: Path, monkeypatch: 
         monkeypatch.chdir(saved)
 
 
+def test_interrupt_just_after_the_renames_keeps_the_new(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+
+    def interrupted(self: Path, target: Path) -> Path:
+        found = rename(self, target)
+        if target == saved:
+            raise KeyboardInterrupt
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            save(model(1), saved)
+    assert value_in(saved) == 1
+    save(model(2), saved)
+    assert names(saved.parent) == ["out"]
+
+
 # Crashes -------------------------------------------------------------------------------------------------------------
 
 
