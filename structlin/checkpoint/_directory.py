@@ -1,25 +1,29 @@
-"""The directory of a checkpoint: its file names, bounded JSON, and its replacement in one step."""
+"""The directory of a checkpoint as readers see it: file names, bounded JSON, and reads beside a saver."""
 
 from __future__ import annotations
 
 import os
 import re
-import secrets
-import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from structlin.checkpoint import bounded
 
 MANIFEST = "structlin.json"
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+CONFIG = "config.json"
+PREVIOUS = ".structlin-previous"  # in a directory whose files are being replaced one by one: links to the old ones
 SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 OWN = re.compile(f"{re.escape(MANIFEST)}|{re.escape(INDEX)}|{SHARD.pattern}")
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # owner/name
+
+TRIES = 10  # to read a checkpoint that is saved again and again
+T = TypeVar("T")
 
 
 class CheckpointError(ValueError):
@@ -40,6 +44,16 @@ def explaining(problem: str, kind: type[Exception] = Exception) -> Iterator[None
         raise CheckpointError(f"{problem}: {type(error).__name__}: {error}") from error
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add the name of the file to errors of writing it, which have none."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or path.name
+        raise
+
+
 def plain_file(directory: Path, name: str) -> Path:
     """Return the path of a regular file of the directory, possibly a link: the Hugging Face cache links to its blobs.
 
@@ -49,6 +63,7 @@ def plain_file(directory: Path, name: str) -> Path:
     with explaining(f"{path}: missing or unreadable", OSError):
         if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe would wait forever
             raise CheckpointError(f"{path}: not a regular file; put a copy of the file there")
+        path.open("rb").close()  # safetensors calls a file that may not be read a missing one
     return path
 
 
@@ -64,16 +79,74 @@ def read_json(directory: Path, name: str) -> Any:
 
 
 def readable(directory: Path) -> Path:
-    """Return the directory, or its predecessor if a crash between the two renames of a save left only that."""
-    target = directory.resolve()
-    previous = _sibling(target, "previous")
-    if not target.exists() and previous.is_dir():
-        return previous
-    if not target.is_dir() and HUB_ID.fullmatch(str(directory)):
-        return _in_hub_cache(str(directory))
-    if not target.is_dir():
-        raise CheckpointError(f"{directory}: no such directory; expected one written by structlin.save")
-    return target
+    """Return the folder that holds the checkpoint: the directory, or what a save that was cut off left beside or in it.
+
+    Raises:
+        CheckpointError: if there is no such directory, or it may not be searched.
+    """
+    with explaining(f"{directory}: cannot be read", OSError):
+        target = directory.resolve()
+        # The target twice: a save may end, and remove the previous one, between the first two looks.
+        for folder in (target, sibling(target, "previous"), target):
+            found = folder / PREVIOUS if (folder / PREVIOUS).is_dir() else folder
+            if holds_checkpoint(found):
+                return found
+        if target.is_dir():
+            return target  # what it lacks is said by who reads it
+        if HUB_ID.fullmatch(str(directory)):
+            return _in_hub_cache(str(directory))
+        with suppress(FileNotFoundError, NotADirectoryError):
+            target.stat()  # a parent that may not be searched is another thing
+    raise CheckpointError(f"{directory}: no such directory; expected one written by structlin.save")
+
+
+def holds_checkpoint(folder: Path) -> bool:
+    """Whether a folder has the first file that is read of a checkpoint, or of a folder of transformers."""
+    return any((folder / name).exists() for name in (MANIFEST, INDEX, SINGLE))
+
+
+def undisturbed(directory: Path, read: Callable[[Path], T]) -> T:
+    """Read a checkpoint, and again if a saver replaced it meanwhile, so that the result is never of two saves.
+
+    Args:
+        directory: of the checkpoint.
+        read: gets the folder to read; has no lasting effects.
+    Raises:
+        CheckpointError: of `read`, if the checkpoint was at rest; if it was replaced in each of `TRIES` tries.
+    """
+    for _ in range(TRIES):
+        before = _state(directory)
+        try:
+            with explaining(f"{directory}: cannot be read", OSError):
+                found = read(readable(directory))
+        except Exception:
+            if before == _state(directory):
+                raise
+        else:
+            if before == _state(directory):
+                return found
+            del found  # there may be no memory for two
+    raise CheckpointError(
+        f"{directory}: replaced while it was read, {TRIES} times; load it when it is saved less often"
+    )
+
+
+def _state(directory: Path) -> object:
+    """Return what differs after a save: each makes new files, and one that is undone makes new links to the old."""
+    try:
+        folder = readable(directory)
+    except CheckpointError:
+        return None
+    return folder, [_identity(folder / name) for name in ("", MANIFEST, INDEX, SINGLE, CONFIG)]
+
+
+def _identity(path: Path) -> object:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    times = (found.st_size, found.st_mtime_ns, found.st_ctime_ns) if stat.S_ISREG(found.st_mode) else ()
+    return found.st_dev, found.st_ino, *times
 
 
 def _in_hub_cache(name: str) -> Path:
@@ -95,81 +168,6 @@ def plain_part(name: str) -> str:
     return name
 
 
-def _sibling(target: Path, what: str) -> Path:
-    # In the same parent: a rename is atomic only within one file system.
-    return target.with_name(f".{target.name}.structlin-{what}")
-
-
-@contextmanager
-def replacing(directory: Path) -> Iterator[Path]:
-    """Yield a new directory that replaces `directory` if the block succeeds.
-
-    Files that do not belong to a checkpoint move along, as hard links where the file system has them.
-    """
-    target = directory.resolve()  # a link to the directory stays a link
-    fresh = _sibling(target, f"tmp-{secrets.token_hex(4)}")
-    with explaining(f"{directory}: cannot be written", OSError):
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _repair(target)
-            fresh.mkdir()
-            yield fresh
-            if target.exists():
-                _keep_foreign(target, fresh)
-            # All data reaches the disk before the rename does: a power cut must not leave a new name with empty files.
-            for path in (*fresh.rglob("*"), fresh):
-                _sync(path)
-            _swap(fresh, target)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
-
-
-def _repair(target: Path) -> None:
-    """Clean up after a killed save: put back a directory that was moved aside, delete temporary ones."""
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{target} is a file")
-    previous = _sibling(target, "previous")
-    if previous.exists() and not target.exists():
-        previous.rename(target)
-    for path in target.parent.iterdir():
-        if path == previous or path.name.startswith(_sibling(target, "tmp-").name):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _keep_foreign(target: Path, fresh: Path) -> None:
-    def own(folder: str, names: list[str]) -> set[str]:
-        return {name for name in names if Path(folder) == target and (OWN.fullmatch(name) or (fresh / name).exists())}
-
-    shutil.copytree(target, fresh, symlinks=True, ignore=own, copy_function=_link_or_copy, dirs_exist_ok=True)
-
-
-def _link_or_copy(source: str, destination: str) -> None:
-    try:
-        os.link(source, destination, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, destination, follow_symlinks=False)
-
-
-def _sync(path: Path) -> None:
-    mode = path.lstat().st_mode
-    if stat.S_ISREG(mode) or (stat.S_ISDIR(mode) and os.name == "posix"):
-        handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _swap(fresh: Path, target: Path) -> None:
-    # No portable call exchanges two directories. A crash between the two renames leaves `previous`, see `readable`.
-    previous = _sibling(target, "previous")
-    try:
-        if target.exists():
-            target.rename(previous)
-        fresh.rename(target)
-    except BaseException:
-        if previous.exists() and not target.exists():
-            previous.rename(target)
-        raise
-    _sync(target.parent)
-    shutil.rmtree(previous, ignore_errors=True)
+def sibling(target: Path, what: str) -> Path:
+    """Return the hidden path beside a directory that a save uses: a rename is atomic only within one file system."""
+    return target.parent / f".{target.name}.structlin-{what}"

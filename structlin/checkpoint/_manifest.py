@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from structlin.checkpoint import bounded
-from structlin.checkpoint._directory import MANIFEST, CheckpointError, explaining, read_json
+from structlin.checkpoint._directory import MANIFEST, CheckpointError, explaining, naming, read_json
 from structlin.checkpoint.tensors import MOST_TENSORS, Stored, read_headers
 from structlin.equation.structure import Structure, hyperparameters, registered
 
@@ -118,7 +118,8 @@ def write(directory: Path, **fields: Any) -> None:
     """Write structlin.json from its fields, all but the versions."""
     with explaining("metadata or a hyperparameter cannot be written as JSON; use numbers, strings, None, lists, dicts"):
         text = json.dumps(document_of(**fields), indent=2, allow_nan=False)
-    (directory / MANIFEST).write_text(text, "utf-8")
+    with naming(directory / MANIFEST):
+        (directory / MANIFEST).write_text(text, "utf-8")
 
 
 def read(directory: Path) -> Checkpoint:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from structlin.checkpoint import _directory, _manifest, _skeleton, table, tensors
+from structlin.checkpoint import _directory, _manifest, _replace, _skeleton, table, tensors
 from structlin.checkpoint._directory import CheckpointError
 from structlin.checkpoint._manifest import Checkpoint
 from structlin.layers.factored import Factored
@@ -60,7 +60,9 @@ def save(
     """Write the parameters and persistent buffers of a model, and the structures of its structured layers.
 
     A new directory is written beside the old one and takes its name, so that a crash leaves a complete checkpoint: the
-    old or the new. Other files in the directory (a tokenizer, say) stay. One process may write at a time.
+    old or the new. The working directory, a mount point, or a directory whose parent may not be written stays where it
+    is: its files are replaced. Other files in the directory (a tokenizer, say) stay, and new files have the permissions
+    of the old. A second saver of the directory is refused while the first one writes.
 
     The `config.json` of a model of transformers is written too: `from_pretrained` loads the folder where `structlin.hf`
     is imported, and fails where it is not.
@@ -82,7 +84,7 @@ def save(
     Raises:
         ValueError: if max_shard_bytes is below 1.
         CheckpointError: if the model holds something that `load` could not restore (a quantised tensor, say), or
-            writing fails; the directory is as it was.
+            writing fails, or another process or thread saves there; the directory is as it was.
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> from structlin import LowRankLinear
@@ -106,7 +108,7 @@ def save(
         # transformers, which could load the folder by its config, is to fail where structlin.hf is not imported.
         shapes = table.replaced_weights(model, layers)
         sentinels = {name: torch.full(shape, torch.nan) for name, shape in shapes.items() if name not in stored}
-    with _directory.replacing(Path(directory)) as fresh:
+    with _replace.replacing(Path(directory)) as fresh:
         shards = tensors.write_shards(fresh, {**stored, **sentinels}, max_shard_bytes)
         table.write_config(model, fresh)
         _manifest.write(
@@ -153,7 +155,24 @@ def load(
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} is not a floating dtype; use one such as torch.bfloat16, or None")
-    checkpoint = _read(directory, skeleton)
+
+    def prepare(folder: Path) -> tuple[nn.Module, list[_skeleton.Assignment]]:
+        return _prepared(_read(folder, skeleton), skeleton, device, dtype, check_hashes)
+
+    root, assignments = _directory.undisturbed(Path(directory), prepare)
+    # Everything that can fail for a reason of its own is behind us: only now the skeleton changes.
+    _skeleton.assign(assignments)
+    return root
+
+
+def _prepared(
+    checkpoint: Checkpoint,
+    skeleton: nn.Module,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+    check_hashes: bool,
+) -> tuple[nn.Module, list[_skeleton.Assignment]]:
+    """Return the root of the loaded model, and what is to be assigned for it; all values are read."""
     old = dict(skeleton.named_modules(remove_duplicate=False))
     tree, devices = _skeleton.tree_of(old, checkpoint)
     slots = list(_skeleton.slots_of(tree.items()))
@@ -168,15 +187,11 @@ def load(
         found = torch.device("cpu") if place.type == "meta" else place
         places.setdefault(checkpoint.stored_name(slot.name), torch.device(device) if device is not None else found)
     values = tensors.read_tensors(checkpoint.directory, checkpoint.tensors, places, dtype)
-    # Everything that can fail for a reason of its own is behind us: only now the skeleton changes.
-    _skeleton.assign(
-        [
-            *_skeleton.fillings(slots, values, checkpoint),
-            *_skeleton.moves(tree, device, dtype),
-            *_skeleton.swaps(old, tree),
-        ]
-    )
-    return tree[""]
+    return tree[""], [
+        *_skeleton.fillings(slots, values, checkpoint),
+        *_skeleton.moves(tree, device, dtype),
+        *_skeleton.swaps(old, tree),
+    ]
 
 
 def verify(directory: str | Path, *, check_hashes: bool = False) -> Summary:
@@ -190,7 +205,10 @@ def verify(directory: str | Path, *, check_hashes: bool = False) -> Summary:
     Raises:
         CheckpointError: naming the layer or file, what was found and what was expected.
     """
-    checkpoint = _read(directory, None)
+    return _directory.undisturbed(Path(directory), lambda folder: _summary(_read(folder, None), check_hashes))
+
+
+def _summary(checkpoint: Checkpoint, check_hashes: bool) -> Summary:
     if check_hashes:
         tensors.check_hashes(checkpoint.directory, checkpoint.shards)
     return Summary(
@@ -203,8 +221,7 @@ def verify(directory: str | Path, *, check_hashes: bool = False) -> Summary:
     )
 
 
-def _read(directory: str | Path, skeleton: nn.Module | None) -> Checkpoint:
-    folder = _directory.readable(Path(directory))
+def _read(folder: Path, skeleton: nn.Module | None) -> Checkpoint:
     return table.read_folder(folder, skeleton) or _manifest.read(folder)
 
 

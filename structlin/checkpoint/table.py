@@ -13,13 +13,12 @@ from torch import nn
 
 from structlin.adapters import Origin
 from structlin.checkpoint import _manifest, _skeleton, bounded
-from structlin.checkpoint._directory import INDEX, MANIFEST, CheckpointError, explaining, read_json
+from structlin.checkpoint._directory import CONFIG, INDEX, MANIFEST, CheckpointError, explaining, naming, read_json
 from structlin.checkpoint._manifest import FIELDS, Checkpoint, dotted
 from structlin.checkpoint.tensors import Stored, read_headers
 from structlin.layers.embedding import StructuredEmbedding
 from structlin.layers.factored import Factored
 
-CONFIG = "config.json"
 METHOD = "structlin"  # the quant_method of the config
 TABLE_FIELDS = {
     key: FIELDS[key] for key in ("format_version", "structlin_version", "layers", "shared_layers", "aliases")
@@ -56,13 +55,15 @@ def write_config(model: nn.Module, directory: Path) -> None:
     config: Any = getattr(model, "config", None)
     if not callable(getattr(config, "save_pretrained", None)):
         return
-    config.save_pretrained(directory)
+    with naming(directory / CONFIG):
+        config.save_pretrained(directory)
     record = json.loads((directory / CONFIG).read_text("utf-8"))
     record["architectures"] = record.get("architectures") or [type(model).__name__]
     table = table_of(model)
     if table["layers"]:
         record["quantization_config"] = {**table, "quant_method": METHOD}
-    (directory / CONFIG).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
+    with naming(directory / CONFIG):
+        (directory / CONFIG).write_text(json.dumps(record, indent=2) + "\n", "utf-8")
 
 
 def read_table(document: Any, limit: int, where: str) -> Checkpoint:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from structlin.checkpoint import bounded
-from structlin.checkpoint._directory import INDEX, SHARD, CheckpointError, explaining, plain_file, read_json
+from structlin.checkpoint._directory import INDEX, SHARD, CheckpointError, explaining, naming, plain_file, read_json
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -96,7 +96,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
 
         def put(data: Any) -> None:
             file.write(data)
@@ -148,7 +148,8 @@ def write_shards(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes
         weight_map = {key: name for name, group in shards.items() for key in group}
         total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2), "utf-8")
+        with naming(directory / INDEX):
+            (directory / INDEX).write_text(json.dumps(index, indent=2), "utf-8")
     return {name: write_safetensors(directory / name, group, {"format": "pt"}) for name, group in shards.items()}
 
 

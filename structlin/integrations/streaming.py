@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig
 
 from structlin.checkpoint import CheckpointError
-from structlin.checkpoint._directory import INDEX, read_json, readable
+from structlin.checkpoint._directory import INDEX, explaining, read_json, readable
 from structlin.checkpoint._skeleton import slots_of
 from structlin.checkpoint.journal import Journal
 from structlin.checkpoint.tensors import Stored, read_headers, read_tensors
@@ -75,14 +75,15 @@ def stream_folder(
         chosen = {name: places[name] for name in names}
         return read_tensors(folder, chosen, dict.fromkeys(names, torch.device("cpu")), model.dtype)
 
-    journal = Journal(target, about)
     data = Data(batches=tuple(batches))
-    report = compress_stream(model, config, data, read, journal, device=device, dtype=run_dtype, progress=progress)
-    copy_others(str(folder), journal.shards)
-    _write_config(model, journal.shards)
-    if any(row.structure for row in report.layers):
-        (journal.shards / CARD).write_text(model_card(model, report, base_model=source), "utf-8")
-    journal.finish()
+    with Journal.opened(target, about) as journal:
+        report = compress_stream(model, config, data, read, journal, device=device, dtype=run_dtype, progress=progress)
+        with explaining(f"{target}: cannot be written", OSError):
+            copy_others(str(folder), journal.shards)
+            _write_config(model, journal.shards)
+            if any(row.structure for row in report.layers):
+                (journal.shards / CARD).write_text(model_card(model, report, base_model=source), "utf-8")
+        journal.finish()
     return report
 
 

@@ -38,7 +38,9 @@ from structlin import (
 from structlin.checkpoint import (
     CheckpointError,
     _directory,
+    _lock,
     _manifest,
+    _replace,
     _skeleton,
     api,
     load,
@@ -498,7 +500,7 @@ def test_refused_save_says_why_and_changes_nothing(name: str, saved: Path) -> No
     assert_equal(tensors_of(load(skeleton(), saved)), tensors_of(model()))
 
 
-@pytest.mark.parametrize("step", ["write_shards", "_keep_foreign", "_sync", "_swap"])
+@pytest.mark.parametrize("step", ["write_shards", "_keep_foreign", "sync", "_swap"])
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["disk full", "interrupt"])
 def test_failing_save_leaves_no_temporaries(
     step: str, error: BaseException, saved: Path, monkeypatch: pytest.MonkeyPatch
@@ -507,7 +509,7 @@ def test_failing_save_leaves_no_temporaries(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(tensors if step == "write_shards" else _directory, step, fail)
+        patch.setattr(tensors if step == "write_shards" else _replace, step, fail)
         expected, message = (
             (CheckpointError, "out: cannot be written: OSError: disk full") if error.args else (type(error), None)
         )
@@ -585,10 +587,12 @@ def _save_forever(path: Path) -> None:
             save(item, path, max_shard_bytes=500)
 
 
-def _save_and_die(path: Path, at: int) -> None:
+def _save_and_die(path: Path, at: int, inside: bool) -> None:
     """Die at the at-th change of a directory entry."""
     left = at
-    real = os.rename, os.mkdir, os.link, os.unlink, os.rmdir
+    real = os.rename, os.replace, os.mkdir, os.link, os.unlink, os.rmdir
+    if inside:
+        os.chdir(path)
 
     def dying(function: Callable) -> Callable:
         def call(*args: object, **kwargs: object) -> object:
@@ -600,8 +604,8 @@ def _save_and_die(path: Path, at: int) -> None:
 
         return call
 
-    os.rename, os.mkdir, os.link, os.unlink, os.rmdir = map(dying, real)
-    save(model(1), path)
+    os.rename, os.replace, os.mkdir, os.link, os.unlink, os.rmdir = map(dying, real)
+    save(model(1), "." if inside else path)
 
 
 @pytest.fixture(scope="module")
@@ -646,14 +650,17 @@ def test_kill_at_random_moments(saved: Path, server: multiprocessing.context.Bas
     assert os.listdir(saved.parent) == ["out"]
 
 
-def test_kill_at_every_change_of_a_directory(saved: Path, server: multiprocessing.context.BaseContext) -> None:
+@pytest.mark.parametrize("inside", [False, True], ids=["from outside", "in the working directory"])
+def test_kill_at_every_change_of_a_directory(
+    inside: bool, saved: Path, server: multiprocessing.context.BaseContext
+) -> None:
     (saved / "config.json").write_text("{}")
     original = saved.rename(saved.parent / "original")
     found = []
     for at in range(1, 100):
         shutil.rmtree(saved, ignore_errors=True)
         shutil.copytree(original, saved)
-        saver = server.Process(target=_save_and_die, args=(saved, at))
+        saver = server.Process(target=_save_and_die, args=(saved, at, inside))
         saver.start()
         saver.join()
         found.append(is_old_or_new(saved))
@@ -664,6 +671,9 @@ def test_kill_at_every_change_of_a_directory(saved: Path, server: multiprocessin
     assert found[0] == 0
     assert found[-1] == 1
     assert len(found) > 5
+    save(model(2), saved)
+    assert sorted(os.listdir(saved)) == ["config.json", "model.safetensors", "structlin.json"]
+    assert sorted(os.listdir(saved.parent)) == ["original", "out"]
 
 
 # A new process -------------------------------------------------------------------------------------------------------
@@ -709,7 +719,9 @@ def test_same_model_same_bytes(tmp_path: Path) -> None:
 # Nothing in a file is run --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", [api, tensors, _directory, _manifest, _skeleton], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [api, tensors, _directory, _lock, _manifest, _replace, _skeleton], ids=lambda module: module.__name__
+)
 def test_no_code_comes_from_files(module: object) -> None:
     tree = ast.parse(Path(module.__file__).read_text())
     banned = {"pickle", "eval", "exec", "importlib", "__import__", "globals", "joblib", "dill", "runpy"}
@@ -983,9 +995,13 @@ def test_layer_that_cannot_be_built(saved: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_file_that_changes_while_it_is_read(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change = rewrite(lambda tensors: tensors.update({"3.bias": torch.zeros(5)}))
+    checkpoint = _manifest.read(saved)
     monkeypatch.setattr(tensors, "check_hashes", lambda directory, shards: change(directory))
-    with pytest.raises(CheckpointError, match="changed while it was read"):
+    with pytest.raises(CheckpointError, match=r"'3.bias' in model.safetensors is torch.float32 \(5,\), the skeleton's"):
         load(skeleton(), saved)
+    places = dict.fromkeys(checkpoint.tensors, torch.device("cpu"))
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        tensors.read_tensors(saved, checkpoint.tensors, places, None)
 
 
 # Fuzzing -------------------------------------------------------------------------------------------------------------
