@@ -107,7 +107,8 @@ def test_error_never_grows_with_rank_or_terms(name, in_features, out_features):
         errors = [fit(weight, member).error for member in members]
         assert len(errors) > 1
         # TT-SVD is quasi-optimal only: its errors may in principle wobble, but never for nested truncations by much.
-        assert all(later <= earlier * (1 + 1e-9) for earlier, later in itertools.pairwise(errors)), errors
+        # Two exact fits differ by rounding, a few units of float64's last place (2.2e-16).
+        assert all(later <= earlier * (1 + 1e-9) + 1e-14 for earlier, later in itertools.pairwise(errors)), errors
 
 
 def test_error_never_grows_with_the_rank_of_monarch_blocks():
