@@ -75,3 +75,16 @@ def test_bytes_of_another_kind_inside_the_same_parameters(dtype, kernel):
         x = torch.randn(3, 16, dtype=dtype)
         tolerance = 0.05 if dtype is torch.bfloat16 else 1e-10
         assert_close(layer(x).double(), F.linear(x, layer.to_dense(), layer.bias).double(), str(dtype), tolerance)
+
+
+def test_compiled_layers_see_every_write():
+    for write in WRITES:
+        with naming(write):
+            layer, x = build(ONE["kmatrix"], 16, 20).eval(), torch.randn(32, 16)
+            torch._dynamo.reset()  # else it gives up on a method that it compiled for many layers
+            compiled = torch.compile(layer, backend="aot_eager")
+            with torch.no_grad():
+                before = compiled(x)
+                WRITES[write](layer)
+                assert not torch.equal(compiled(x), before)
+                assert_close(compiled(x), F.linear(x, layer.to_dense(), layer.bias), "compiled", 1e-4)
