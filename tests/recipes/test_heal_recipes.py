@@ -199,6 +199,20 @@ def test_compress_stories(tmp_path, tiny_llama, stories):
     assert others[0]["parameters"] == others[1]["parameters"]
 
 
+def test_lora_stories(tmp_path, tiny_llama, stories):
+    done = run(
+        "lora_stories.py", "--model", tiny_llama, "--data", stories, "--structures", "dense", "monarch",
+        "--steps", "2", "--rank", "2", "--results", tmp_path / "results",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    dense, monarch = stored(tmp_path / "results", "lora_stories")
+    assert dense["adapters"] == monarch["adapters"] > 0
+    assert dense["kept"] == dense["kept_merged"] == 1
+    assert monarch["kept"] < monarch["kept_merged"] < 1
+    assert monarch["merged"] == pytest.approx(monarch["adapted"], rel=1e-4)
+    assert monarch["adapted"] != monarch["perplexity"]
+
+
 def test_stories_are_split_and_cut(tmp_path):
     import compress_stories
 
