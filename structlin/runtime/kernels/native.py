@@ -47,10 +47,11 @@ def build() -> Path:
         RuntimeError: if no C++ compiler is found ($CXX, else c++) or it fails; the message quotes its output. Or if the
             folder cannot be written, or other users own it or may write to it.
     """
-    found, refused = _find()
+    stem = _stem()
+    found, refused = _find(stem)
     if found is None or found == _State.broken:
         try:
-            found = _make()
+            found = _make(stem)
             for path in refused.keys() - {found}:
                 cache.remove(path)
         except OSError as error:
@@ -128,7 +129,7 @@ def _load(word: str) -> bool:
         except RuntimeError as error:
             warnings.warn(f"{SWITCH}=build, but {error}", stacklevel=2)
             return False
-    path, refused = _find()
+    path, refused = _find(_stem())
     if path is None:
         for reason in refused.values():
             _warn(reason)
@@ -200,21 +201,21 @@ def _stem() -> str:
     return f"chain-{_digest(chr(10).join(facts).encode())}-"
 
 
-def _name(content: bytes) -> str:
+def _name(stem: str, content: bytes) -> str:
     """Return the library's name, which ends in a hash of its content: a damaged one would kill the process."""
-    return f"{_stem()}{_digest(content)}.so"
+    return f"{stem}{_digest(content)}.so"
 
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _find() -> tuple[Path | None, dict[Path, str]]:
+def _find(stem: str) -> tuple[Path | None, dict[Path, str]]:
     """Return the library, None if none may be loaded; and those that may not be, each with the reason."""
     refused: dict[Path, str] = {}
-    for path in cache.listed(_stem(), ".so"):
+    for path in cache.listed(stem, ".so"):
         try:
-            if _name(cache.read(path)) == path.name:
+            if _name(stem, cache.read(path)) == path.name:
                 return path, refused
             refused[path] = f"{path} is damaged: its content has another hash than its name"
         except OSError as error:
@@ -222,12 +223,12 @@ def _find() -> tuple[Path | None, dict[Path, str]]:
     return None, refused
 
 
-def _make() -> Path:
+def _make(stem: str) -> Path:
     folder = cache.cache_folder()
     with cache.workplace(folder) as work:
         _compile(work / "chain.so")
         content = (work / "chain.so").read_bytes()
-    target = folder / _name(content)
+    target = folder / _name(stem, content)
     cache.write(target, content)
     return target
 
