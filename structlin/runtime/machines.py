@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 import platform
-from dataclasses import asdict
+import warnings
+from dataclasses import Field, asdict, fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from structlin.runtime.cache import cache_folder, read, write
 from structlin.runtime.planner import CPU, H200, Machine
 
-
-def cache_folder() -> Path:
-    """Return the folder of records and built kernels: $STRUCTLIN_CACHE, else `structlin` in the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("STRUCTLIN_CACHE") or Path(base) / "structlin")
+LEAST, MOST = 1e-30, 1e30  # of a rate; predictions beyond would overflow
 
 
 def processor() -> str:
@@ -31,11 +30,7 @@ def processor() -> str:
 
 def remember(device: torch.device, machine: Machine) -> None:
     """Store the record of a device for this process and later ones."""
-    path = _path(device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}")
-    aside.write_text(json.dumps(asdict(machine)), encoding="utf-8")
-    aside.replace(path)
+    write(_path(device), json.dumps(asdict(machine)).encode())
     _machine.cache_clear()
 
 
@@ -51,10 +46,42 @@ def machine_of(device: torch.device) -> Machine:
 
 @cache
 def _machine(device_type: str, threads: int) -> Machine:
-    path = _path(torch.device(device_type))
-    if device_type in ("cpu", "cuda") and path.exists():
-        return Machine(**json.loads(path.read_text(encoding="utf-8")))
-    return shipped(torch.device(device_type))
+    device = torch.device(device_type)
+    if device_type in ("cpu", "cuda"):
+        try:
+            return _stored(_path(device))
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            warnings.warn(f"the record of this machine is not used: {error}; plans follow a shipped one", stacklevel=2)
+    return shipped(device)
+
+
+def _stored(path: Path) -> Machine:
+    """Read a record; OSError names the file and says why it is not used."""
+    content = read(path)
+    try:
+        found = json.loads(content)
+        names = {field.name for field in fields(Machine)}
+        if not isinstance(found, dict) or found.keys() != names:
+            raise ValueError(f"it has not exactly the fields {', '.join(sorted(names))}")
+        for field in fields(Machine):
+            if not _fits(field, found[field.name]):
+                raise ValueError(f"{field.name} is {found[field.name]!r:.80}")
+    except (ValueError, RecursionError) as error:  # a RecursionError of nested lists
+        raise OSError(f"{path} is damaged: {error}; call structlin.measure_machine() to replace it") from error
+    return Machine(**found)
+
+
+def _fits(field: Field[Any], value: object) -> bool:
+    """Return whether a record may hold the value: a finite rate above 0; None, 0 or inf only where Machine has them."""
+    if field.name == "name":
+        return isinstance(value, str)
+    if value is None:
+        return "None" in str(field.type)
+    if isinstance(value, bool) or not isinstance(value, int if field.type == "int" else (int, float)):
+        return False
+    return LEAST < value < MOST or (value == 0 == field.default) or (value == math.inf == field.default)
 
 
 def name_of(device: torch.device) -> str:

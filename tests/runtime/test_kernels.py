@@ -439,7 +439,7 @@ def test_build_without_a_compiler_says_so(monkeypatch, tmp_path):
 
 def test_a_library_that_does_not_load_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("STRUCTLIN_CACHE", str(tmp_path))
-    native._path().write_bytes(b"not a library")
+    tmp_path.joinpath(native._name(native._stem(), b"not a library")).write_bytes(b"not a library")
     monkeypatch.setattr(native, "_loaded", lambda: False)
     monkeypatch.setattr(native._State, "usable", None)
     with pytest.warns(UserWarning, match="does not load"):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
-from dataclasses import replace
+import json
+import math
+import os
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +15,10 @@ import torch
 import structlin
 from structlin.fitting.fit import fit
 from structlin.layers.linear import build
+from structlin.runtime import machines
 from structlin.runtime.kernels import chain_of, operators
 from structlin.runtime.machines import machine_of, remember
-from structlin.runtime.planner import CPU, find_plan, search
+from structlin.runtime.planner import CPU, Machine, find_plan, search
 from structlin.structures import Kaleidoscope, Kronecker, LowRank, Sum
 
 FILES = sorted(Path(structlin.__file__).parent.rglob("*.py"))
@@ -125,3 +129,87 @@ def test_whoever_plans_asks_for_the_measured_record(act, monkeypatch):
 def test_a_plan_needs_a_machine():
     with pytest.raises(TypeError, match="required keyword-only argument: 'machine'"):
         find_plan(layer().spec, 5)
+
+
+# Records on disk -----------------------------------------------------------------------------------------------------
+
+GOOD = {**asdict(CPU), "name": "measured", "half_flops": None, "half_op": 0.0, "cache": math.inf}
+
+
+@pytest.fixture
+def record(tmp_path):
+    """The place of the record, which conftest puts into a folder of the test's own."""
+    machines._machine.cache_clear()
+    return tmp_path / "machine-cpu.json"
+
+
+def test_a_record_is_read(record):
+    record.write_text(json.dumps(GOOD))
+    assert machine_of(HERE) == Machine(**GOOD)
+
+
+DAMAGED = {
+    "empty": b"",
+    "truncated": json.dumps(GOOD).encode()[:100],
+    "not UTF-8": b"\xff\xfe\xfa",
+    "deep": b"[" * 100_000,
+    **{text: text.encode() for text in ("null", "[]", "{}", "3", '"name"', "NaN")},
+    "a field less": json.dumps({name: GOOD[name] for name in GOOD if name != "op"}).encode(),
+    "a field more": json.dumps({**GOOD, "more": 1}).encode(),
+    **{
+        f"{name}={value!r:.9}": json.dumps({**GOOD, name: value}).encode()
+        for name, value in [
+            *(
+                ("flops", value)
+                for value in (None, 0, -1.0, "1e9", math.inf, math.nan, True, [], 1e-320, 1e300, 10**400)
+            ),
+            *(("bandwidth", value) for value in (0, None)),
+            *(("tile", value) for value in (1.5, -1)),
+            *(("cache", value) for value in (-math.inf, 0)),
+            ("half_flops", 0),
+            ("half_op", -1e-6),
+            ("native", math.inf),
+            ("name", 3),
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_record_is_named_and_the_shipped_one_used(kind, record):
+    record.write_bytes(DAMAGED[kind])
+    with pytest.warns(UserWarning, match="record of this machine is not used: .*machine-cpu.json is damaged: ") as said:
+        assert layer()(torch.randn(5, 48)).shape == (5, 48)
+    assert len(said) == 1
+    assert machine_of(HERE) is CPU
+    remember(HERE, CPU)
+    assert machine_of(HERE) == CPU
+
+
+def test_a_folder_in_a_records_place_is_named_and_replaced(record):
+    (record / "inner").mkdir(parents=True)
+    with pytest.warns(UserWarning, match="machine-cpu.json is not a regular file; plans follow a shipped one"):
+        assert machine_of(HERE) is CPU
+    remember(HERE, CPU)
+    assert machine_of(HERE) == CPU
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are those of POSIX")
+def test_a_record_that_others_may_write_is_named(record):
+    remember(HERE, CPU)
+    record.chmod(0o602)
+    with pytest.warns(UserWarning, match=r"users other than its owner may write to .*machine-cpu.json \(mode 602\)"):
+        assert machine_of(HERE) is CPU
+
+
+def test_a_record_that_cannot_be_reached_is_as_none(tmp_path, monkeypatch):
+    def homeless(device):
+        raise FileNotFoundError("no home folder is known")
+
+    (tmp_path / "a-file").touch()
+    for path in (lambda device: tmp_path / ("x" * 300) / "record", lambda device: tmp_path / "a-file" / "r", homeless):
+        monkeypatch.setattr(machines, "_path", path)
+        machines._machine.cache_clear()
+        assert machine_of(HERE) is CPU
+        with pytest.raises(OSError, match=r"too long|exists|Not a directory|no home"):
+            remember(HERE, CPU)

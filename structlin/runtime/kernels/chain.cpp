@@ -47,14 +47,14 @@ template <class W> struct Operands {
   void convert() {
     int64_t total = 0;
     for (const at::Tensor& factor : kept) total += factor.numel();
-    float* to = scratch<1>(total);
+    Scratch memory = scratch<1>(total, kept.size());
     for (const at::Tensor& factor : kept) {
+      float* to = memory.take(factor.numel());
       const at::BFloat16* from = factor.const_data_ptr<at::BFloat16>();
-      at::parallel_for(0, factor.numel(), 1 << 16, [&](int64_t begin, int64_t end) {
+      parallel_for(0, factor.numel(), 1 << 16, [&](int64_t begin, int64_t end) {
         for (int64_t e = begin; e < end; ++e) to[e] = from[e];
       });
       pointers.push_back(to);
-      to += factor.numel();
     }
   }
 };
@@ -84,7 +84,7 @@ void run_chain(const Program& p, at::TensorList factors, const S* bias, const S*
   const Operands<float> operands(factors, HALF<S>);
   const int64_t share = p.share(tokens);
   const int T = share > WIDEST ? 2 * WIDEST : share > NARROW ? WIDEST : NARROW;
-  at::parallel_for(0, (tokens + T - 1) / T, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, (tokens + T - 1) / T, 1, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t t = tile * T, count = std::min<int64_t>(T, tokens - t);
       const auto run = count > WIDEST   ? run_tile<WIDEST, 2, S>
@@ -148,7 +148,7 @@ void run_chain_backward(const Program& p, at::TensorList factors, const S* x, co
   const int64_t parts = std::min<int64_t>(at::get_num_threads(), tiles);
   const at::Tensor others = at::zeros({parts - 1, total}, at::kFloat);
   float* other = others.mutable_data_ptr<float>();
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       std::vector<float*> own = sums;
       int64_t place = (part - 1) * total;
@@ -167,7 +167,7 @@ void run_chain_backward(const Program& p, at::TensorList factors, const S* x, co
   if (parts == 1) return;
   for (size_t k = 0; k < wanted.size(); ++k) {
     const int64_t count = gradients[k].numel();
-    at::parallel_for(0, count, 1 << 14, [&, to = sums[wanted[k]]](int64_t begin, int64_t end) {
+    parallel_for(0, count, 1 << 14, [&, to = sums[wanted[k]]](int64_t begin, int64_t end) {
       for (int64_t part = 0; part + 1 < parts; ++part)
         for (int64_t e = begin; e < end; ++e) to[e] += other[part * total + e];
     });

@@ -5,29 +5,32 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sysconfig
-import tempfile
 import warnings
 from collections.abc import Callable
 from functools import partial
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from structlin.runtime import cache
 from structlin.runtime.eager import constant
 from structlin.runtime.kernels import operators
-from structlin.runtime.machines import cache_folder, processor
+from structlin.runtime.machines import processor
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("chain.cpp", "calls.cpp"))
 HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 MODULE = "structlin_chain"  # name of the extension module, if built with Python's headers
-SWITCH = "STRUCTLIN_KERNELS"  # environment variable: "off" disables, "build" builds on first use, else use if built
+SWITCH = "STRUCTLIN_KERNELS"  # environment variable
+WORDS = ("on", "off", "build")  # its values, in any letter case: use if built (as without the variable), never, build
 
 
 def build() -> Path:
@@ -35,30 +38,50 @@ def build() -> Path:
 
     Structured layers in float32 and bfloat16 on a CPU then use it, in this process and later ones. The environment
     variable STRUCTLIN_KERNELS=off disables the kernel, STRUCTLIN_KERNELS=build builds it on first use. The compiler
-    gets $CXXFLAGS.
+    is $CXX, which may have arguments, and gets $CXXFLAGS. A library that was damaged since it was built, or that other
+    users own or may write to, is not loaded: layers warn and run without it, and `build` builds it again.
 
     Returns:
         The library's path: under $STRUCTLIN_CACHE, else $XDG_CACHE_HOME/structlin, else ~/.cache/structlin.
     Raises:
-        RuntimeError: if no C++ compiler is found ($CXX, else c++) or it fails; the message quotes its output.
+        RuntimeError: if no C++ compiler is found ($CXX, else c++) or it fails; the message quotes its output. Or if the
+            folder cannot be written, or other users own it or may write to it.
     """
-    target = _path()
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:  # same file system: `replace` is atomic
-            made = Path(folder) / target.name
-            _compile(made)
-            made.replace(target)
+    stem = _stem()
+    found, refused = _find(stem)
+    if found is None or found == _State.broken:
+        try:
+            found = _make(stem)
+            for path in refused.keys() - {found}:
+                cache.remove(path)
+        except OSError as error:
+            raise RuntimeError(
+                f"the native kernel cannot be made: {error}; set $STRUCTLIN_CACHE to a folder that you may write; "
+                "layers work without it"
+            ) from error
     _State.usable = None
-    return target
+    return found
+
+
+def switch() -> str:
+    """Return the word in $STRUCTLIN_KERNELS, one of WORDS."""
+    given = os.environ.get(SWITCH) or "on"
+    if given.lower() not in WORDS:
+        raise ValueError(f"{SWITCH}={given!r} is none of {', '.join(WORDS)}; set one of them, or unset it for 'on'")
+    return given.lower()
+
+
+switch()  # a word that means nothing is refused at import, not in a forward pass
 
 
 @constant
 def available() -> bool:
     """Return whether the native kernel is built, loads, and is not disabled by STRUCTLIN_KERNELS=off."""
     if _State.usable is None:
-        _State.usable = _load(os.environ.get(SWITCH, ""))
-    return _State.usable
+        with _State.lock:  # torch refuses a library that two threads register
+            if _State.usable is None:
+                _State.usable = _load(switch())
+    return bool(_State.usable)
 
 
 def chain(x: Tensor, factors: tuple[Tensor, ...], bias: Tensor | None, program: Tensor, out_features: int) -> Tensor:
@@ -92,24 +115,41 @@ class _State:
     usable: bool | None = None  # None: not checked yet
     library: torch.library.Library | None = None  # registrations in torch; they end when this object is freed
     calls: Any = None  # module (or torch.ops namespace) with the compiled functions
+    lock = Lock()  # held while the library is loaded
+    broken: Path | None = None  # a library that is as it was built, but did not load
 
 
-def _load(switch: str) -> bool:
-    if switch == "off":
+def _load(word: str) -> bool:
+    """Load the library if the switch's word allows; warn if there is one that cannot be used, or none can be built."""
+    if word == "off":
         return False
-    if switch == "build":
-        build()
-    path = _path()
-    if not path.exists():
+    if word == "build":
+        try:
+            build()
+        except RuntimeError as error:
+            warnings.warn(f"{SWITCH}=build, but {error}", stacklevel=2)
+            return False
+    path, refused = _find(_stem())
+    if path is None:
+        for reason in refused.values():
+            _warn(reason)
         return False
     if not _loaded():
         try:
             _State.calls = _open(path)
-        except (OSError, ImportError) as error:
-            warnings.warn(f"the native kernel {path} does not load: {error}; layers run without it", stacklevel=2)
+        except (OSError, ImportError, SystemError) as error:
+            _State.broken = path
+            _warn(f"{path} does not load: {error}")
             return False
         _State.library = operators.register()
     return True
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(
+        f"the native kernel is not used: {reason}; layers run in plain torch until structlin.kernels.build() succeeds",
+        stacklevel=2,
+    )
 
 
 def _open(path: Path) -> Any:
@@ -128,7 +168,7 @@ def _open(path: Path) -> Any:
 def _headers() -> Path | None:
     """Return the folder of Python's headers, None if they are not installed."""
     folder = Path(sysconfig.get_path("include"))
-    return folder if (folder / "Python.h").exists() else None
+    return folder if os.path.exists(folder / "Python.h") else None  # False too where it cannot be seen
 
 
 def _loaded() -> bool:
@@ -153,12 +193,44 @@ def _flags() -> tuple[list[str], list[str]]:
     return ["-O3", tune, "-std=c++20", "-fPIC", *threads, *own, abi, *include], link
 
 
-def _path() -> Path:
-    """Return where the library belongs; its name hashes everything that the binary depends on."""
+def _stem() -> str:
+    """Return how the library's name begins: with a hash of everything that the binary depends on."""
     flags, link = _flags()
     sources = [source.read_text(encoding="utf-8") for source in (*SOURCES, *HEADERS)]
     facts = [*sources, torch.__version__, platform.python_version(), processor(), *flags, *link]
-    return cache_folder() / f"chain-{hashlib.sha256(chr(10).join(facts).encode()).hexdigest()[:16]}.so"
+    return f"chain-{_digest(chr(10).join(facts).encode())}-"
+
+
+def _name(stem: str, content: bytes) -> str:
+    """Return the library's name, which ends in a hash of its content: a damaged one would kill the process."""
+    return f"{stem}{_digest(content)}.so"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _find(stem: str) -> tuple[Path | None, dict[Path, str]]:
+    """Return the library, None if none may be loaded; and those that may not be, each with the reason."""
+    refused: dict[Path, str] = {}
+    for path in cache.listed(stem, ".so"):
+        try:
+            if _name(stem, cache.read(path)) == path.name:
+                return path, refused
+            refused[path] = f"{path} is damaged: its content has another hash than its name"
+        except OSError as error:
+            refused[path] = str(error)
+    return None, refused
+
+
+def _make(stem: str) -> Path:
+    folder = cache.cache_folder()
+    with cache.workplace(folder) as work:
+        _compile(work / "chain.so")
+        content = (work / "chain.so").read_bytes()
+    target = folder / _name(stem, content)
+    cache.write(target, content)
+    return target
 
 
 def _compile(target: Path) -> None:
@@ -170,10 +242,17 @@ def _compile(target: Path) -> None:
 
 def _run(*arguments: list[str]) -> None:
     """Run the compiler once per argument list, in parallel."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        raise RuntimeError("the native kernel needs a C++ compiler; install one, or set $CXX; layers work without it")
-    commands = [[compiler, *given] for given in arguments]
+    named = os.environ.get("CXX") or "c++"
+    try:
+        compiler = shlex.split(named)  # such as "ccache g++"
+    except ValueError as error:
+        raise RuntimeError(f"CXX={named!r} cannot be split into words: {error}") from error
+    if not compiler or shutil.which(compiler[0]) is None:
+        raise RuntimeError(
+            f"the native kernel needs a C++ compiler, and there is no {named!r}; install one, or set $CXX; layers work "
+            "without it"
+        )
+    commands = [[*compiler, *given] for given in arguments]
     running = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for command in commands]
     said = [process.communicate()[1] for process in running]
     for process, command, errors in zip(running, commands, said, strict=True):

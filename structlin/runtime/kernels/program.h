@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "guards.h"
+
 namespace {
 
 // The integers of a program, in the order of `Header` and `Record` in program.py (a test compares the names). Offsets
@@ -102,13 +104,30 @@ struct Program {
   }
 };
 
-// Aligned scratch memory of a thread, kept between calls. Each USE has its own: a tile (0), converted factors (1; fresh
-// memory would take longer to map than they take to convert), a share of a row (2, inside of a parallel region that reads 0).
-template <int USE = 0> float* scratch(int64_t floats) {
+// Aligned scratch memory, taken part by part.
+struct Scratch {
+  float* next;
+
+  float* take(int64_t floats) {
+    float* part = next;
+    // A guarded part begins at a multiple of 64 bytes: a sanitizer knows what is poisoned by groups of 8.
+    next += GUARD ? (floats + 2 * GUARD - 1) / GUARD * GUARD : floats;
+    unpoison(part, floats);
+    return part;
+  }
+};
+
+// Returns the scratch memory of a thread, kept between calls, for so many floats in at most so many parts. Each USE has
+// its own: a tile (0), converted factors (1; fresh memory would take longer to map than they take to convert), a share of
+// a row (2, inside of a parallel region that reads 0).
+template <int USE = 0> Scratch scratch(int64_t floats, int64_t parts) {
   thread_local std::vector<float> memory;
-  if (static_cast<int64_t>(memory.size()) < floats + 16) memory.resize(floats + 16);
+  const int64_t size = floats + 16 + 2 * GUARD * parts;
+  unpoison(memory.data(), memory.size());
+  if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
+  poison(memory.data(), memory.size());
   const auto address = reinterpret_cast<uintptr_t>(memory.data());
-  return reinterpret_cast<float*>((address + 63) & ~static_cast<uintptr_t>(63));
+  return {reinterpret_cast<float*>((address + 63) & ~static_cast<uintptr_t>(63))};
 }
 
 template <class S> using Factors = std::vector<const S*>;

@@ -78,11 +78,14 @@ struct Row {
   int32_t* begins;
 };
 
+constexpr int64_t ROW_PARTS = 5;
+
 int64_t row_floats(const Program& p) { return 3 * int64_t(p.widest()) + 2 * int64_t(p.block()); }
 
-Row row_of(const Program& p, float* memory) {
-  float* block = memory + 3 * int64_t(p.widest());
-  return {memory, memory + p.widest(), block, block + p.block(), reinterpret_cast<int32_t*>(memory + 2 * p.widest())};
+Row row_of(const Program& p, Scratch& memory) {
+  float *values = memory.take(p.widest()), *results = memory.take(p.widest()), *begins = memory.take(p.widest());
+  float *block = memory.take(p.block()), *sums = memory.take(p.block());
+  return {values, results, block, sums, reinterpret_cast<int32_t*>(begins)};
 }
 
 // Runs a stage for one token.
@@ -130,8 +133,9 @@ void run_large_row(const Program& p, const Stage& s, const W* w, const float* a,
   const int64_t shares = std::max<int64_t>(outer, s.rows / (2 * WIDEST));
   if (threads < 2 || shares < threads || s.run || int64_t(s.outer) * s.rows * s.columns < MANY)
     return run_row(s, w, a, b, row);
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    const Row own = row_of(p, scratch<2>(row_floats(p)));
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    Scratch memory = scratch<2>(row_floats(p), ROW_PARTS);
+    const Row own = row_of(p, memory);
     const int64_t all = outer >= threads ? outer : s.rows, runs = s.outer / outer;
     const int first = all * begin / threads, count = all * end / threads - first;
     run_row(outer >= threads ? s.part(first * runs, count * runs, 0, s.rows) : s.part(0, s.outer, first, count), w, a, b,
@@ -152,11 +156,11 @@ template <class S> void copy_in(const S* x, int features, int rows, const Places
 
 // Runs all stages and the bias for one token; buffers as in run_tile.
 template <class S> void run_token(const Program& p, const Factors<S>& factors, const S* bias, const S* x, S* y) {
-  float* buffer[4] = {scratch(p.in_rows() + p.out_rows() + 2 * p.rows() + row_floats(p))};
-  buffer[1] = buffer[0] + p.in_rows();
-  buffer[2] = buffer[1] + p.out_rows();
-  buffer[3] = buffer[2] + p.rows();
-  const Row row = row_of(p, buffer[3] + p.rows());
+  const int64_t floats = int64_t(p.in_rows()) + p.out_rows() + 2 * int64_t(p.rows()) + row_floats(p);
+  Scratch memory = scratch(floats, 4 + ROW_PARTS);
+  float* const buffer[4] = {memory.take(p.in_rows()), memory.take(p.out_rows()), memory.take(p.rows()),
+                            memory.take(p.rows())};
+  const Row row = row_of(p, memory);
   copy_in(x, p.in_features(), p.in_rows(), p.inputs(), buffer[0]);
   for (int k = 0; k < p.stages(); ++k) {
     const Stage s = p.stage(k);
@@ -293,19 +297,18 @@ void run_row_backward(const Stage& s, const W* w, const float* a, const float* g
 template <class S>
 void run_token_backward(const Program& p, const Factors<S>& factors, const S* x, const S* dy, S* dx,
                         const std::vector<float*>& gradients) {
-  float* input = scratch(2 * int64_t(p.in_rows()) + p.out_rows() + 2 * p.rows() + kept_rows(p) + row_floats(p));
-  float *d_input = input + p.in_rows(), *d_output = d_input + p.in_rows(), *ping = d_output + p.out_rows();
-  float* pong = ping + p.rows();
-  const Row row = row_of(p, pong + p.rows());
+  const int64_t floats = 2 * int64_t(p.in_rows()) + p.out_rows() + 2 * int64_t(p.rows()) + kept_rows(p) + row_floats(p);
+  Scratch memory = scratch(floats, 5 + ROW_PARTS + p.stages());
+  float *input = memory.take(p.in_rows()), *d_input = memory.take(p.in_rows()), *d_output = memory.take(p.out_rows());
+  float *ping = memory.take(p.rows()), *pong = memory.take(p.rows());
+  const Row row = row_of(p, memory);
   std::vector<float*> outputs(p.stages());
-  float* next = row.sums + p.block();
   copy_in(x, p.in_features(), p.in_rows(), p.inputs(), input);
   copy_in(dy, p.out_features(), p.out_rows(), p.outputs(), d_output);
   for (int k = 0; k < p.stages(); ++k) {
     const Stage s = p.stage(k);
     if (s.target == 1) continue;
-    outputs[k] = next;
-    next += p.rows();
+    outputs[k] = memory.take(p.rows());
     run_row(s, factors[s.factor], s.source == 0 ? input : outputs[k - 1], outputs[k], row);
   }
   bool written = false;

@@ -108,10 +108,10 @@ void write_tile(S* y, int64_t tokens, int features, const Places& at, int64_t T,
 template <int L, int NV, class S>
 void run_tile(const Program& p, const Factors<float>& factors, const S* bias, const S* x, S* y, int64_t tokens) {
   constexpr int T = L * NV;
-  float* buffer[4] = {scratch((p.in_rows() + p.out_rows() + 2 * int64_t(p.rows())) * T)};
-  buffer[1] = buffer[0] + int64_t(p.in_rows()) * T;
-  buffer[2] = buffer[1] + int64_t(p.out_rows()) * T;
-  buffer[3] = buffer[2] + int64_t(p.rows()) * T;
+  const int64_t in = int64_t(p.in_rows()) * T, out = int64_t(p.out_rows()) * T, inner = int64_t(p.rows()) * T;
+  Scratch memory = scratch(in + out + 2 * inner, 4);
+  float* const buffer[4] = {memory.take(in), memory.take(out), memory.take(inner), memory.take(inner)};
+  faults(buffer[0] + in);
   read_tile<L>(x, tokens, p.in_features(), p.in_rows(), p.inputs(), T, buffer[0]);
   for (int k = 0; k < p.stages(); ++k) {
     const Stage s = p.stage(k);
@@ -189,18 +189,17 @@ template <int L, int NV, class S>
 void run_tile_backward(const Program& p, const Factors<float>& factors, const S* x, const S* dy, S* dx,
                        const std::vector<float*>& gradients, int64_t tokens, int T) {
   const int64_t in = int64_t(p.in_rows()) * T, out = int64_t(p.out_rows()) * T, inner = int64_t(p.rows()) * T;
-  float* memory = scratch(2 * in + out + kept_rows(p) * T + 2 * inner + (p.widest() + L) * int64_t(T));
-  float *input = memory, *d_input = input + in, *d_output = d_input + in, *ping = d_output + out, *pong = ping + inner;
-  float* transposed = pong + inner;
+  const int64_t square = (p.widest() + L) * int64_t(T);
+  Scratch memory = scratch(2 * in + out + kept_rows(p) * T + 2 * inner + square, 6 + p.stages());
+  float *input = memory.take(in), *d_input = memory.take(in), *d_output = memory.take(out);
+  float *ping = memory.take(inner), *pong = memory.take(inner), *transposed = memory.take(square);
   std::vector<float*> outputs(p.stages());
-  float* next = transposed + (p.widest() + L) * int64_t(T);
   read_tile<L>(x, tokens, p.in_features(), p.in_rows(), p.inputs(), T, input);
   read_tile<L>(dy, tokens, p.out_features(), p.out_rows(), p.outputs(), T, d_output);
   for (int k = 0; k < p.stages(); ++k) {
     const Stage s = p.stage(k);
     if (s.target == 1) continue;
-    outputs[k] = next;
-    next += inner;
+    outputs[k] = memory.take(inner);
     run_stage<L, NV>(s, T, factors[s.factor], s.source == 0 ? input : outputs[k - 1], outputs[k]);
   }
   bool written = false;
