@@ -18,6 +18,7 @@ import os
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ def main(argv: Sequence[str]) -> int:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft asks by the old name
     dense = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     valid = batches(read_stories(args.data / "valid.tok512.npy", 512)[: args.stories], 16)
     stories = read_stories(args.data / "train.tok512.npy", 512)[: args.training]

@@ -40,7 +40,7 @@ def read(path: Path) -> bytes:
 
     Raises:
         FileNotFoundError: if there is none, or none that this user can reach.
-        OSError: if other users own it or its folder, or may write to them; or if it cannot be read.
+        OSError: if other users than root own it or its folder, or may write to them; or if it cannot be read.
     """
     try:
         status = path.lstat()
@@ -95,9 +95,9 @@ def _trust(path: Path, status: os.stat_result) -> None:
     """Refuse what another user could have written: a library in the cache is code that runs in this process."""
     if os.name != "posix":
         return
-    if status.st_uid != os.geteuid():
+    if status.st_uid not in (0, os.geteuid()):  # root may write anywhere: an image's kernel serves all its users
         raise PermissionError(
-            f"{path} belongs to user {status.st_uid}, not to {os.geteuid()} who runs this process; "
+            f"{path} belongs to user {status.st_uid}, not to root or to {os.geteuid()} who runs this process; "
             "set $STRUCTLIN_CACHE to a folder of your own"
         )
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

@@ -21,7 +21,7 @@ from structlin.structures import LowRank
 
 posix = pytest.mark.skipif(os.name != "posix", reason="owners and modes are those of POSIX")
 root = pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root may give files away")
-OTHER = 12345  # a user
+OTHER, THIRD = 12345, 54321  # users
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_a_damaged_library_is_refused_by_name_and_built_again(damage, folder):
 def test_what_others_own_is_refused(whose, folder):
     path = kernels.build()
     os.chown(path if whose == "file" else folder, OTHER, OTHER)
-    with pytest.warns(UserWarning, match=f"{path if whose == 'file' else folder} belongs to user 12345, not to 0"):
+    with pytest.warns(UserWarning, match=f"{path if whose == 'file' else folder} belongs to user 12345, not to root"):
         assert not kernels.available()
     if whose == "file":
         assert kernels.build().stat().st_uid == 0
@@ -308,11 +308,13 @@ def test_a_truncated_library_kills_nothing(library):
 
 @root
 def test_a_cache_of_another_user_is_as_none(library):
-    """Whether that user can see into it or not."""
+    """Whether this user can see into it or not; what root made serves all who can read it."""
     assert forward(library.parent, str(OTHER)) == ("False", "")
-    library.parent.chmod(0o755)
     for path in (library.parent, *library.parent.parents):
         path.chmod(path.stat().st_mode | 0o055)
+    library.chmod(0o644)
+    assert forward(library.parent, str(OTHER)) == ("True", "")
+    os.chown(library.parent, THIRD, THIRD)
     said, warned = forward(library.parent, str(OTHER))
     assert said == "False"
-    assert f"{library.parent} belongs to user 0, not to 12345" in warned
+    assert f"{library.parent} belongs to user {THIRD}, not to root or to {OTHER}" in warned
