@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -170,6 +171,8 @@ def linear_names(model: nn.Module) -> set[str]:
 class Knowing(BaseTuner):
     """A tuner of peft that knows structured layers (abstract)."""
 
+    layer: Callable[..., nn.Module]  # of adapters on a structured layer
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter; "all-linear" means structured layers too.
 
@@ -186,27 +189,25 @@ class Knowing(BaseTuner):
             config.target_modules = linear_names(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
+    def _create_new_module(self, config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        if _structured(target):
+            return self.layer(target, adapter_name, config=config, **kwargs)
+        made: nn.Module = super()._create_new_module(  # type: ignore[misc]
+            config, adapter_name, target, **kwargs
+        )
+        return made
 
-class StructuredLoraModel(Knowing, LoraModel):
+
+class StructuredLoraModel(Knowing, LoraModel):  # type: ignore[misc]  # what is static there
     """LoraModel of peft, which knows structured layers."""
 
-    @staticmethod
-    def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
-        if _structured(target):
-            return StructuredLoraLinear(target, adapter_name, config=lora_config, **kwargs)
-        made: nn.Module = LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
-        return made
+    layer = StructuredLoraLinear
 
 
-class StructuredIA3Model(Knowing, IA3Model):
+class StructuredIA3Model(Knowing, IA3Model):  # type: ignore[misc]  # likewise
     """IA3Model of peft, which knows structured layers."""
 
-    @staticmethod
-    def _create_new_module(ia3_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
-        if _structured(target):
-            return StructuredIA3Linear(target, adapter_name, config=ia3_config, **kwargs)
-        made: nn.Module = IA3Model._create_new_module(ia3_config, adapter_name, target, **kwargs)
-        return made
+    layer = StructuredIA3Linear
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(new_module, StructuredLinear):  # unloaded: peft would assign a weight to it
