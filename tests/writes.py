@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import vector_to_parameters
 
 
 def learned(layer):
@@ -95,7 +95,7 @@ WRITES = {
     "load_state_dict": lambda layer: layer.load_state_dict(drawn(layer)),
     "load_state_dict assign": lambda layer: layer.load_state_dict(drawn(layer), assign=True),
     "vector_to_parameters": lambda layer: vector_to_parameters(
-        torch.randn_like(parameters_to_vector(layer.parameters())), layer.parameters()
+        torch.randn(sum(parameter.numel() for parameter in layer.parameters())), layer.parameters()
     ),
     "inference mode": in_inference_mode,
     "register_parameter": replaced,

@@ -166,7 +166,9 @@ class Pair(nn.Module):
 
 
 @pytest.mark.parametrize("structure", [PHM(algebra="hamilton"), LowRank(rank=2)], ids=str)
-@pytest.mark.parametrize("change", [nn.Module.double, lambda model: model.to("cpu"), lambda model: model], ids=str)
+@pytest.mark.parametrize(
+    "change", [nn.Module.double, lambda model: model.to("cpu"), lambda model: model], ids=["double", "move", "none"]
+)
 def test_ties_outlive_another_dtype(structure: Structure, change: Callable, tmp_path: Path) -> None:
     original = Pair()
     structlin.compress_model(original, structure, tied="replace", skip_last=False)
