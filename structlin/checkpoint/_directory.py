@@ -50,7 +50,8 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or path.name
+        if error.errno is not None:  # one of a bare text shows that text alone
+            error.filename = error.filename or path.name
         raise
 
 
