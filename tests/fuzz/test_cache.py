@@ -20,7 +20,7 @@ from structlin.runtime import kernels
 from structlin.runtime.planner import CPU
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="forks, owners and modes are those of POSIX")
-OTHER = 12345  # a user
+OTHER, THIRD = 12345, 54321  # users
 
 # Runs a layer in a new process for each line of input (folder, user), and prints what happened. The kernel and the
 # record are looked for after the fork; what Python imports late is imported before, as users may not read its files.
@@ -210,6 +210,7 @@ def test_records(attack, server, record_name, folder):
         if os.geteuid() == 0 and attack.random.random() < 0.1:  # another user looks, who may enter the folder or not
             closed = attack.random.random() < 0.5
             path.parent.chmod(0o700 if closed else 0o755)
+            os.chown(path.parent, THIRD, THIRD)
             assert judged(asked(server, path.parent, OTHER), path, "another user") == (not closed)
             attack.count("another user, folder closed" if closed else "another user, refused")
             continue
