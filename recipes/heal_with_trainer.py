@@ -1,6 +1,6 @@
 """Heal a compressed model with transformers.Trainer: its loop, logging, checkpoints and callbacks, our distance.
 
-Compresses a copy of a model and trains it towards the original by `structlin.distillation_loss`; no labels are needed.
+Compresses a copy of a model and trains it towards the original by `structlin.hf.HealTrainer`; no labels are needed.
 By default the model is a small BERT of random weights, so that it runs anywhere in a few seconds.
 
     pip install "structlin[recipes]"
@@ -14,33 +14,15 @@ import argparse
 import copy
 import tempfile
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, BertConfig, BertModel, Trainer, TrainingArguments
+from transformers import AutoModel, BertConfig, BertModel, TrainingArguments
 
 import structlin
+import structlin.hf
 
 SENTENCES, TOKENS, BATCH = 256, 24, 16  # of the random text that both models read
-
-
-class HealingTrainer(Trainer):
-    """A Trainer whose loss is the distance of the student's outputs from the teacher's."""
-
-    def __init__(self, *args: Any, teacher: nn.Module, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.teacher = teacher.eval()
-        self.model_accepts_loss_kwargs = False  # the loss is a mean: average it over accumulated batches
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
-    ) -> Any:  # fmt: skip
-        with torch.no_grad():
-            expected = self.teacher(**inputs)
-        outputs = model(**inputs)
-        loss = structlin.distillation_loss(outputs, expected, inputs)
-        return (loss, outputs) if return_outputs else loss
 
 
 def batches_of(vocabulary: int) -> list[dict[str, Tensor]]:
@@ -95,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             lr_scheduler_type="cosine", report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
         )  # fmt: skip
-        HealingTrainer(student, settings, train_dataset=train, teacher=teacher).train()
+        structlin.hf.HealTrainer(student, settings, train_dataset=train, teacher=teacher).train()
     print(
         f"distance on held-back sentences: {before:.4f} compressed, {distance(student, teacher, held_back):.4f} healed"
     )

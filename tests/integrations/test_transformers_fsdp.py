@@ -28,17 +28,8 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 import structlin
 import structlin.hf
 
-def trained(folder, sharded, **options):
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=100,
-        tie_word_embeddings=True, use_cache=False,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    structlin.compress_model(model, "lowrank", ratio=0.5)
-
-    class Trainer(transformers.Trainer):
+def sharding(trainer, sharded):
+    class Sharding(trainer):
         def create_accelerator_and_postprocess(self):
             super().create_accelerator_and_postprocess()
             if sharded:
@@ -50,14 +41,56 @@ def trained(folder, sharded, **options):
                 )
                 self.is_fsdp_enabled = True
 
-    arguments = transformers.TrainingArguments(
-        folder, max_steps=4, save_steps=2, per_device_train_batch_size=1, report_to=[], use_cpu=True,
-        disable_tqdm=True, learning_rate=1e-2,
+    return Sharding
+
+def llama():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=100,
+        tie_word_embeddings=True, use_cache=False, initializer_range=0.2,
     )
-    row = torch.arange(3, 10)
-    trainer = Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row}] * 8)
+    return transformers.LlamaForCausalLM(config)
+
+def arguments(folder, **options):
+    return transformers.TrainingArguments(
+        folder, per_device_train_batch_size=1, report_to=[], use_cpu=True, disable_tqdm=True, **options
+    )
+
+ROW = torch.arange(3, 10)
+
+def trained(folder, sharded, **options):
+    model = llama()
+    structlin.compress_model(model, "lowrank", ratio=0.5)
+    settings = arguments(folder, max_steps=4, save_steps=2, learning_rate=1e-2)
+    make = sharding(transformers.Trainer, sharded)
+    trainer = make(model, settings, train_dataset=[{"input_ids": ROW, "labels": ROW}] * 8)
     trainer.train(**options)
     return trainer
+
+def healed(folder, sharded):
+    teacher, model = llama(), llama()
+    structlin.compress_model(model, "lowrank", ratio=0.5)
+    settings = arguments(
+        folder, max_steps=5, learning_rate=0.1, optim="sgd", save_strategy="no", eval_strategy="steps", eval_steps=5
+    )
+    make = sharding(structlin.hf.HealTrainer, sharded)
+    data = [{"input_ids": ROW}] * 10
+    trainer = make(model, settings, teacher=teacher, train_dataset=data, eval_dataset=data[:2])
+    before = trainer.evaluate()["eval_loss"] if not sharded else None
+    trainer.train()
+    return trainer, before
+"""
+HEALING = """
+import torch.distributed as dist
+
+trainer, _ = healed(sys.argv[1], True)
+for model in trainer.model, trainer.teacher:
+    # After a forward pass alone, as of the teacher or in an evaluation, the root's own parameters stay gathered.
+    assert all(type(p).__name__ == "DTensor" for p in model.model.layers.parameters())
+trainer.save_model(sys.argv[1] + "/healed")
+dist.barrier()
+dist.destroy_process_group()
 """
 PROCESS = """
 import torch.distributed as dist
@@ -72,16 +105,14 @@ dist.destroy_process_group()
 """
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of the Trainer itself, by the version
-def test_trainer_under_fsdp_trains_saves_and_resumes(tmp_path):
+def in_two_processes(script, folder):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     facts = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", TRAINING + PROCESS, str(tmp_path)],
+            [sys.executable, "-c", TRAINING + script, str(folder)],
             env=os.environ | facts | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(2)
@@ -89,6 +120,12 @@ def test_trainer_under_fsdp_trains_saves_and_resumes(tmp_path):
     for process in processes:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the Trainer itself, by the version
+def test_trainer_under_fsdp_trains_saves_and_resumes(tmp_path):
+    in_two_processes(PROCESS, tmp_path)
     scope = {}
     exec(TRAINING, scope)
     expected = scope["trained"](str(tmp_path / "one"), False).model.state_dict()
@@ -99,3 +136,19 @@ def test_trainer_under_fsdp_trains_saves_and_resumes(tmp_path):
         for name, tensor in model.state_dict().items():
             torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
             assert tensor.ndim == 1 or not torch.allclose(tensor, start[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_heal_trainer_under_fsdp_does_what_one_process_does(tmp_path):
+    in_two_processes(HEALING, tmp_path)
+    scope = {}
+    exec(TRAINING, scope)
+    trainer, before = scope["healed"](str(tmp_path / "one"), False)
+    assert trainer.evaluate()["eval_loss"] < 0.9 * before
+    assert all(parameter.grad is None for parameter in trainer.teacher.parameters())
+    expected = trainer.model.state_dict()
+    found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "healed").state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-5)
