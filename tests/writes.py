@@ -70,6 +70,27 @@ def strided(layer):
     first(layer).data = value.mT.contiguous().mT
 
 
+def flat_buffer(layer):
+    flat = torch.randn(sum(parameter.numel() for parameter in layer.parameters()))
+    start = 0
+    for parameter in layer.parameters():
+        parameter.data = flat[start : start + parameter.numel()].view(parameter.shape)
+        start += parameter.numel()
+    layer(torch.randn(3, layer.in_features))
+    flat.mul_(2)
+
+
+def shared_memory(layer):
+    layer.share_memory()
+    layer(torch.randn(3, layer.in_features))
+    first(layer).data.mul_(2)
+
+
+def storage(layer):
+    whole = first(layer).untyped_storage()  # others may lie in it, too
+    whole.copy_(torch.randn(whole.nbytes() // 4).untyped_storage())
+
+
 WRITES = {
     "mul_": lambda layer: first(layer).mul_(2),
     "copy_": lambda layer: first(layer).copy_(torch.randn_like(first(layer))),
@@ -78,6 +99,12 @@ WRITES = {
     "bias": lambda layer: layer.bias.add_(1),
     "data.mul_": lambda layer: first(layer).data.mul_(2),
     "detach().mul_": lambda layer: first(layer).detach().mul_(2),
+    "data.copy_": lambda layer: first(layer).data.copy_(torch.randn_like(first(layer))),
+    "data[0] =": lambda layer: first(layer).data.__setitem__(0, 3.0),
+    "data.zero_": lambda layer: first(layer).data.zero_(),
+    "foreach on data": lambda layer: torch._foreach_mul_([p.data for p in learned(layer)], 2.0),
+    "flat buffer": flat_buffer,
+    "shared memory": shared_memory,
     "data =": several_storages,
     "data = strided": strided,
     "EMA": ema,
@@ -85,11 +112,12 @@ WRITES = {
     "SGD": step(torch.optim.SGD, foreach=False),
     "SGD foreach": step(torch.optim.SGD, foreach=True),
     "SGD fused": step(torch.optim.SGD, fused=True),
+    "Adam fused": step(torch.optim.Adam, fused=True),
     "AdamW fused": step(torch.optim.AdamW, fused=True),
     "AdamW foreach": step(torch.optim.AdamW, foreach=True),
     "numpy": lambda layer: first(layer).detach().numpy().__imul__(2),
     "dlpack": lambda layer: torch.from_dlpack(first(layer).detach()).mul_(2),
-    "storage": lambda layer: first(layer).untyped_storage().copy_(torch.randn_like(first(layer)).untyped_storage()),
+    "storage": storage,
     "set_": lambda layer: first(layer).set_(torch.randn_like(first(layer))),
     "swap_tensors": exchanged,
     "load_state_dict": lambda layer: layer.load_state_dict(drawn(layer)),
@@ -100,6 +128,7 @@ WRITES = {
     "inference mode": in_inference_mode,
     "register_parameter": replaced,
     "requires_grad": toggled,
+    "init": lambda layer: nn.init.normal_(first(layer), std=2.0),
     "reset_parameters": lambda layer: layer.reset_parameters(),
     "double and back": there_and_back,
 }

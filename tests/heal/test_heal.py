@@ -236,6 +236,21 @@ def test_optimizer_of_the_caller_follows_the_schedule(student, teacher):
     assert rates[-1] < 0.001
 
 
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD])
+def test_fused_optimizers_heal_as_others_do(student, teacher, make):
+    """Their steps leave the version counters of the parameters alone; measurements between them run in eval."""
+    reports = [
+        heal(
+            copy.deepcopy(student), teacher, data(), validation=data(2, seed=2), steps=20, every=5,
+            optimizer=lambda parameters, fused=fused: make(parameters, lr=3e-3, fused=fused),
+        )
+        for fused in (False, True)
+    ]  # fmt: skip
+    plain, fused = [[step.validation for step in report.history] for report in reports]
+    assert plain[-1] < plain[0]
+    assert fused == pytest.approx(plain, rel=1e-4)
+
+
 def test_schedule():
     assert learning_rate(0) == 0.02
     assert learning_rate(0.025) == pytest.approx(0.5)
