@@ -4,7 +4,8 @@
 #     bash tests/environments/versions.sh [FOLDER] > benchmarks/results/versions.md
 #
 # FOLDER keeps the environments and the logs (default: a temporary one, deleted at the end). The interpreters are
-# python3.10 to python3.13 on $PATH. Builds of torch for CUDA take about 6 GB each; 5 to 10 minutes an environment.
+# python3.10 to python3.13 on $PATH. Builds of torch for CUDA take about 6 GB each; 5 to 15 minutes an environment.
+# ENVIRONMENTS="4 5" runs some of them only.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 root=$PWD
@@ -29,14 +30,15 @@ environments=( # interpreter | what is installed
     "python3.11 | torch==2.13.0"
 )
 
-echo "\`bash tests/environments/versions.sh\`, $(date +%F), commit $(git rev-parse --short HEAD): ${suite[*]}, and tests/integrations/test_transformers.py"
+echo "\`bash tests/environments/versions.sh\`, $(date +%F): ${suite[*]}, and tests/integrations/test_transformers.py"
 echo "where transformers is installed; warnings are not errors here."
 echo
-echo "| Python | torch | transformers | NumPy | tests |"
-echo "| --- | --- | --- | --- | --- |"
+echo "| Python | torch | transformers | NumPy | tests | commit |"
+echo "| --- | --- | --- | --- | --- | --- |"
 number=0
 for entry in "${environments[@]}"; do
     number=$((number + 1))
+    [[ " ${ENVIRONMENTS-1 2 3 4 5} " == *" $number "* ]] || continue
     interpreter=$(xargs <<< "${entry%%|*}")
     packages=${entry#*|}
     venv=$folder/$number log=$folder/$number.txt
@@ -50,7 +52,7 @@ for entry in "${environments[@]}"; do
     tests=("${suite[@]}")
     [[ $packages == *transformers* ]] && tests+=(tests/integrations/test_transformers.py)
     PYTHONPATH=$root "$venv/bin/python" -m pytest -o addopts="" -o filterwarnings=default --strict-markers -q -m "not slow" "${tests[@]}" >> "$log" 2>&1 || true
-    PYTHONPATH=$root "$venv/bin/python" - "$(tail -1 "$log")" <<'PY'
+    PYTHONPATH=$root "$venv/bin/python" - "$(tail -1 "$log")" "$(git rev-parse --short HEAD)" <<'PY'
 import importlib.metadata
 import platform
 import sys
@@ -62,6 +64,6 @@ def version(name):
         return "none"
 
 versions = [platform.python_version(), *map(version, ("torch", "transformers", "numpy"))]
-print("|", *(f"{text} |" for text in (*versions, sys.argv[1].strip("= "))))
+print("|", *(f"{text} |" for text in (*versions, sys.argv[1].strip("= "), sys.argv[2])))
 PY
 done
