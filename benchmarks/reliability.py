@@ -1,6 +1,6 @@
 """The attacks at full length, and how a large model loads: what was tried, and what came of it.
 
-    python benchmarks/reliability.py [--attacks savers or trees] [--seed 7]
+    python benchmarks/reliability.py [--attacks "savers or trees" | --layers] [--seed 7]
 
 Runs `pytest -m fuzz tests/fuzz` (each attack asserts that nothing silent, slow or lost happens, and counts the rest),
 and times plan, report, save and load of a model of 400 layers. Rows of an earlier run are kept,
@@ -97,12 +97,13 @@ def large_model() -> list[dict[str, Any]]:
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--attacks", help="an expression for pytest -k; without it all, and the model of many layers")
+    parser.add_argument("--layers", action="store_true", help="the model of many layers alone")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     about = environment(argv)
-    found, whole = attacks(args.attacks, args.seed)
+    found, whole = ([], True) if args.layers else attacks(args.attacks, args.seed)
     found += [] if args.attacks else large_model()
     stored = args.results / f"{NAME}.jsonl"
     old = [json.loads(line) for line in stored.read_text(encoding="utf-8").splitlines()] if stored.exists() else []
