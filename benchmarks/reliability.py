@@ -113,6 +113,7 @@ def main(argv: Sequence[str]) -> int:
         key=lambda row: row["attack"],
     )
     store(args.results, NAME, "Reliability", NOTES, about, rows, COLUMNS)
+    stored.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")  # each with its own command
     if not whole:
         say("an attack failed; its row is not stored")
     return 0 if whole else 1
