@@ -16,7 +16,7 @@ import torch
 from structlin.checkpoint import bounded
 from structlin.checkpoint._directory import MANIFEST, CheckpointError, explaining, naming, read_json
 from structlin.checkpoint.tensors import MOST_TENSORS, Stored, read_headers
-from structlin.equation.structure import Structure, hyperparameters, registered
+from structlin.equation.structure import Structure, hyperparameters, least_factors, registered
 
 FORMAT_VERSION = 1
 FIELDS = {
@@ -34,6 +34,7 @@ LAYER_DTYPES = {
 
 # A small file must not ask for much work: hyperparameters are at most SMALL or the largest stored axis.
 SMALL = 1024
+MOST_SQUARES = 5_000_000  # of the numbers of factors, over all layers: 300 chains of 128, or a million layers of 2
 # A tensor that stands for a weight that a layer replaced: transformers finds it to be of the wrong shape.
 MOST_IN_SENTINEL = 2
 
@@ -166,7 +167,13 @@ def decoded_layers(document: Mapping[str, Any], limit: int) -> dict[str, Layer]:
     limit = max(limit, SMALL)
     for name in filter(None, document["layers"]):
         _check_name(name)  # first of all, as it stands in all that is said of the layer
-    return {name: _decoded_layer(f"layer {name!r}", entry, limit) for name, entry in document["layers"].items()}
+    layers = {name: _decoded_layer(f"layer {name!r}", entry, limit) for name, entry in document["layers"].items()}
+    # Equations are written in time that grows with the square of their length.
+    if sum(least_factors(layer.structure) ** 2 for layer in layers.values()) > MOST_SQUARES:
+        raise CheckpointError(
+            f"{len(layers)} layers: too many of them are long chains of factors; split the checkpoint"
+        )
+    return layers
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:

@@ -16,7 +16,7 @@ from cases import ONE
 from torch import nn
 
 import structlin
-from structlin.checkpoint import CheckpointError, bounded, load, save, verify
+from structlin.checkpoint import CheckpointError, _manifest, bounded, load, save, verify
 from structlin.checkpoint.table import read_table
 from structlin.equation.structure import Structure, hyperparameters, least_factors
 from structlin.layers.linear import build
@@ -249,3 +249,13 @@ def test_a_large_checkpoint_is_within_the_limits(tmp_path: Path) -> None:
         summary = verify(path)
     assert len(summary.layers) == 400
     assert len(summary.shards) > 10
+
+
+def test_many_long_chains_are_refused_before_their_equations_are_written() -> None:
+    chain = {"kind": "kronchain", "hyperparameters": {
+        "terms": 1, "depth": 100, "in_modes": [4, 4], "out_modes": [4, 4],
+    }}  # fmt: skip
+    layer = chain | {"in_features": 16, "out_features": 16, "bias": False, "dtype": "float32"}
+    assert len(_manifest.decoded_layers({"layers": {f"l{k}": layer for k in range(400)}}, 1024)) == 400
+    with pytest.raises(structlin.CheckpointError, match="1500 layers: too many of them are long chains"):
+        _manifest.decoded_layers({"layers": {f"l{k}": layer for k in range(1500)}}, 1024)
