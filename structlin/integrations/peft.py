@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -62,13 +63,13 @@ class Merging(nn.Module, BaseTunerLayer):
         before.clear()
         self.merged_adapters.clear()
 
+    @abstractmethod
     def _adapters(self) -> Any:
         """Return the adapters by name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _merged(self, base: StructuredLinear, name: str) -> StructuredLinear:
         """Return the base layer with an adapter in it."""
-        raise NotImplementedError
 
 
 class StructuredLoraLinear(Merging, lora.Linear):
