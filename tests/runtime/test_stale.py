@@ -77,6 +77,17 @@ def test_bytes_of_another_kind_inside_the_same_parameters(dtype, kernel):
         assert_close(layer(x).double(), F.linear(x, layer.to_dense(), layer.bias).double(), str(dtype), tolerance)
 
 
+@pytest.mark.parametrize("name", ONE)
+def test_gradients_after_inference_mode(name, kernel):
+    """Nothing that inference mode made is kept for a call that needs gradients, be the factors frozen or not."""
+    for trained in (True, False):
+        layer, x = build(ONE[name], 16, 20).eval().requires_grad_(trained), torch.randn(3, 16)
+        with torch.inference_mode():
+            layer(x)
+        layer(x.requires_grad_()).sum().backward()
+        assert_close(x.grad, layer.to_dense().detach().sum(0).expand(3, 16), "gradient", 1e-4)
+
+
 def test_compiled_layers_see_every_write():
     for write in WRITES:
         with naming(write):
