@@ -1,4 +1,4 @@
-"""The command line: structlin plan | compress | inspect | verify | merge.
+"""The command line: structlin plan | compress | inspect | verify | merge | eval.
 
 Exit codes: 0 done; 1 refused (a bad model, plan, text or folder; a checkpoint that is damaged), with the reason on
 stderr; 2 wrong usage; 130 interrupted.
@@ -158,14 +158,27 @@ def _merge(given: argparse.Namespace) -> None:
     print(json.dumps({"output": given.output}) if given.json else f"written to {given.output}")
 
 
+def _eval(given: argparse.Namespace) -> None:
+    evaluation = _optional("evaluation", "lm-eval")
+    results = evaluation.evaluate(
+        given.folder, given.tasks, include=given.include, samples=given.samples, shots=given.shots,
+        batch_size=given.batch_size, dtype=DTYPES.get(given.dtype), device=given.device,
+    )  # fmt: skip
+    print(json.dumps(results["results"], indent=2, default=str) if given.json else evaluation.shown(results))
+
+
 # Arguments -----------------------------------------------------------------------------------------------------------
 
 
 def _folders() -> Any:
+    return _optional("folders", '"structlin[hf]"')
+
+
+def _optional(module: str, package: str) -> Any:
     try:
-        return importlib.import_module("structlin.integrations.folders")
+        return importlib.import_module(f"structlin.integrations.{module}")
     except ModuleNotFoundError as error:
-        raise ImportError(f'{error}; pip install "structlin[hf]"') from error
+        raise ImportError(f"{error}; pip install {package}") from error
 
 
 def _settings(given: argparse.Namespace) -> dict[str, Any]:
@@ -236,6 +249,15 @@ def _parser() -> argparse.ArgumentParser:
         if name == "merge":
             added.add_argument("output", help="a new folder")
             added.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as stored")
+    added = command("eval", _eval, "Judge a language model, compressed or not, by tasks of lm-eval.")
+    added.add_argument("folder", help="a local folder, or an id on the hub")
+    added.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="of lm-eval, such as wikitext")
+    added.add_argument("--include", metavar="FOLDER", help="further tasks as YAML")
+    added.add_argument("--samples", type=int, help="judge the first samples of each task only")
+    added.add_argument("--shots", type=int, help="examples in front of each sample; default: each task's own number")
+    added.add_argument("--batch-size", type=int, default=8)
+    added.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as stored")
+    added.add_argument("--device", help="such as cuda; default: the CPU")
     return parser
 
 

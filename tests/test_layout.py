@@ -33,6 +33,7 @@ WINGS = {
     "integrations": 9,
     "hf": 9,
     "peft": 9,
+    "vllm": 9,
     "cli": 10,
     "": 10,
 }
