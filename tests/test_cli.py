@@ -98,6 +98,13 @@ def test_refusals_exit_with_1_and_say_why(arguments, message, source, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+def test_evaluation_says_what_it_needs(source, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it was not installed
+    assert main(["eval", str(source), "--tasks", "wikitext"]) == 1
+    assert "lm_eval" in (said := capsys.readouterr().err)
+    assert "pip install lm-eval" in said
+
+
 def test_wrong_usage_exits_with_2():
     found = subprocess.run([sys.executable, "-m", "structlin.cli", "compress"], capture_output=True, check=False)
     assert found.returncode == 2
