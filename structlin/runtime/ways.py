@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor
 from structlin.equation.spec import Spec
 from structlin.runtime import contract, planner
 from structlin.runtime.costs import DENSE_GAIN, DENSE_SECONDS, PLAN_SECONDS, PLAN_SLOWER, SMALL
-from structlin.runtime.kernels import Chain, chain_of
+from structlin.runtime.kernels import Chain, chain_of, launches
 from structlin.runtime.machines import machine_of
 from structlin.runtime.planner import Order, Plan
 from structlin.runtime.recompute import at_once, backward_plan, by_chunks, recomputed
@@ -58,6 +59,24 @@ class Kernel:
 
     def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         return self.chain(x, factors, bias)
+
+
+@dataclass(frozen=True)
+class Launches:
+    """One launch of Triton for each factor, forward and backward; on request only, since never timed on a GPU."""
+
+    name: ClassVar[str] = "Triton kernels"
+    keeps: ClassVar[None] = None
+    spec: Spec
+    seconds: float
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        gpu = importlib.import_module("structlin.runtime.kernels.gpu")  # imports Triton, which takes a second
+        result: Tensor = gpu.chain(self.spec, x, factors, bias)
+        return result
 
 
 @dataclass(frozen=True)
@@ -151,7 +170,7 @@ class Recomputed(_Planned):
         return recomputed(self.spec, factors, x, bias, self.plan, self.backward)
 
 
-Way = Kernel | KeptDense | KeptOperands | Chunked | Autograd | Recomputed
+Way = Kernel | Launches | KeptDense | KeptOperands | Chunked | Autograd | Recomputed
 
 
 def ways(spec: Spec, key: Key, orders: Sequence[Order] = ("auto",)) -> list[Way]:
@@ -173,6 +192,8 @@ def ways(spec: Spec, key: Key, orders: Sequence[Order] = ("auto",)) -> list[Way]
     if key.native:
         chain = chain_of(spec)
         found.append(Kernel(chain, scale * chain.seconds(rows, itemsize=itemsize, machine=machine)))
+    if launches.chosen(key.device, key.dtype):
+        found.append(Launches(spec, scale * launches.seconds(spec, rows, itemsize, machine)))
     return found
 
 

@@ -47,6 +47,23 @@ def test_forward_and_gradients(device, dtype, name):
                 assert error(layer.eval()(x), expected) < TOLERANCE[dtype]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@DTYPES
+@pytest.mark.parametrize("name", CASES)
+def test_triton_kernels(dtype, name):
+    gpu = pytest.importorskip("structlin.runtime.kernels.gpu")
+    for structure in CASES[name].at(96, 130):
+        layer = build(structure, 96, 130, device="cuda", dtype=dtype)
+        x = torch.randn(600, 96, device="cuda", dtype=dtype, requires_grad=True)
+        y = gpu.chain(layer.spec, x, layer.factors, layer.bias)
+        leaves, slope = [x, *layer.parameters()], torch.randn_like(y)
+        assert error(y, layer(x)) < TOLERANCE[dtype]
+        found = torch.autograd.grad(y, leaves, slope)
+        for ours, expected in zip(found, torch.autograd.grad(layer(x), leaves, slope), strict=True):
+            assert error(ours, expected) < TOLERANCE[dtype]
+
+
 @DEVICES
 @DTYPES
 def test_large_activations(device, dtype):

@@ -176,12 +176,12 @@ def _stages(eq: Equation, chain: Sequence[Link], first: int, adds: bool) -> Iter
     for step, link in enumerate(chain):
         last = step == len(chain) - 1
         absorbed, outer = link.absorbed, link.outer
-        a, w, b = (_strides(eq, modes) for modes in (link.before, eq.factors[absorbed.factor].modes, link.after))
+        a, w, b = (strides(eq, modes) for modes in (link.before, eq.factors[absorbed.factor].modes, link.after))
         target = OUTPUT if last else (FIRST, SECOND)[step % 2]
         tables = Tables(
-            _offsets(eq, outer, a), _offsets(eq, outer, w), _offsets(eq, outer, b),
-            _offsets(eq, absorbed.new, b), _offsets(eq, absorbed.new, w),
-            _offsets(eq, absorbed.summed, a), _offsets(eq, absorbed.summed, w),
+            offsets(eq, outer, a), offsets(eq, outer, w), offsets(eq, outer, b),
+            offsets(eq, absorbed.new, b), offsets(eq, absorbed.new, w),
+            offsets(eq, absorbed.summed, a), offsets(eq, absorbed.summed, w),
         )  # fmt: skip
         yield Stage(first + absorbed.factor, source, target, last and adds, link.run(eq), tables)
         source = target
@@ -189,15 +189,15 @@ def _stages(eq: Equation, chain: Sequence[Link], first: int, adds: bool) -> Iter
 
 def _places(eq: Equation, natural: Modes, layout: Modes) -> tuple[int, ...]:
     """Return the places of an input's or output's entries in a layout; nothing if all stay in place."""
-    return () if layout == natural else _offsets(eq, natural, _strides(eq, layout))
+    return () if layout == natural else offsets(eq, natural, strides(eq, layout))
 
 
-def _strides(eq: Equation, modes: Modes) -> dict[str, int]:
+def strides(eq: Equation, modes: Modes) -> dict[str, int]:
     """Return the row-major stride of each mode."""
     return {mode: eq.numel(modes[k + 1 :]) for k, mode in enumerate(modes)}
 
 
-def _offsets(eq: Equation, modes: Modes, strides: Mapping[str, int]) -> tuple[int, ...]:
+def offsets(eq: Equation, modes: Modes, strides: Mapping[str, int]) -> tuple[int, ...]:
     """Return the offsets of all combinations of modes, the last innermost; a mode without a stride adds nothing."""
     steps = [range(0, eq.size[mode] * strides.get(mode, 0), strides[mode]) if mode in strides else [0] * eq.size[mode]
              for mode in modes]  # fmt: skip
