@@ -1,0 +1,75 @@
+"""The recipes that run the sources' experiments again: each ends in seconds with --quick, stores, draws, and settles."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+
+def run(name: str, folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a recipe with --quick; results and figures go to `folder`."""
+    command = [
+        sys.executable, "-W", "error", str(RECIPES / name), "--quick", "--threads", "1",
+        "--results", str(folder), "--figures", str(folder), *map(str, arguments),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def stored(folder: Path, name: str) -> list[dict[str, Any]]:
+    lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        assert {"command", "date", "machine", "threads", "torch", "structlin", "commit"} <= set(row)
+        assert str(folder.parent) not in row["command"]
+    table = (folder / f"{name}.md").read_text(encoding="utf-8")
+    assert sum(line.startswith("|") for line in table.splitlines()) == len(rows) + 2
+    return rows
+
+
+def drawn(folder: Path, name: str) -> str:
+    """Check both forms of a figure and return the SVG's text."""
+    assert 5_000 < (folder / f"{name}.png").stat().st_size < 150_000
+    return (folder / f"{name}.svg").read_text(encoding="utf-8")
+
+
+def test_tensorizing(tmp_path):
+    done = run("tensorizing.py", tmp_path)
+    rows = stored(tmp_path, "tensorizing_digits")
+    assert {row["shape"] for row in rows} == {"dense", "matrix rank", "4^3", "2^6", "8 x 8"}
+    assert rows[0]["parameters"] == 64 * 64
+    for row in rows:
+        assert row["lowest"] <= row["error"] <= row["highest"]
+        assert len(row["errors"]) == 3
+        assert row["size"] is None or row["parameters"] <= row["size"]
+    vgg = {row["layer"]: row for row in stored(tmp_path, "tensorizing_vgg_digits")}
+    assert list(vgg) == ["dense", "TT4", "TT2", "TT1", "MR50", "MR5", "MR1"]
+    assert vgg["TT1"]["parameters"] == 2 * 4 + 7 * 4 + 8 * 4
+    assert vgg["MR1"]["compression"] == vgg["dense"]["parameters"] / (112 + 64)
+    dense, tt = stored(tmp_path, "tensorizing_time")
+    assert dense["time_100"] == 1
+    assert tt["ms_1"] > 0
+    assert "confirmed" in done.stdout or "refuted" in done.stdout
+    assert "test error, %" in drawn(tmp_path, "tensorizing_digits")
+
+
+def test_settle(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    settle = importlib.import_module("_findings").settle
+    assert settle("a < b", [("x", [1, 2], [3, 4])]) == (
+        "- *a < b*: **confirmed**, holds in 1 of 1 cases. x: 1.50 against 3.50 (apart)."
+    )
+    assert "**refuted**, holds in 0 of 1 cases. x: 2 against 1." in settle("a < b", [("x", [1, 3], [1, 1])], ".0f")
+    assert "**refuted as a rule**, holds in 1 of 2" in settle("a < b", [("x", [1], [2]), ("y", [2], [1])])
