@@ -1,4 +1,4 @@
-"""The recipes that run the sources' experiments again: each ends in seconds with --quick, stores, draws, and settles."""
+"""The recipes that run the sources' experiments again: with --quick each ends in seconds, stores, draws, settles."""
 
 from __future__ import annotations
 
@@ -63,6 +63,26 @@ def test_tensorizing(tmp_path):
     assert tt["ms_1"] > 0
     assert "confirmed" in done.stdout or "refuted" in done.stdout
     assert "test error, %" in drawn(tmp_path, "tensorizing_digits")
+
+
+def test_kronecker_shapeshifter(tmp_path):
+    done = run("kronecker_shapeshifter.py", tmp_path)
+    rows = stored(tmp_path, "kronecker_shapeshifter_digits")
+    assert {row["structure"] for row in rows} == {"dense", "kronecker", "shapeshifter", "lowrank", "tt", "phm"}
+    found = {(row["structure"], row["sizes"]): row for row in rows}
+    kronecker, shapeshifter = found["kronecker", "terms 4"], found["shapeshifter", "rank 4"]
+    assert kronecker["parameters"] == shapeshifter["parameters"] == 4 * (6 * 10 + 10 * 6)
+    assert kronecker["smooth"] < shapeshifter["smooth"] / 2
+    for matrix in ("random", "trained", "smooth"):
+        assert found["kronecker", "terms 1"][matrix] > kronecker[matrix]
+        assert shapeshifter[matrix] == pytest.approx(
+            found["lowrank", "rank 4"][matrix], rel=1e-5
+        )  # the same for a square
+    assert rows[0]["replaced"] == rows[0]["scratch"] > 0.3
+    assert len(kronecker["random_all"]) == 3
+    assert "smooth matrix*: **confirmed**, holds in 2 of 2" in done.stdout
+    for name in ("kronecker_shapeshifter_digits", "kronecker_matrices_digits"):
+        assert "parameters, in Kronecker terms" in drawn(tmp_path, name)
 
 
 def test_settle(monkeypatch):
