@@ -262,9 +262,9 @@ def picture(name: str, rows: Sequence[Row], vgg: Sequence[Row], args: argparse.N
         looks |= {"markerfacecolor": "white"} if shape in args.extreme else {}
         points(left, [row for row in rows if row["shape"] == shape], "parameters", f"TT {shape}", **looks)
     dense = next(row for row in rows if row["shape"] == DENSE)
-    left.axhline(dense["error"], label=f"dense ({dense['parameters']:,} parameters on the left)", **style("dense"))
+    left.axhline(dense["error"], label="dense", **style("dense"))
     left.set(xscale="log", yscale="log", xlabel="parameters of the first layer", ylabel="test error, %")
-    left.set_title("one hidden layer")
+    left.set_title(f"a layer of {dense['parameters']:,} parameters")
     for kind, structure in (("TT", "tt"), ("MR", "lowrank")):
         members = [row for row in vgg if row["layer"].startswith(kind)]
         points(right, members, "compression", None, **style(structure))
@@ -276,7 +276,7 @@ def picture(name: str, rows: Sequence[Row], vgg: Sequence[Row], args: argparse.N
     for axis in (left, right):
         axis.set_yticks(TICKS, labels=map(str, TICKS))
         axis.minorticks_off()
-        axis.set_ylim(0.8 * min(row["lowest"] for row in (*rows, *vgg)), 100)
+        axis.set_ylim(0.8 * min(row["lowest"] for row in (*rows, *vgg)), 150)
     left.set_xticks(args.sizes, labels=[f"{size:,}" for size in args.sizes])
     legend(figure, axes)
     draw(figure, name, args.figures)

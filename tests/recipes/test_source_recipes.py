@@ -85,6 +85,52 @@ def test_kronecker_shapeshifter(tmp_path):
         assert "parameters, in Kronecker terms" in drawn(tmp_path, name)
 
 
+def write(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def test_which_structure(tmp_path):
+    """Of invented results: what is beaten is left out, FLOPs are counted, times are looked up, the rest is named."""
+    results = tmp_path / "given"
+    results.mkdir()
+    write(results, "train_digits", [
+        {"structure": "dense", "accuracy": 0.9, "parameters": 1000},
+        {"structure": "lowrank", "accuracy": 0.8, "parameters": 500},
+        {"structure": "monarch", "accuracy": 0.7, "parameters": 600},
+        {"structure": "kronecker", "accuracy": 0.5, "parameters": 10},
+        {"structure": "unheard of", "accuracy": 0.99, "parameters": 1},
+        {"structure": "tt", "parameters": 400},
+    ])  # fmt: skip
+    speed = {"structure": "lowrank(rank=64)", "library": "structlin", "mode": "inference", "cell_threads": 1}
+    write(results, "speed_simple", [
+        speed | {"parameters_ratio": 0.45, "tokens": 1, "ratio": 0.25},
+        speed | {"parameters_ratio": 0.55, "tokens": 1, "ratio": 0.35},
+        speed | {"parameters_ratio": 0.1, "tokens": 512, "ratio": 0.1},
+        speed | {"parameters_ratio": 0.5, "tokens": 1, "ratio": 9, "cell_threads": 2},
+    ])  # fmt: skip
+    write(results, "another", [{"x": 1}])
+    done = run("which_structure.py", tmp_path, "--read", results)
+    rows = {row["structure"]: row for row in stored(tmp_path, "which_structure")}
+    assert list(rows) == ["dense", "lowrank", "kronecker"]
+    assert rows["lowrank"]["kept"] == 0.5
+    assert rows["lowrank"]["flops"] == pytest.approx(0.5)
+    assert rows["lowrank"]["time_1"] == pytest.approx(0.3)
+    assert rows["lowrank"]["time_512"] is None
+    assert rows["lowrank"]["fronts"] == "kept, flops, time 1"
+    assert rows["dense"]["fronts"] == "kept, flops, time 1, time 512"
+    for text in ("another (1)", "no loss: train_digits (1)", "no single structure (unheard of): train_digits (1)"):
+        assert text in done.stderr
+    assert "kronecker (0.01 to 0.01)" in (tmp_path / "which_structure.md").read_text(encoding="utf-8")
+    drawn(tmp_path, "which_structure")
+
+
+def test_which_structure_without_results(tmp_path):
+    command = [sys.executable, str(RECIPES / "which_structure.py"), "--read", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "holds no results that this recipe reads" in done.stderr
+
+
 def test_settle(monkeypatch):
     monkeypatch.syspath_prepend(str(RECIPES))
     settle = importlib.import_module("_findings").settle
