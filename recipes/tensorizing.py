@@ -252,32 +252,45 @@ def points(axis: Any, rows: Sequence[Row], x: str, label: str | None, **looks: A
                   elinewidth=0.8, **looks)  # fmt: skip
 
 
-def picture(name: str, rows: Sequence[Row], vgg: Sequence[Row], args: argparse.Namespace) -> None:
-    """Draw test error against parameters, and against compression for the large layer."""
-    figure, axes = panels(2, width=4.8)
-    left, right = axes[0]
-    points(left, [row for row in rows if row["shape"] == MATRIX], "parameters", MATRIX, **style("lowrank"))
+def draw_first(axis: Any, rows: Sequence[Row], args: argparse.Namespace) -> None:
+    """Draw test error against the parameters of the first layer."""
+    points(axis, [row for row in rows if row["shape"] == MATRIX], "parameters", MATRIX, **style("lowrank"))
     for shape, (marker, line) in zip(args.balanced | args.extreme, MARKS, strict=False):
         looks = style("tt") | {"marker": marker, "linestyle": line}
         looks |= {"markerfacecolor": "white"} if shape in args.extreme else {}
-        points(left, [row for row in rows if row["shape"] == shape], "parameters", f"TT {shape}", **looks)
+        points(axis, [row for row in rows if row["shape"] == shape], "parameters", f"TT {shape}", **looks)
     dense = next(row for row in rows if row["shape"] == DENSE)
-    left.axhline(dense["error"], label="dense", **style("dense"))
-    left.set(xscale="log", yscale="log", xlabel="parameters of the first layer", ylabel="test error, %")
-    left.set_title(f"a layer of {dense['parameters']:,} parameters")
+    axis.axhline(dense["error"], label="dense", **style("dense"))
+    axis.set(
+        xscale="log", xlabel="parameters of the first layer", title=f"a layer of {dense['parameters']:,} parameters"
+    )
+    axis.set_xticks(args.sizes, labels=[f"{size:,}" for size in args.sizes])
+
+
+def draw_large(axis: Any, rows: Sequence[Row]) -> None:
+    """Draw test error against the compression of the large layer."""
     for kind, structure in (("TT", "tt"), ("MR", "lowrank")):
-        members = [row for row in vgg if row["layer"].startswith(kind)]
-        points(right, members, "compression", None, **style(structure))
+        members = [row for row in rows if row["layer"].startswith(kind)]
+        points(axis, members, "compression", None, **style(structure))
         for row in members:
-            right.annotate(row["layer"], (row["compression"], row["error"]), xytext=(5, 5), textcoords="offset points")
-    right.axhline(vgg[0]["error"], **style("dense"))
-    right.set(xscale="log", yscale="log", xlabel="compression of the layer, times", ylabel="test error, %")
-    right.set_title(f"a layer of {vgg[0]['parameters']:,} parameters")
-    for axis in (left, right):
+            axis.annotate(row["layer"], (row["compression"], row["error"]), xytext=(5, 5), textcoords="offset points")
+    axis.axhline(rows[0]["error"], **style("dense"))
+    axis.set(
+        xscale="log", xlabel="compression of the layer, times", title=f"a layer of {rows[0]['parameters']:,} parameters"
+    )
+
+
+def picture(name: str, rows: Sequence[Row], vgg: Sequence[Row], args: argparse.Namespace) -> None:
+    """Draw one panel for each of the two experiments."""
+    figure, axes = panels(2 if vgg else 1, width=4.8)
+    draw_first(axes[0][0], rows, args)
+    if vgg:
+        draw_large(axes[0][1], vgg)
+    for axis in axes.flat:
+        axis.set_yscale("log")
         axis.set_yticks(TICKS, labels=map(str, TICKS))
         axis.minorticks_off()
-        axis.set_ylim(0.8 * min(row["lowest"] for row in (*rows, *vgg)), 150)
-    left.set_xticks(args.sizes, labels=[f"{size:,}" for size in args.sizes])
+        axis.set(ylim=(0.8 * min(row["lowest"] for row in (*rows, *vgg)), 150), ylabel="test error, %")
     legend(figure, axes)
     draw(figure, name, args.figures)
 
@@ -288,6 +301,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=6000, help="training images of MNIST")
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192], help="parameters")
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--large", action=argparse.BooleanOptionalAction, default=True, help="the layer of VGG's size")
     parser.add_argument("--vgg-images", type=int, default=1347, help="training images of the large layer")
     parser.add_argument("--vgg-epochs", type=int, default=5)
     parser.add_argument("--dense-epochs", type=int, default=2, help="of the large dense layer, two seconds a step")
@@ -311,20 +325,22 @@ def main(argv: Sequence[str]) -> int:
     about = environment(argv)
     training, test = load(args.mnist, args.images, 8 if args.quick else 32)
     some = (training[0][: args.vgg_images], training[1][: args.vgg_images])
-    rows, vgg = first_layer(args, training, test), large_layer(args, some, test)
+    rows, vgg = first_layer(args, training, test), large_layer(args, some, test) if args.large else []
     name, data = ("digits", "Scikit-learn's digits, enlarged") if args.mnist is None else ("mnist", "MNIST, padded")
-    claims, large = findings(rows, args.balanced, args.extreme), vgg_findings(vgg)
+    claims = findings(rows, args.balanced, args.extreme)
     facts = {"data": data, "test": len(test[1]), "epochs": args.epochs, "seeds": args.seeds,
-             "rates": ", ".join(map(str, RATES)), "n": training[0].shape[1], "inputs": vgg[0]["inputs"],
+             "rates": ", ".join(map(str, RATES)), "n": training[0].shape[1],
              "side": math.isqrt(training[0].shape[1])}  # fmt: skip
     notes = NOTES.format(train=len(training[1]), findings=claims, **facts)
     store(args.results, f"tensorizing_{name}", "A first layer as a tensor train", notes, about, rows, COLUMNS)
-    notes = VGG_NOTES.format(train=len(some[1]), findings=large, **facts)
-    store(args.results, f"tensorizing_vgg_{name}", "A layer of VGG's size", notes, about, vgg, VGG_COLUMNS)
-    if args.mnist is None:  # the data do not matter
+    print(claims)
+    if vgg:
+        notes = VGG_NOTES.format(train=len(some[1]), findings=vgg_findings(vgg), inputs=vgg[0]["inputs"], **facts)
+        store(args.results, f"tensorizing_vgg_{name}", "A layer of VGG's size", notes, about, vgg, VGG_COLUMNS)
+        print(vgg_findings(vgg))
+    if vgg and args.mnist is None:  # the data do not matter
         title = "Time and memory of a layer of VGG's size"
         store(args.results, "tensorizing_time", title, vgg_layer.NOTES, about, times(args), vgg_layer.COLUMNS)
-    print(claims, large, sep="\n")
     picture(f"tensorizing_{name}", rows, vgg, args)
     return 0
 
