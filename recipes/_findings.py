@@ -7,16 +7,25 @@ from collections.abc import Sequence
 
 Case = tuple[str, Sequence[float], Sequence[float]]  # where; values that shall be lower; values that shall be higher
 
+EVEN = 0.01  # means that differ by less, as a share of the larger, count as equal
+
 
 def settle(claim: str, cases: Sequence[Case], form: str = ".2f") -> str:
     """Say whether the mean of the first values is below that of the second in every case, with the means.
 
     "(apart)" marks a case in which no value of one side reaches the other side.
     """
-    held, parts = 0, []
-    for where, low, high in cases:
-        held += statistics.mean(low) < statistics.mean(high)
-        apart = " (apart)" if max(low) < min(high) or max(high) < min(low) else ""
-        parts.append(f"{where}: {statistics.mean(low):{form}} against {statistics.mean(high):{form}}{apart}")
-    verdict = "confirmed" if held == len(cases) else "refuted" if held == 0 else "refuted as a rule"
-    return f"- *{claim}*: **{verdict}**, holds in {held} of {len(cases)} cases. {'; '.join(parts)}."
+    lower = even = 0
+    parts = []
+    for where, ours, theirs in cases:
+        a, b = statistics.mean(ours), statistics.mean(theirs)
+        even += abs(a - b) < EVEN * max(a, b)
+        lower += a <= (1 - EVEN) * b
+        apart = " (apart)" if max(ours) < min(theirs) or max(theirs) < min(ours) else ""
+        parts.append(f"{where}: {a:{form}} against {b:{form}}{apart}")
+    n = len(cases)
+    verdict = (
+        "even" if even == n else "confirmed" if lower + even == n else "refuted" if lower == 0 else "refuted as a rule"
+    )
+    held = f"holds in {lower} of {n} cases" + (f", even in {even}" if even else "")
+    return f"- *{claim}*: **{verdict}**, {held}. {'; '.join(parts)}."

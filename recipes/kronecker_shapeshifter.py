@@ -9,17 +9,19 @@ Three matrices are approximated: a random one, the middle weight of a trained cl
 Kronecker term of 30 x 35 and 35 x 30 has 2,100 parameters, as many as a rank of Shapeshifter's or of low rank. Tensor
 trains of three cores and PHM, which has one size for each n, stand beside them. The classifier is measured with its
 weight replaced, and trained from scratch with the structured layer; times are of a forward pass of the frozen layer.
-Stores benchmarks/results/kronecker_shapeshifter_<data>.jsonl and .md, and draws kronecker_shapeshifter_<data> and
-kronecker_matrices_<data> in docs/figures (SVG and PNG).
+Stores benchmarks/results/kronecker_shapeshifter_<data> and kronecker_time (jsonl and md), and draws
+kronecker_shapeshifter_<data> and kronecker_matrices_<data> in docs/figures (SVG and PNG).
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from structlin.structures import PHM, Kronecker, LowRank, Shapeshifter
 
 sys.path.append(str(ROOT / "benchmarks"))  # scripts, not a package
 
-from _speed import Effort, Subject, measure
+from _speed import Call, Subject, calls_per_sample, check, plan_text
 
 Row = dict[str, Any]
 
@@ -53,7 +55,13 @@ COLUMNS = {
     "structure": ("structure", ""), "size": ("sizes", ""), "terms": ("terms", ".3g"), "parameters": ("parameters", ","),
     **ERRORS, "replaced": ("replaced", ".4f"), "+- replaced": ("replaced_std", ".4f"),
     "from scratch": ("scratch", ".4f"), "+- scratch": ("scratch_std", ".4f"),
-    **{f"time, {tokens}": (f"time_{tokens}", ".2f") for tokens in TOKENS},
+}  # fmt: skip
+TIME_COLUMNS = {
+    "structure": ("structure", ""), "size": ("sizes", ""), "terms": ("terms", ".3g"), "FLOPs": ("flops", ".3f"),
+    **{title: (key, form) for t in TOKENS for title, key, form in (
+        (f"time, {t}", f"time_{t}", ".2f"), (f"lower, {t}", f"lower_{t}", ".2f"), (f"upper, {t}", f"upper_{t}", ".2f"),
+        (f"plan, {t}", f"plan_{t}", ""),
+    )},
 }  # fmt: skip
 NOTES = """\
 Matrices of {n} x {n}, {seeds} seeds, means and standard deviations (+-). *terms*: parameters / those of a Kronecker
@@ -61,12 +69,18 @@ term. *error*: relative Frobenius error of the closed-form approximation. *rando
 *trained*: the middle weight of a classifier with two hidden layers of {n}, {data}. *smooth*:
 exp(-(x - y)^2 / 2 / .1^2) at {n} jittered points of 0..1. *replaced*: test accuracy of that classifier with its middle
 weight approximated, not trained further; *from scratch*: of one trained with such a layer for as long, {epochs} epochs.
-*time, N*: of a forward pass of N images through the frozen layer, as a share of `nn.Linear`'s in the same run; a layer
-that would be slower keeps its dense matrix.
 
 For a square matrix Shapeshifter by reshaping is low rank, and by reshaping and rearranging (`order="kron"`) it is the
 Kronecker sum; *shapeshifter* is the former, the reading of the course project. We do not know the source's data and
 classifier; the size, the structures and the three panels are its own.
+
+{findings}"""
+
+
+TIME_NOTES = """\
+A forward pass of 1 and of 64 images through the frozen layer, {n} x {n}: processor time as a share of `nn.Linear`'s,
+median of {rounds} alternated samples, with the quartiles of the ratio. *plan*: how the layer chose to run; one that
+expects to be slower than dense keeps its dense matrix.
 
 {findings}"""
 
@@ -144,31 +158,56 @@ def one_seed(
     return rows
 
 
-def times(structure: Structure | None, n: int, rounds: int) -> Row:
-    """Time the frozen layer beside `nn.Linear`."""
-    if structure is None:
-        return {f"time_{tokens}": 1.0 for tokens in TOKENS}
-    layer = build(structure, n, n)
-    subject = Subject.of(str(structure), layer)
+def processor_seconds(call: Callable[[], object], calls: int) -> float:
+    """Measure a call by the processor's clock, which other work on the machine does not move."""
+    start = time.process_time()
+    for _ in range(calls):
+        call()
+    return (time.process_time() - start) / calls
+
+
+def time_of(structure: Structure | None, n: int, rounds: int) -> Row:
+    """Check the frozen layer, then time it beside `nn.Linear`."""
     dense = nn.Linear(n, n)
-    return {f"time_{t}": measure(subject, dense, "inference", t, Effort(rounds))["ratio"] for t in TOKENS}
+    if structure is None:
+        return {"flops": 1.0} | {f"{key}_{t}": 1.0 for key in ("time", "lower", "upper") for t in TOKENS}
+    layer = build(structure, n, n)
+    row: Row = {"flops": layer.flops_per_token / (2 * n * n)}
+    for tokens in TOKENS:
+        calls = [Call.new(module, dense.weight, "inference", tokens) for module in (dense, layer)]
+        check(Subject.of(str(structure), layer), calls[1])
+        with torch.inference_mode():
+            counts = [calls_per_sample(call.work(), 2e-3) for call in calls]
+            samples = [[processor_seconds(call.work(), k) for call, k in zip(calls, counts, strict=True)]
+                       for _ in range(rounds)]  # fmt: skip
+        theirs, ours = (statistics.median(column) for column in zip(*samples, strict=True))
+        lower, _, upper = statistics.quantiles((b / a for a, b in samples), n=4)
+        row |= {f"time_{tokens}": ours / theirs, f"lower_{tokens}": lower, f"upper_{tokens}": upper,
+                f"plan_{tokens}": plan_text(layer, tokens, "inference")}  # fmt: skip
+    return row
 
 
-def run(args: argparse.Namespace, training: Data, test: Data) -> list[Row]:
-    kinds: list[Structure | None] = [None, *structures(args.terms, args.orders, args.n)]
+def described(structure: Structure | None, n: int) -> Row:
+    """Say what a row of a table is about."""
+    if structure is None:
+        return {"structure": "dense", "sizes": "", "parameters": n * n, "terms": n * n / size(Kronecker(terms=1), n)}
+    count = size(structure, n)
+    return {
+        "structure": structure.name, "sizes": sizes(structure), "parameters": count,
+        "terms": count / size(Kronecker(terms=1), n), "layer": str(structure),
+    }  # fmt: skip
+
+
+def run(args: argparse.Namespace, kinds: Sequence[Structure | None], training: Data, test: Data) -> list[Row]:
+    """Gather the seeds: means, standard deviations and all values."""
     seeds = [one_seed(seed, args, kinds, training, test) for seed in range(args.seeds)]
-    term, rows = size(Kronecker(terms=1), args.n), []
+    rows = []
     for structure, found in zip(kinds, zip(*seeds, strict=True), strict=True):
-        count = args.n**2 if structure is None else size(structure, args.n)
-        row: Row = {
-            "structure": "dense" if structure is None else structure.name, "parameters": count, "terms": count / term,
-            "layer": "Linear" if structure is None else str(structure),
-            "sizes": "" if structure is None else sizes(structure),
-        }  # fmt: skip
+        row = described(structure, args.n)
         for key in (*MATRICES, "replaced", "scratch"):
             values = [each[key] for each in found]
             row |= {key: statistics.mean(values), f"{key}_std": statistics.pstdev(values), f"{key}_all": values}
-        rows.append(row | times(structure, args.n, args.rounds))
+        rows.append(row)
     return rows
 
 
@@ -185,10 +224,16 @@ def findings(rows: Sequence[Row]) -> str:
     ]  # fmt: skip
     lost = [(f"terms {t}", *([100 * (1 - x) for x in row["replaced_all"]] for row in (a, b))) for t, a, b in pairs]
     texts.append(settle("at equal terms, the classifier errs less with Kronecker than with Shapeshifter, %", lost))
-    for tokens in TOKENS:
-        ratios = [(f"terms {t}", [a[f"time_{tokens}"]], [1.0]) for t, a, _ in pairs]
-        texts.append(settle(f"a Kronecker sum is faster than dense at {tokens} images (share of its time)", ratios))
     return "\n".join(texts)
+
+
+def time_findings(rows: Sequence[Row]) -> str:
+    """Settle from how many terms on a Kronecker sum is no faster than dense."""
+    members = [row for row in rows if row["structure"] == "kronecker"]
+    return "\n".join(
+        settle(f"a Kronecker sum takes less time than dense, images: {tokens}",
+               [(row["sizes"], [row[f"time_{tokens}"]], [1.0]) for row in members]) for tokens in TOKENS
+    )  # fmt: skip
 
 
 def lines(axis: Any, rows: Sequence[Row], key: str, spread: str | None = None) -> None:
@@ -211,7 +256,7 @@ def lines(axis: Any, rows: Sequence[Row], key: str, spread: str | None = None) -
     )
 
 
-def pictures(rows: Sequence[Row], name: str, args: argparse.Namespace) -> None:
+def pictures(rows: Sequence[Row], timed: Sequence[Row], name: str, args: argparse.Namespace) -> None:
     """Draw the three panels of the slides, and the error for each matrix."""
     figure, axes = panels(3)
     for axis, key, spread, label in zip(
@@ -219,7 +264,7 @@ def pictures(rows: Sequence[Row], name: str, args: argparse.Namespace) -> None:
         ("relative error, trained weight", "test accuracy, weight replaced", f"time of {TOKENS[1]} images / dense"),
         strict=True,
     ):  # fmt: skip
-        lines(axis, rows, key, spread)
+        lines(axis, timed if key.startswith("time") else rows, key, spread)
         axis.set_ylabel(label)
     axes[0][2].set_yscale("log", base=2)
     axes[0][2].yaxis.set_major_formatter("{x:g}")
@@ -234,6 +279,33 @@ def pictures(rows: Sequence[Row], name: str, args: argparse.Namespace) -> None:
     draw(figure, f"kronecker_matrices_{name}", args.figures)
 
 
+def experiment(args: argparse.Namespace, kinds: Sequence[Structure | None], name: str, about: Row) -> list[Row]:
+    """Measure errors and accuracies and store the table."""
+    training, test = load(args.mnist, args.images, 8)
+    rows = run(args, kinds, training, test)
+    data = "MNIST" if args.mnist else "scikit-learn's digits"
+    notes = NOTES.format(n=args.n, seeds=args.seeds, epochs=args.epochs, findings=findings(rows),
+                         data=f"{data} ({len(training[1])} training and {len(test[1])} test images)")  # fmt: skip
+    title = "Kronecker sums and Shapeshifter"
+    store(args.results, f"kronecker_shapeshifter_{name}", title, notes, about, rows, COLUMNS)
+    print(findings(rows))
+    return rows
+
+
+def stored(args: argparse.Namespace, name: str) -> list[Row]:
+    lines = (args.results / f"kronecker_shapeshifter_{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def timing(args: argparse.Namespace, kinds: Sequence[Structure | None], about: Row) -> list[Row]:
+    """Time all layers and store the table."""
+    rows = [described(structure, args.n) | time_of(structure, args.n, args.rounds) for structure in kinds]
+    notes = TIME_NOTES.format(n=args.n, rounds=args.rounds, findings=time_findings(rows))
+    store(args.results, "kronecker_time", "Time of a layer by its terms", notes, about, rows, TIME_COLUMNS)
+    print(time_findings(rows))
+    return rows
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mnist", type=Path, help="folder of MNIST; scikit-learn's digits without it")
@@ -241,6 +313,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate of all networks")
     parser.add_argument("--rounds", type=int, default=15, help="samples of each time")
+    parser.add_argument("--times", action="store_true", help="measure times only, and draw with the stored errors")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="60 x 60, seconds")
@@ -257,16 +330,10 @@ def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     torch.set_num_threads(args.threads)
     about = environment(argv)
-    training, test = load(args.mnist, args.images, 8)
-    name, data = ("digits", "scikit-learn's digits") if args.mnist is None else ("mnist", "MNIST")
-    rows = run(args, training, test)
-    claims = findings(rows)
-    notes = NOTES.format(n=args.n, seeds=args.seeds, epochs=args.epochs, findings=claims,
-                         data=f"{data} ({len(training[1])} training and {len(test[1])} test images)")  # fmt: skip
-    title = "Kronecker sums and Shapeshifter"
-    store(args.results, f"kronecker_shapeshifter_{name}", title, notes, about, rows, COLUMNS)
-    print(claims)
-    pictures(rows, name, args)
+    name = "digits" if args.mnist is None else "mnist"
+    kinds: list[Structure | None] = [None, *structures(args.terms, args.orders, args.n)]
+    rows = stored(args, name) if args.times else experiment(args, kinds, name, about)
+    pictures(rows, timing(args, kinds, about), name, args)
     return 0
 
 

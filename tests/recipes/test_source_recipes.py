@@ -81,6 +81,10 @@ def test_kronecker_shapeshifter(tmp_path):
     assert rows[0]["replaced"] == rows[0]["scratch"] > 0.3
     assert len(kronecker["random_all"]) == 3
     assert "smooth matrix*: **confirmed**, holds in 2 of 2" in done.stdout
+    timed = stored(tmp_path, "kronecker_time")
+    assert [row["sizes"] for row in timed] == [row["sizes"] for row in rows]
+    assert all(row["lower_64"] <= row["time_64"] * 1.5 for row in timed)
+    assert timed[1]["flops"] == pytest.approx(6 * 6 * (10 + 10) / 60**2)  # (6 x 10) (x) (10 x 6), the cheaper order
     for name in ("kronecker_shapeshifter_digits", "kronecker_matrices_digits"):
         assert "parameters, in Kronecker terms" in drawn(tmp_path, name)
 
@@ -134,6 +138,7 @@ def test_which_structure_without_results(tmp_path):
 def test_settle(monkeypatch):
     monkeypatch.syspath_prepend(str(RECIPES))
     settle = importlib.import_module("_findings").settle
+    assert "**even**, holds in 0 of 1 cases, even in 1." in settle("a < b", [("x", [1.0], [1.001])])
     assert settle("a < b", [("x", [1, 2], [3, 4])]) == (
         "- *a < b*: **confirmed**, holds in 1 of 1 cases. x: 1.50 against 3.50 (apart)."
     )
