@@ -21,8 +21,8 @@ def settle(claim: str, cases: Sequence[Case], form: str = ".2f") -> str:
         a, b = statistics.mean(ours), statistics.mean(theirs)
         even += abs(a - b) < EVEN * max(a, b)
         lower += a <= (1 - EVEN) * b
-        apart = " (apart)" if max(ours) < min(theirs) or max(theirs) < min(ours) else ""
-        parts.append(f"{where}: {a:{form}} against {b:{form}}{apart}")
+        apart = len(ours) > 1 and (max(ours) < min(theirs) or max(theirs) < min(ours))
+        parts.append(f"{where}: {a:{form}} against {b:{form}}{' (apart)' if apart else ''}")
     n = len(cases)
     verdict = (
         "even" if even == n else "confirmed" if lower + even == n else "refuted" if lower == 0 else "refuted as a rule"

@@ -49,7 +49,7 @@ MATRICES = ("random", "trained", "smooth")
 TOKENS = (1, 64)
 TICKS = 1, 2, 4, 8, 16, 32, 64, 128
 ERRORS = {
-    title: (key, ".4f") for name in MATRICES for title, key in ((f"error, {name}", name), (f"+- {name}", f"{name}_std"))
+    title: (key, ".4g") for name in MATRICES for title, key in ((f"error, {name}", name), (f"+- {name}", f"{name}_std"))
 }
 COLUMNS = {
     "structure": ("structure", ""), "size": ("sizes", ""), "terms": ("terms", ".3g"), "parameters": ("parameters", ","),
@@ -220,10 +220,11 @@ def findings(rows: Sequence[Row]) -> str:
     pairs = [(f"{t}", row, found["shapeshifter", t]) for (name, t), row in found.items() if name == "kronecker"]
     texts = [
         settle(f"at equal terms, Kronecker's error is below Shapeshifter's, {name} matrix",
-               [(f"terms {t}", a[f"{name}_all"], b[f"{name}_all"]) for t, a, b in pairs], ".4f") for name in MATRICES
+               [(f"terms {t}", a[f"{name}_all"], b[f"{name}_all"]) for t, a, b in pairs], ".4g") for name in MATRICES
     ]  # fmt: skip
-    lost = [(f"terms {t}", *([100 * (1 - x) for x in row["replaced_all"]] for row in (a, b))) for t, a, b in pairs]
-    texts.append(settle("at equal terms, the classifier errs less with Kronecker than with Shapeshifter, %", lost))
+    for key, how in (("replaced", "with its weight replaced"), ("scratch", "trained from scratch")):
+        lost = [(f"terms {t}", *([100 * (1 - x) for x in r[f"{key}_all"]] for r in (a, b))) for t, a, b in pairs]
+        texts.append(settle(f"at equal terms, a classifier {how} errs less with Kronecker than Shapeshifter, %", lost))
     return "\n".join(texts)
 
 
