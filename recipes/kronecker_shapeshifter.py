@@ -268,7 +268,7 @@ def pictures(rows: Sequence[Row], timed: Sequence[Row], name: str, args: argpars
         lines(axis, timed if key.startswith("time") else rows, key, spread)
         axis.set_ylabel(label)
     axes[0][2].set_yscale("log", base=2)
-    axes[0][2].yaxis.set_major_formatter("{x:g}")
+    axes[0][2].yaxis.set_major_formatter("{x:.2g}")
     legend(figure, axes)
     draw(figure, f"kronecker_shapeshifter_{name}", args.figures)
     figure, axes = panels(3)
