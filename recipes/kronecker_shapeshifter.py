@@ -282,7 +282,7 @@ def pictures(rows: Sequence[Row], timed: Sequence[Row], name: str, args: argpars
 
 def experiment(args: argparse.Namespace, kinds: Sequence[Structure | None], name: str, about: Row) -> list[Row]:
     """Measure errors and accuracies and store the table."""
-    training, test = load(args.mnist, args.images, 8)
+    training, test = load(args.mnist, args.images, 32 if args.mnist else 8)
     rows = run(args, kinds, training, test)
     data = "MNIST" if args.mnist else "scikit-learn's digits"
     notes = NOTES.format(n=args.n, seeds=args.seeds, epochs=args.epochs, findings=findings(rows),

@@ -85,14 +85,15 @@ its time, and its learning rate is not searched. The source's top-1 errors on Im
 
 
 def load(mnist: Path | None, count: int, side: int = 32) -> tuple[Data, Data]:
-    """Return flat images (n, side^2) for training and testing: digits enlarged, or MNIST padded to 32 x 32."""
+    """Return flat images (n, side^2) for training and testing: digits enlarged, or MNIST padded and pooled."""
     if mnist is None:
-        return tuple(
-            (F.interpolate(x.view(-1, 1, 8, 8), size=side, mode="bilinear").flatten(1), y) for x, y in digits()
-        )  # type: ignore[return-value]
-    (images, labels), (test, wanted) = read(mnist)
-    images, labels = images[:count], labels[:count]
-    return tuple((F.pad(x, (2, 2, 2, 2)).flatten(1), y) for x, y in ((images, labels), (test, wanted)))  # type: ignore[return-value]
+        parts = [(F.interpolate(x.view(-1, 1, 8, 8), size=side, mode="bilinear"), y) for x, y in digits()]
+    else:
+        (images, labels), (test, wanted) = read(mnist)
+        pairs = ((images[:count], labels[:count]), (test, wanted))
+        parts = [(F.adaptive_avg_pool2d(F.pad(x, (2, 2, 2, 2)), side), y) for x, y in pairs]
+    (images, labels), (test, wanted) = parts
+    return (images.flatten(1), labels), (test.flatten(1), wanted)
 
 
 def within(modes: tuple[int, ...], budget: int) -> TensorTrain | None:

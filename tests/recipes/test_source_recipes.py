@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
 import subprocess
@@ -133,6 +134,22 @@ def test_which_structure_without_results(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "holds no results that this recipe reads" in done.stderr
+
+
+def test_images_of_both_sets(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    load = importlib.import_module("tensorizing").load
+    (images, labels), (test, _) = load(None, 0, 32)
+    assert (images.shape, test.shape, len(labels)) == ((1347, 1024), (450, 1024), 1347)
+    for part in ("train", "t10k-even"):
+        with gzip.open(tmp_path / f"{part}-images-idx3-ubyte.gz", "wb") as file:
+            file.write(bytes(16) + bytes([255]) * (3 * 28 * 28))
+        with gzip.open(tmp_path / f"{part}-labels-idx1-ubyte.gz", "wb") as file:
+            file.write(bytes(8) + bytes([4, 5, 6]))
+    (images, labels), (test, _) = load(tmp_path, 2, 32)
+    assert (images.shape, test.shape, labels.tolist()) == ((2, 1024), (3, 1024), [4, 5])
+    assert images.sum() == 2 * 28 * 28  # padded by zeros
+    assert load(tmp_path, 2, 8)[0][0].sum() == pytest.approx(2 * 28 * 28 / 16)
 
 
 def test_settle(monkeypatch):
