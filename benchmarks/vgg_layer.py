@@ -11,12 +11,14 @@ Source: Novikov et al. 2015, Tensorizing neural networks, table 3 (modes 2 7 8 8
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +31,7 @@ from _results import RESULTS, environment, store
 
 SIZES = 25088, 4096
 IN_MODES, OUT_MODES, RANK = (2, 7, 8, 8, 7, 4), (4, 4, 4, 4, 4, 4), 4
+IMAGES = 1, 100
 COLUMNS = {
     "layer": ("layer", ""), "parameters": ("parameters", ","), "memory, 1 image, MB": ("memory_1", ".1f"),
     "100 images, MB": ("memory_100", ".1f"), "time, 1 image": ("time_1", ".4f"), "100 images": ("time_100", ".4f"),
@@ -62,6 +65,37 @@ def memory(kind: str, images: int) -> float:
     return megabytes() - before
 
 
+def memory_of_fresh_process(kind: str, images: int) -> float:
+    """Run `memory` in a process of its own."""
+    command = [sys.executable, __file__, "--threads", str(torch.get_num_threads()), "--memory", kind, str(images)]
+    return float(subprocess.run(command, capture_output=True, check=True).stdout)
+
+
+def measure(layers: Mapping[str, nn.Module], rounds: int) -> list[dict[str, Any]]:
+    """Check the layer `tt` against its dense matrix, then time both for one and for 100 images in turn."""
+    rows: dict[str, dict[str, Any]] = {
+        kind: {"layer": kind, "parameters": sum(p.numel() for name, p in module.named_parameters() if name != "bias")}
+        for kind, module in layers.items()
+    }
+    inputs = layers["tt"].in_features
+    with torch.inference_mode():
+        x = torch.randn(4, inputs)
+        expected = nn.functional.linear(x, layers["tt"].to_dense(), layers["tt"].bias)
+        assert (layers["tt"](x) - expected).norm() <= 1e-4 * expected.norm()
+        for images in IMAGES:
+            x, times = torch.randn(images, inputs), {kind: list[float]() for kind in layers}
+            for _ in range(rounds + 3):
+                for kind, module in layers.items():
+                    start = time.perf_counter()
+                    module(x)
+                    times[kind].append(time.perf_counter() - start)
+            medians = {kind: statistics.median(column[3:]) for kind, column in times.items()}
+            for kind in layers:
+                rows[kind][f"time_{images}"] = medians[kind] / medians["dense"]
+                rows[kind][f"ms_{images}"] = 1000 * medians[kind]
+    return list(rows.values())
+
+
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
@@ -74,29 +108,10 @@ def main(argv: Sequence[str]) -> int:
         print(memory(args.memory[0], int(args.memory[1])))
         return 0
     about = environment(argv)
-    layers = {kind: layer(kind).eval() for kind in ("dense", "tt")}
-    rows: dict[str, dict[str, object]] = {
-        kind: {"layer": kind, "parameters": sum(p.numel() for name, p in module.named_parameters() if name != "bias")}
-        for kind, module in layers.items()
-    }
-    with torch.inference_mode():
-        x = torch.randn(4, SIZES[0])
-        expected = nn.functional.linear(x, layers["tt"].to_dense(), layers["tt"].bias)
-        assert (layers["tt"](x) - expected).norm() <= 1e-4 * expected.norm()
-        for images in (1, 100):
-            x, times = torch.randn(images, SIZES[0]), {kind: list[float]() for kind in layers}
-            for _ in range(args.rounds + 3):
-                for kind, module in layers.items():
-                    start = time.perf_counter()
-                    module(x)
-                    times[kind].append(time.perf_counter() - start)
-            medians = {kind: statistics.median(column[3:]) for kind, column in times.items()}
-            for kind in layers:
-                rows[kind][f"time_{images}"] = medians[kind] / medians["dense"]
-                rows[kind][f"ms_{images}"] = 1000 * medians[kind]
-                command = [sys.executable, __file__, "--threads", str(args.threads), "--memory", kind, str(images)]
-                rows[kind][f"memory_{images}"] = float(subprocess.run(command, capture_output=True, check=True).stdout)
-    store(args.results, "vgg_layer", "A layer of 25,088 x 4,096", NOTES, about, list(rows.values()), COLUMNS)
+    rows = measure({kind: layer(kind).eval() for kind in ("dense", "tt")}, args.rounds)
+    for row, images in itertools.product(rows, IMAGES):
+        row[f"memory_{images}"] = memory_of_fresh_process(row["layer"], images)
+    store(args.results, "vgg_layer", "A layer of 25,088 x 4,096", NOTES, about, rows, COLUMNS)
     return 0
 
 
