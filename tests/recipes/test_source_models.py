@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -17,15 +18,15 @@ for module in ("sklearn", "matplotlib", "transformers"):
     pytest.importorskip(module)
 
 
-def run(name: str, results: Path, *arguments: str | Path) -> tuple[list[dict[str, Any]], str]:
+def run(name: str, results: Path, stored: str | None = None) -> tuple[list[dict[str, Any]], str]:
     """Return the stored rows and what was printed, and see that the figures stay as they are."""
     before = {path: path.stat().st_mtime_ns for path in FIGURES.glob("*")}
     command = [sys.executable, "-W", "error", str(RECIPES / f"{name}.py"), "--quick", "--results", str(results)]
-    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert {path: path.stat().st_mtime_ns for path in FIGURES.glob("*")} == before
-    lines = (results / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    text = (results / f"{name}.md").read_text(encoding="utf-8")
+    lines = (results / f"{stored or name}.jsonl").read_text(encoding="utf-8").splitlines()
+    text = (results / f"{stored or name}.md").read_text(encoding="utf-8")
     assert "confirmed" in done.stdout or "refuted" in done.stdout
     assert "Where this differs" in text
     return [json.loads(line) for line in lines], done.stdout
@@ -46,3 +47,26 @@ def test_delight_and_transformers_of_one_size(tmp_path):
     for network in ("transformer", "DeLighT"):
         mine = [row["perplexity"] for row in rows if (row["network"], row["size"]) == (network, 24)]
         assert mine == sorted(mine, reverse=True)
+
+
+def test_recurrent_networks_in_tensor_trains(tmp_path):
+    rows, printed = run("tt_rnn", tmp_path, stored="tt_rnn_digits")
+    assert "gives the rates of `param_groups` here" in printed
+    dense, adam, groups, *_ = rows
+    assert dense["weights"] == 4 * 128 * (8 + 128)
+    # The inputs' cores: 2 x 32 x 4, 4 x 2 x 4 x 4, 4 x 2 x 4; the hidden state's: 8 x 32 x 4, 4 x 4 x 4 x 4, 4 x 4 x 4.
+    assert adam["weights"] == groups["weights"] == 416 + 1344
+    assert [row["network"] for row in rows] == ["LSTM", "tt-LSTM 4", "tt-LSTM 4", "GRU", "tt-GRU 4"]
+    for row in rows:
+        assert 0.15 < row["lowest"] <= row["accuracy"] <= row["highest"]
+
+
+def test_a_rule_by_modes_is_that_of_groups_where_no_core_is_wide(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    recipe = importlib.import_module("tt_rnn")
+    assert recipe.distinct(recipe.layer("LSTM", "tt", 4, 8, 512)) == ["adam", "param_groups"]
+    wide = recipe.layer("LSTM", "tt", 8, 8, 512)
+    assert recipe.distinct(wide) == list(recipe.RULES)
+    [group] = [g for g in recipe.by_modes(wide, 0.1) if g["params"][0] is wide.hh_l0.core_2]
+    size = wide.hh_l0.core_2.square().mean().sqrt().item() * (3 * 512) ** 0.5
+    assert group["lr"] == pytest.approx(0.1 * size * (512 / 8) ** 0.5 / 3)
