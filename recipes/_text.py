@@ -16,20 +16,25 @@ FEW = 2000  # sentences of a quick run
 HELD = 20  # one sentence in so many is held out
 
 
+def docstrings(quick: bool) -> tuple[str, str]:
+    """Return sentences of the standard library's docstrings, a line each in random order, to train on and held out."""
+    sentences = [text for text in (docstring_sentences(FEW) if quick else library_sentences()) if text.isascii()]
+    random.Random(0).shuffle(sentences)
+    cut = len(sentences) // HELD
+    return "\n".join(sentences[cut:]), "\n".join(sentences[:cut])
+
+
 def read(data: Path | None, quick: bool) -> tuple[Tensor, Tensor, int]:
     """Return training ids, held-out ids and the size of the vocabulary.
 
-    Without a folder: sentences of the standard library's docstrings, a line each in random order, character by
-    character. With one: its train.tok512.npy and valid.tok512.npy, stories in 512 tokens.
+    Without a folder: docstrings, character by character. With one: its train.tok512.npy and valid.tok512.npy, stories
+    in 512 tokens.
     """
     if data is not None:
         found = (torch.from_numpy(np.load(data / f"{part}.tok512.npy").astype(np.int64)) for part in ("train", "valid"))
         return *found, 512
-    sentences = [text for text in (docstring_sentences(FEW) if quick else library_sentences()) if text.isascii()]
-    random.Random(0).shuffle(sentences)
-    alphabet = {letter: k for k, letter in enumerate(sorted({"\n", *"".join(sentences)}))}
-    cut = len(sentences) // HELD
-    parts = ("\n".join(part) for part in (sentences[cut:], sentences[:cut]))
+    parts = docstrings(quick)
+    alphabet = {letter: k for k, letter in enumerate(sorted({*parts[0], *parts[1]}))}
     return *(torch.tensor([alphabet[letter] for letter in part]) for part in parts), len(alphabet)
 
 

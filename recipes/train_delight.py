@@ -210,7 +210,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--data", type=Path, help="folder of tokenised stories; without it, docstrings")
     parser.add_argument("--widths", nargs="+", type=int, default=[32, 48, 64], help="of the transformers")
     parser.add_argument("--rates", nargs="+", type=float, default=[2e-3, 4e-3], help="peak learning rates to try")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=480)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="a look at the smallest sizes in seconds, without figure")

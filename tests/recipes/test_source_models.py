@@ -70,3 +70,25 @@ def test_a_rule_by_modes_is_that_of_groups_where_no_core_is_wide(monkeypatch):
     [group] = [g for g in recipe.by_modes(wide, 0.1) if g["params"][0] is wide.hh_l0.core_2]
     size = wide.hh_l0.core_2.square().mean().sqrt().item() * (3 * 512) ** 0.5
     assert group["lr"] == pytest.approx(0.1 * size * (512 / 8) ** 0.5 / 3)
+
+
+def test_the_taxonomy_of_one_model(tmp_path):
+    rows, printed = run("taxonomy", tmp_path)
+    assert "Fidelity is lost before accuracy" in printed
+    dense, *others = rows
+    assert [row["structure"] for row in rows] == ["dense", "lowrank", "tt", "lowrank+blast"]
+    assert (dense["eta"], dense["delta_1"], dense["delta_2"]) == (1, 0, 0)
+    for row in others:
+        assert 0.5 < row["eta"] < 0.62  # half of the linear layers, and the embedding
+        assert row["dimension"] < 0.5
+        assert row["delta_1"] == pytest.approx(dense["accuracy"] - row["accuracy"])
+        assert 0 <= row["delta_2_lowest"] <= row["delta_2"] <= row["delta_2_highest"] < 0.2
+    assert others[0]["maps"] == "projection to 8, embedding into 32"
+
+
+def test_a_front_holds_what_nothing_beats(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    recipe = importlib.import_module("taxonomy")
+    sizes = [("dense", 1.0, 0.0), ("a", 0.8, 0.1), ("b", 0.8, 0.2), ("c", 0.5, 0.3), ("d", 0.6, 0.3), ("e", 0.2, 0.9)]
+    rows = [{"structure": name, "eta": eta, "delta_1": loss} for name, eta, loss in sizes]
+    assert [row["structure"] for row in recipe.front(rows, "delta_1")] == ["a", "c", "e"]
