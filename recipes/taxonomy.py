@@ -220,7 +220,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--data", type=Path, help="folder of tokenised stories; without it, docstrings")
     parser.add_argument("--structures", nargs="+", default=list(NAMES))
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.75, 0.5, 0.25])
-    parser.add_argument("--steps", type=int, default=600, help="of training the small model")
+    parser.add_argument("--steps", type=int, default=400, help="of training the small model")
     parser.add_argument("--refine", type=int, help="steps of refinement of a layer (default: the structure's own)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)

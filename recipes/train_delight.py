@@ -194,13 +194,11 @@ def picture(rows: Sequence[dict[str, Any]], unit: str, name: str) -> None:
             axis.plot(x, y, label=network, **style(colour))
             lowest, highest = ([row[column] for row in chosen] for column in ("lowest", "highest"))
             axis.fill_between(x, lowest, highest, color=style(colour)["color"], alpha=0.15, linewidth=0)
-    steps.set(xlabel="steps", ylabel=f"held-out perplexity by {unit}", yscale="log", title="largest size")
+    steps.set(xlabel="steps", ylabel=f"held-out perplexity by {unit}", title="largest size")
     sizes.set(xlabel="parameters", ylabel=f"held-out perplexity by {unit}", xscale="log", title=f"after {end} steps")
-    for axis in (steps.yaxis, sizes.xaxis):
-        axis.set_major_formatter(ticker.ScalarFormatter())
-        axis.set_minor_formatter(ticker.NullFormatter())
     sizes.set_xticks([row["parameters"] for row in rows if row["network"] == "transformer" and row["steps"] == end])
     sizes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x / 1000:.0f} k"))
+    sizes.xaxis.set_minor_formatter(ticker.NullFormatter())
     legend(figure, axes)
     draw(figure, name)
 
@@ -208,9 +206,9 @@ def picture(rows: Sequence[dict[str, Any]], unit: str, name: str) -> None:
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of tokenised stories; without it, docstrings")
-    parser.add_argument("--widths", nargs="+", type=int, default=[32, 48, 64], help="of the transformers")
+    parser.add_argument("--widths", nargs="+", type=int, default=[24, 32, 48], help="of the transformers")
     parser.add_argument("--rates", nargs="+", type=float, default=[2e-3, 4e-3], help="peak learning rates to try")
-    parser.add_argument("--steps", type=int, default=480)
+    parser.add_argument("--steps", type=int, default=420)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="a look at the smallest sizes in seconds, without figure")

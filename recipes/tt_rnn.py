@@ -273,7 +273,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--images", type=int, default=4000, help="to train on")
     parser.add_argument("--hidden", type=int, choices=HIDDEN, default=256)
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
