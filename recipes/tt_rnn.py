@@ -274,7 +274,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--hidden", type=int, choices=HIDDEN, default=256)
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2, 3e-2])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="a look at few digits in seconds, without figure")
