@@ -21,6 +21,7 @@ import wave
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,8 @@ from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 from structlin import StructuredLSTM, param_groups
 from structlin.equation.structure import Structure
 from structlin.structures import Kronecker, LowRank, Monarch, TensorTrain
+
+Rows = list[tuple[Tensor, int]]  # sequence (time, features), label
 
 BINS, FRAMES = 128, 8  # of a step
 HIDDEN = 128
@@ -66,9 +69,9 @@ Input 57,600, hidden 256, six steps of a batch of 16. *forward*, *forward and ba
 `nn.LSTM`'s in the same run, medians of alternated calls."""
 
 
-def read(path: Path) -> tuple[list[tuple[Tensor, int]], list[tuple[Tensor, int]]]:
+def read(path: Path) -> tuple[Rows, Rows]:
     """Read the recordings: steps (time, 1024) and the digit, for training and for testing."""
-    parts: dict[int, list[tuple[Tensor, int]]] = {}
+    parts: dict[int, Rows] = {}
     with zipfile.ZipFile(path) as archive:
         for name in sorted(archive.namelist()):
             if not name.endswith(".wav"):
@@ -91,47 +94,57 @@ def steps(samples: Tensor) -> Tensor:
 
 
 class Classifier(nn.Module):
-    """An LSTM, the mean of its outputs, and a linear layer."""
+    """A recurrent layer, the mean of its outputs, and a linear layer."""
 
-    def __init__(self, structure: Structure | None) -> None:
+    def __init__(self, layer: nn.Module, classes: int = 10) -> None:
         super().__init__()
-        size = FRAMES * BINS
-        self.lstm = nn.LSTM(size, HIDDEN) if structure is None else StructuredLSTM(size, HIDDEN, structure=structure)
-        self.head = nn.Linear(HIDDEN, 10)
+        self.layer, self.head = layer, nn.Linear(int(layer.hidden_size), classes)  # type: ignore[arg-type]
 
     def forward(self, recordings: Sequence[Tensor]) -> Tensor:
-        y, lengths = pad_packed_sequence(self.lstm(pack_sequence(list(recordings), enforce_sorted=False))[0])
+        y, lengths = pad_packed_sequence(self.layer(pack_sequence(list(recordings), enforce_sorted=False))[0])
         return self.head(y.sum(0) / lengths.unsqueeze(1))
 
 
-def train(model: Classifier, rows: Sequence[tuple[Tensor, int]], epochs: int) -> None:
-    optimizer = torch.optim.AdamW(param_groups(model, 3e-3, weight_decay=0.05))
+def train(
+    model: Classifier, rows: Rows, epochs: int, groups: Sequence[dict[str, Any]] | None = None, noise: float = 0.1
+) -> None:  # fmt: skip
+    """Train by AdamW with a cosine schedule, with `param_groups` where no groups are given."""
+    optimizer = torch.optim.AdamW(groups or param_groups(model, 3e-3, weight_decay=0.05))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(rows) // 32))
     for _ in range(epochs):
         for batch in torch.randperm(len(rows)).split(32):
             optimizer.zero_grad()
-            found = model([rows[k][0] + 0.1 * torch.randn(rows[k][0].shape) for k in batch])
+            found = model([rows[k][0] + noise * torch.randn(rows[k][0].shape) for k in batch])
             F.cross_entropy(found, torch.tensor([rows[k][1] for k in batch])).backward()
             optimizer.step()
             schedule.step()
 
 
+@torch.inference_mode()
+def accuracy(model: Classifier, rows: Rows) -> float:
+    """Compute the share of recordings that are classified right."""
+    found = model.eval()([recording for recording, _ in rows]).argmax(-1)
+    return (found == torch.tensor([label for _, label in rows])).double().mean().item()
+
+
+def layer(structure: Structure | None) -> nn.Module:
+    size = FRAMES * BINS
+    return nn.LSTM(size, HIDDEN) if structure is None else StructuredLSTM(size, HIDDEN, structure=structure)
+
+
 def digits(path: Path, epochs: int, seeds: int) -> tuple[str, list[dict[str, object]]]:
-    training, test = read(path)
-    labels, table = torch.tensor([label for _, label in test]), []
+    (training, test), table = read(path), []
     for name, structure in DIGITS.items():
         accuracies, times = [], []
         for seed in range(seeds):
             torch.manual_seed(seed)
-            model = Classifier(structure)
+            model = Classifier(layer(structure))
             start = time.perf_counter()
             train(model, training, epochs)
             times.append(time.perf_counter() - start)
-            with torch.inference_mode():
-                found = model.eval()([recording for recording, _ in test]).argmax(-1)
-            accuracies.append((found == labels).double().mean().item())
+            accuracies.append(accuracy(model, test))
         table.append({
-            "map": name, "parameters": input_parameters(model.lstm), "accuracy": statistics.mean(accuracies),
+            "map": name, "parameters": input_parameters(model.layer), "accuracy": statistics.mean(accuracies),
             "lowest": min(accuracies), "highest": max(accuracies), "seconds": statistics.median(times),
         })  # fmt: skip
         say(f"{name}: {table[-1]['accuracy']:.4f}")

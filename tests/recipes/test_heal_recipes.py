@@ -211,6 +211,25 @@ def test_lora_stories(tmp_path, tiny_llama, stories):
     assert monarch["kept"] < monarch["kept_merged"] < 1
     assert monarch["merged"] == pytest.approx(monarch["adapted"], rel=1e-4)
     assert monarch["adapted"] != monarch["perplexity"]
+    assert monarch["difference"] <= 1e-5
+
+
+def test_lora_minilm(tmp_path, tiny_bert):
+    pytest.importorskip("peft")
+    done = run(
+        "lora_minilm.py", "--model", tiny_bert, "--structures", "dense", "kronecker", "lowrank+blast",
+        "--steps", "20", "--sentences", "60", "--rank", "4", "--results", tmp_path / "results",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    dense, *others = stored(tmp_path / "results", "lora_minilm")
+    assert dense["before"] == pytest.approx(1, abs=1e-5)
+    assert dense["kept"] == dense["kept_merged"] == 1
+    for row in others:
+        assert row["adapters"] == dense["adapters"]
+        assert row["kept"] < row["kept_merged"]
+        assert row["before"] < row["adapted"] < 1
+        assert row["merged"] == pytest.approx(row["adapted"], abs=1e-5)
+        assert row["difference"] <= 1e-5
 
 
 def test_stories_are_split_and_cut(tmp_path):
