@@ -332,7 +332,7 @@ def check_resolved(name: str, layer: Layer) -> None:
         raise CheckpointError(f"layer {name!r}: found {layer.structure}, expected the resolved {resolved}")
 
 
-def _checked_layer(name: str, layer: Layer, checkpoint: Checkpoint) -> set[str]:
+def _checked_layer(name: str, layer: Layer, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Compare a layer with its stored tensors; return their names."""
     where, structure = f"layer {name!r}", layer.structure
     parts = check_equation(name, layer)
@@ -346,4 +346,4 @@ def _checked_layer(name: str, layer: Layer, checkpoint: Checkpoint) -> set[str]:
                 f"{where}: tensor {key!r} in {stored.shard} is {stored.dtype} {stored.shape}, expected {dtype} {shape}"
             )
     check_resolved(name, layer)
-    return set(parts)
+    return tuple(parts)
