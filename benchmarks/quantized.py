@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,22 +126,24 @@ def minilm(args: Any) -> tuple[nn.Module, list[Any], Callable[[nn.Module], Row],
 # The models ----------------------------------------------------------------------------------------------------------
 
 
-def dense_rows(dense: nn.Module, measure: Any, statistics: Any, group: int) -> Iterator[Row]:
-    """The dense model in every format, and with a structure for what int4 lost."""
-    yield row_of("dense", "float32", dense, measure)
-    half = copy.deepcopy(dense).bfloat16()
-    yield row_of("dense", "bf16", half, measure)
-    plans: list[tuple[str, str, Any]] = [
-        ("int8", "int8", True),
-        ("int4", "int4", True),
-        ("int4 + LowRank(8)", "int4", LowRank(rank=8)),
-        ("int4 + LowRank(32)", "int4", LowRank(rank=32)),
-        ("int4 + Kaleidoscope", "int4", Kaleidoscope()),
-    ]
-    for text, to, extra in plans:
-        model, start = copy.deepcopy(half), time.perf_counter()
-        structlin.quantize_(model, to, group=group, dense=extra, statistics=statistics)
-        yield row_of("dense", text, model, measure, time.perf_counter() - start)
+PLANS: dict[str, tuple[str, Any]] = {
+    "int8": ("int8", True),
+    "int4": ("int4", True),
+    "int4 + LowRank(8)": ("int4", LowRank(rank=8)),
+    "int4 + LowRank(32)": ("int4", LowRank(rank=32)),
+    "int4 + Kaleidoscope": ("int4", Kaleidoscope()),
+}
+
+
+def dense_rows(dense: nn.Module, measure: Any, statistics: Any, text: str, group: int) -> Iterator[Row]:
+    """The dense model in one format, perhaps with a structure for what int4 lost."""
+    half, start = copy.deepcopy(dense).bfloat16(), time.perf_counter()
+    if text == "float32":
+        half = copy.deepcopy(dense)
+    elif text in PLANS:
+        to, extra = PLANS[text]
+        structlin.quantize_(half, to, group=group, dense=extra, statistics=statistics)
+    yield row_of("dense", text, half, measure, time.perf_counter() - start)
 
 
 def torchao_rows(dense: nn.Module, measure: Any, group: int) -> Iterator[Row]:
@@ -171,22 +175,21 @@ def torchao_rows(dense: nn.Module, measure: Any, group: int) -> Iterator[Row]:
 
 
 def compressed_rows(
-    dense: nn.Module, measure: Any, batches: Any, statistics: Any, args: Any, options: Any
+    dense: nn.Module, measure: Any, batches: Any, statistics: Any, ratio: float, args: Any, options: Any
 ) -> Iterator[Row]:
-    """Low rank at each ratio, in every format."""
-    for ratio in args.ratios:
-        start = time.perf_counter()
-        settings = OFF | {"block_epochs": args.epochs}
-        model = structlin.compress_model(
-            copy.deepcopy(dense), "lowrank", ratio=ratio, calibration=batches, progress=False, **settings, **options
-        ).model
-        half = model.bfloat16()
-        name = f"lowrank, {ratio}"
-        yield row_of(name, "bf16", half, measure, time.perf_counter() - start)
-        for to in ("int8", "int4"):
-            quantised, start = copy.deepcopy(half), time.perf_counter()
-            structlin.quantize_(quantised, to, group=args.group, statistics=statistics, dense=True)
-            yield row_of(name, to, quantised, measure, time.perf_counter() - start)
+    """Low rank at a ratio, in every format."""
+    start = time.perf_counter()
+    settings = OFF | {"block_epochs": args.epochs}
+    model = structlin.compress_model(
+        copy.deepcopy(dense), "lowrank", ratio=ratio, calibration=batches, progress=False, **settings, **options
+    ).model
+    half = model.bfloat16()
+    name = f"lowrank, {ratio}"
+    yield row_of(name, "bf16", half, measure, time.perf_counter() - start)
+    for to in ("int8", "int4"):
+        quantised, start = copy.deepcopy(half), time.perf_counter()
+        structlin.quantize_(quantised, to, group=args.group, statistics=statistics, dense=True)
+        yield row_of(name, to, quantised, measure, time.perf_counter() - start)
 
 
 # The run -------------------------------------------------------------------------------------------------------------
@@ -212,11 +215,22 @@ def verdict(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def complete(rows: list[Row]) -> None:
+    """Add the losses to the rows; the dense float32 row is the reference, and bf16 that of a compression."""
+    dense = next(row for row in rows if row["format"] == "float32")
+    plain = {row["model"]: loss_of(row, dense) for row in rows if row["format"] == "bf16"}
+    for row in rows:
+        row["loss"] = loss_of(row, dense)
+        if row["model"] != "dense":
+            row["added"] = row["loss"] / plain[row["model"]] - 1
+
+
 def main(argv: Sequence[str]) -> int:
     parser = parser_of(__doc__)
     parser.add_argument("--epochs", type=int, default=2, help="of block refinement of the compressions")
     parser.add_argument("--group", type=int, default=128, help="entries that share an int4 scale")
     parser.add_argument("--torchao", action="store_true", help="rows of torchao, which must be installed")
+    parser.add_argument("--only", nargs="+", help="formats or ratios to run; other rows of an earlier run are kept")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     transformers.utils.logging.set_verbosity_error()
@@ -225,22 +239,29 @@ def main(argv: Sequence[str]) -> int:
     weights_of(dense)  # finds the output layer
     statistics = structlin.collect_statistics(dense, batches)
     about = {"block epochs": args.epochs, "group": args.group, **environment(argv)}
+    tasks: dict[str, Callable[[], Iterator[Row]]] = {
+        text: partial(dense_rows, dense, measure, statistics, text, args.group) for text in ("float32", "bf16", *PLANS)
+    }
+    if args.torchao:
+        tasks["torchao"] = partial(torchao_rows, dense, measure, args.group)
+    for ratio in args.ratios:
+        tasks[str(ratio)] = partial(compressed_rows, dense, measure, batches, statistics, ratio, args, options)
+    chosen = [name for name in tasks if args.only is None or name in args.only]
+    path = args.results / f"quantized_{args.kind}.jsonl"
+    known = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    order = ["float32", "bf16", *PLANS, "torchao", "0.75", "0.5", "0.25"]
+    rows = [row for row in known if args.only is not None and row["task"] not in chosen]
+    for name in chosen:
+        for row in tasks[name]():
+            rows.append({**row, **about, "task": name})
+            say(str(row))
+    rows.sort(key=lambda row: order.index(row["task"]))
+    complete(rows)
     loss = "log of perplexity / dense" if args.kind == "stories" else "1 - cosine on the docstrings"
     refined = f", and {args.epochs} passes of block refinement" if args.epochs else ""
-    sources = [dense_rows(dense, measure, statistics, args.group)]
-    sources += [torchao_rows(dense, measure, args.group)] if args.torchao else []
-    sources += [compressed_rows(dense, measure, batches, statistics, args, options)]
-    rows: list[Row] = []
-    for row in (row for source in sources for row in source):
-        row["loss"] = loss_of(row, rows[0] if rows else row)
-        plain = next((r for r in rows if (r["model"], r["format"]) == (row["model"], "bf16")), None)
-        if row["model"] != "dense" and plain is not None:
-            row["added"] = row["loss"] / plain["loss"] - 1
-        rows.append(row)
-        say(str(row))
-        notes = NOTES.format(group=args.group, loss=loss, refined=refined, verdict=verdict(rows))
-        title = f"Bytes against quality: {args.kind}"
-        store(args.results, f"quantized_{args.kind}", title, notes, about, rows, COLUMNS)
+    notes = NOTES.format(group=args.group, loss=loss, refined=refined, verdict=verdict(rows))
+    store(args.results, f"quantized_{args.kind}", f"Bytes against quality: {args.kind}", notes, about, rows, COLUMNS)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")  # each with its own command
     return 0
 
 

@@ -56,9 +56,9 @@ def _format(config: Any) -> tuple[str, int]:
     if isinstance(config, IntxWeightOnlyConfig):
         if config.weight_dtype == torch.int8:
             return "int8", GROUP
-        if config.weight_dtype == torch.int4 and isinstance(config.granularity, PerGroup):
+        if str(config.weight_dtype) == "torch.int4" and isinstance(config.granularity, PerGroup):
             return "int4", config.granularity.group_size
-        if config.weight_dtype == torch.int4 and isinstance(config.granularity, PerAxis):
+        if str(config.weight_dtype) == "torch.int4" and isinstance(config.granularity, PerAxis):
             return "int4", 2**31 - 1  # one scale a row
     raise TypeError(
         f"factors have no format for {config}; use Int8WeightOnlyConfig, Int4WeightOnlyConfig or an "
