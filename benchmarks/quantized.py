@@ -251,17 +251,17 @@ def main(argv: Sequence[str]) -> int:
     known = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     order = ["float32", "bf16", *PLANS, "torchao", "0.75", "0.5", "0.25"]
     rows = [row for row in known if args.only is not None and row["task"] not in chosen]
+    loss = "log of perplexity / dense" if args.kind == "stories" else "1 - cosine on the docstrings"
+    refined = f", and {args.epochs} passes of block refinement" if args.epochs else ""
     for name in chosen:
         for row in tasks[name]():
             rows.append({**row, **about, "task": name})
             say(str(row))
-    rows.sort(key=lambda row: order.index(row["task"]))
-    complete(rows)
-    loss = "log of perplexity / dense" if args.kind == "stories" else "1 - cosine on the docstrings"
-    refined = f", and {args.epochs} passes of block refinement" if args.epochs else ""
-    notes = NOTES.format(group=args.group, loss=loss, refined=refined, verdict=verdict(rows))
-    store(args.results, f"quantized_{args.kind}", f"Bytes against quality: {args.kind}", notes, about, rows, COLUMNS)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")  # each with its own command
+        rows.sort(key=lambda row: order.index(row["task"]))
+        complete(rows)
+        notes = NOTES.format(group=args.group, loss=loss, refined=refined, verdict=verdict(rows))
+        store(args.results, path.stem, f"Bytes against quality: {args.kind}", notes, about, rows, COLUMNS)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")  # each with its own command
     return 0
 
 

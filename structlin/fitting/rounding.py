@@ -77,7 +77,8 @@ def round_factors(
     like = exact[0]
     rows = torch.eye(spec.in_features).to(like) if gram is None else gram.root.to(like)
     dtypes = [factor.dtype for factor in factors]
-    ways = ((True, False), (True, True), (False, True))
+    chained = any(len(eq.factors) > 1 for eq in spec.equations)  # else there is nothing to balance
+    ways = ((True, False), (True, True), (False, True)) if chained else ((True, True), (False, True))
     found = [_Pass(spec, exact, forms, dtypes, *way).run(rows) for way in ways]
     return min(found, key=lambda rounding: rounding.error if math.isfinite(rounding.error) else math.inf)
 
