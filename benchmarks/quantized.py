@@ -250,14 +250,14 @@ def main(argv: Sequence[str]) -> int:
     path = args.results / f"quantized_{args.kind}.jsonl"
     known = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     order = ["float32", "bf16", *PLANS, "torchao", "0.75", "0.5", "0.25"]
-    rows = [row for row in known if args.only is not None and row["task"] not in chosen]
+    rows = [row for row in known if args.only is not None and row["part"] not in chosen]
     loss = "log of perplexity / dense" if args.kind == "stories" else "1 - cosine on the docstrings"
     refined = f", and {args.epochs} passes of block refinement" if args.epochs else ""
     for name in chosen:
         for row in tasks[name]():
-            rows.append({**row, **about, "task": name})
+            rows.append({**row, **about, "part": name})
             say(str(row))
-        rows.sort(key=lambda row: order.index(row["task"]))
+        rows.sort(key=lambda row: order.index(row["part"]))
         complete(rows)
         notes = NOTES.format(group=args.group, loss=loss, refined=refined, verdict=verdict(rows))
         store(args.results, path.stem, f"Bytes against quality: {args.kind}", notes, about, rows, COLUMNS)
