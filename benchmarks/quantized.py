@@ -257,11 +257,12 @@ def main(argv: Sequence[str]) -> int:
         for row in tasks[name]():
             rows.append({**row, **about, "part": name})
             say(str(row))
-        rows.sort(key=lambda row: order.index(row["part"]))
-        complete(rows)
-        notes = NOTES.format(group=args.group, loss=loss, refined=refined, verdict=verdict(rows))
-        store(args.results, path.stem, f"Bytes against quality: {args.kind}", notes, about, rows, COLUMNS)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")  # each with its own command
+            rows.sort(key=lambda row: order.index(row["part"]))
+            complete(rows)
+            notes = NOTES.format(group=args.group, loss=loss, refined=refined, verdict=verdict(rows))
+            store(args.results, path.stem, f"Bytes against quality: {args.kind}", notes, about, rows, COLUMNS)
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            path.write_text(text, encoding="utf-8")  # each with its own command
     return 0
 
 
