@@ -8,11 +8,13 @@ from structlin.compress import (
     Compression,
     CompressionPlan,
     Evaluator,
+    Quantization,
     Report,
     Statistics,
     collect_statistics,
     compress_model,
     plan_compression,
+    quantize_,
     statistics_by_layer,
     to_dense_,
 )
@@ -30,6 +32,7 @@ from structlin.layers.patterns import (
     ToeplitzLinear,
 )
 from structlin.layers.permutation import LearnedPermutation
+from structlin.layers.quantized import QuantizedFactor, train_scales_
 from structlin.layers.recurrent import StructuredGRU, StructuredLSTM
 from structlin.layers.toeplitz_like import ToeplitzLikeLinear
 from structlin.layers.training import param_groups
@@ -90,6 +93,8 @@ __all__ = [
     "MonarchLinear",
     "PHMLinear",
     "PatternLinear",
+    "Quantization",
+    "QuantizedFactor",
     "Report",
     "ShapeshifterLinear",
     "SparseLinear",
@@ -120,11 +125,13 @@ __all__ = [
     "measure_machine",
     "param_groups",
     "plan_compression",
+    "quantize_",
     "save",
     "statistics_by_layer",
     "structures",
     "tensor_train",
     "to_dense_",
+    "train_scales_",
     "unfreeze_",
     "verify",
 ]

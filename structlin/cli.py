@@ -1,4 +1,4 @@
-"""The command line: structlin plan | compress | inspect | verify | merge | eval.
+"""The command line: structlin plan | compress | quantize | inspect | verify | merge | eval.
 
 Exit codes: 0 done; 1 refused (a bad model, plan, text or folder; a checkpoint that is damaged), with the reason on
 stderr; 2 wrong usage; 130 interrupted.
@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from structlin.checkpoint import CheckpointError, verify
-from structlin.compress import Compression, CompressionPlan, compress_model, plan_compression, to_dense_
+from structlin.compress import Compression, CompressionPlan, compress_model, plan_compression, quantize_, to_dense_
 from structlin.compress.config import ALLOCATIONS, with_settings
 from structlin.compress.processes import ranks, shared
 
@@ -150,6 +150,15 @@ def _verify(given: argparse.Namespace) -> None:
     print(json.dumps(result) if given.json else f"{given.folder}: {len(summary.layers)} structured layers, all right")
 
 
+def _quantize(given: argparse.Namespace) -> None:
+    folders = _folders()
+    folders.check_free(Path(given.output))
+    model = folders.load_model(given.folder, dtype=DTYPES.get(given.dtype), device=None)
+    report = quantize_(model, given.to, group=given.group, dense=given.dense)
+    folders.save_folder(report.model, given.folder, Path(given.output), None)
+    print(json.dumps([asdict(row) for row in report.layers]) if given.json else f"{report}\nwritten to {given.output}")
+
+
 def _merge(given: argparse.Namespace) -> None:
     folders = _folders()
     folders.check_free(Path(given.output))
@@ -242,11 +251,16 @@ def _parser() -> argparse.ArgumentParser:
     for name, run, text in (
         ("inspect", _inspect, "Show the structured layers of a compressed folder."),
         ("verify", _verify, "Check all names, sizes and (in folders of structlin.save) hashes of a compressed folder."),
+        ("quantize", _quantize, "Store the factors of a compressed folder as integers, in a new folder."),
         ("merge", _merge, "Merge every structured layer back into a dense one, into a new folder."),
     ):
         added = command(name, run, text)
         added.add_argument("folder")
-        if name == "merge":
+        if name == "quantize":
+            added.add_argument("--to", choices=("int8", "int4"), default="int8")
+            added.add_argument("--group", type=int, default=128, help="entries that share an int4 scale; default 128")
+            added.add_argument("--dense", action="store_true", help="the dense layers too, but the output layer")
+        if name in ("quantize", "merge"):
             added.add_argument("output", help="a new folder")
             added.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as stored")
     added = command("eval", _eval, "Judge a language model, compressed or not, by tasks of lm-eval.")

@@ -57,6 +57,18 @@ def test_compress_inspect_verify_merge(source, tmp_path, capsys):
     torch.testing.assert_close(dense(ids).last_hidden_state, model(ids).last_hidden_state, atol=1e-5, rtol=1e-4)
 
 
+def test_quantize_writes_integers(source, tmp_path, capsys):
+    out, small = tmp_path / "out", tmp_path / "small"
+    assert main(["compress", str(source), str(out), "--structure", "lowrank", "--ratio", "0.5"]) == 0
+    assert main(["quantize", str(out), str(small), "--to", "int4", "--group", "16", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {row["format"] for row in rows} == {"int4"}
+    assert sum(row["bytes_after"] for row in rows) < 0.3 * sum(row["bytes_before"] for row in rows)
+    stored = load_file(small / "model.safetensors")
+    assert {t.dtype for name, t in stored.items() if name.endswith("codes")} == {torch.uint8}
+    assert main(["verify", str(small)]) == 0
+
+
 def test_a_plan_is_written_edited_and_carried_out(source, tmp_path, capsys):
     plan, out = tmp_path / "plan.json", tmp_path / "out"
     assert main(["plan", str(source), str(plan), "--structure", "lowrank", "--exclude", "value"]) == 0

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from structlin.checkpoint import bounded
 from structlin.checkpoint._directory import MANIFEST, CheckpointError, explaining, naming, read_json
 from structlin.checkpoint.tensors import MOST_TENSORS, Stored, read_headers
 from structlin.equation.structure import Structure, hyperparameters, least_factors, registered
+from structlin.equation.unfolding import unfoldings
+from structlin.runtime.quantized import BITS, Format, check_format
 
 FORMAT_VERSION = 1
 FIELDS = {
@@ -25,6 +27,8 @@ FIELDS = {
 }  # fmt: skip
 STRUCTURE_FIELDS = {"kind": str, "hyperparameters": dict}
 LAYER_FIELDS = STRUCTURE_FIELDS | {"in_features": int, "out_features": int, "bias": bool, "dtype": str}
+FORMAT_FIELDS = {"bits": int, "columns": int, "rows": int}
+OPTIONAL_FIELDS = {"experts": int, "formats": dict}  # of a layer
 LAYER_DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -41,7 +45,10 @@ MOST_IN_SENTINEL = 2
 
 @dataclass(frozen=True)
 class Layer:
-    """The arguments that build a structured layer; `experts` is the number of matrices of a stack."""
+    """The arguments that build a structured layer.
+
+    `experts` is the number of matrices of a stack, `formats` the integer formats of factors that are quantised.
+    """
 
     structure: Structure
     in_features: int
@@ -49,16 +56,27 @@ class Layer:
     bias: bool
     dtype: torch.dtype
     experts: int | None = None
+    formats: Mapping[str, Format] = field(default_factory=dict)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of its tensors by name."""
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return the shapes and dtypes of its tensors by name.
+
+        Raises:
+            ValueError: if a format does not fit its factor.
+        """
         spec = self.structure.spec(self.in_features, self.out_features)
         stack = () if self.experts is None else (self.experts,)
-        shapes = {
-            factor.name: (*(stack if factor.learned else ()), *shape)
-            for factor, shape in zip(spec.factors, spec.shapes, strict=True)
-        }
-        return shapes | {"bias": (*stack, self.out_features)} if self.bias else shapes
+        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        for factor, shape, unfolding in zip(spec.factors, spec.shapes, unfoldings(spec), strict=True):
+            if form := self.formats.get(factor.name):
+                check_format(form, unfolding)
+                found[f"{factor.name}.codes"] = (*stack, *form.codes_shape(unfolding)), form.dtype
+                found[f"{factor.name}.scale"] = (*stack, *form.scale_shape(unfolding)), self.dtype
+            else:
+                found[factor.name] = (*(stack if factor.learned else ()), *shape), self.dtype
+        if unknown := self.formats.keys() - {factor.name for factor in spec.factors if factor.learned}:
+            raise ValueError(f"formats of {sorted(unknown)}, which are no learned factors of {self.structure}")
+        return found | {"bias": ((*stack, self.out_features), self.dtype)} if self.bias else found
 
 
 @dataclass(frozen=True)
@@ -109,6 +127,7 @@ def document_of(*, layers: Mapping[str, Layer], **fields: Any) -> dict[str, Any]
             "bias": layer.bias,
             "dtype": str(layer.dtype).removeprefix("torch."),
             **({} if layer.experts is None else {"experts": layer.experts}),
+            **({"formats": {key: asdict(form) for key, form in layer.formats.items()}} if layer.formats else {}),
         }
         for name, layer in layers.items()
     }
@@ -181,10 +200,12 @@ def check_tensors(checkpoint: Checkpoint) -> None:
     layers = checkpoint.layers
     shapes = {name: _checked_layer(name, layer, checkpoint) for name, layer in layers.items()}
     for key in (*checkpoint.tensors, *checkpoint.aliases):
-        owner, _, part = key.rpartition(".")
-        if owner in layers and part not in shapes[owner]:
-            problem = f"tensor {key!r} is unexpected; {layers[owner].structure} has {sorted(shapes[owner])}"
-            raise CheckpointError(f"layer {owner!r}: {problem}")
+        direct = key.rpartition(".")[0]
+        for owner in (direct, direct.rpartition(".")[0]):  # quantised factors are modules of their own
+            part = key[len(owner) :].lstrip(".")
+            if owner in layers and (owner or direct == owner) and part not in shapes[owner]:
+                problem = f"tensor {key!r} is unexpected; {layers[owner].structure} has {sorted(shapes[owner])}"
+                raise CheckpointError(f"layer {owner!r}: {problem}")
     for name, first in checkpoint.shared_layers.items():
         for part in shapes[first]:
             key, expected = dotted(name, part), dotted(first, part)
@@ -206,9 +227,9 @@ def _encoded(name: str, value: Any) -> Any:
 
 
 def _decoded_layer(where: str, entry: Any, limit: int) -> Layer:
-    stacked = isinstance(entry, dict) and "experts" in entry
-    _check_fields(entry, LAYER_FIELDS | ({"experts": int} if stacked else {}), where)
-    for side in ("in_features", "out_features", *(["experts"] if stacked else [])):
+    optional = {key: kind for key, kind in OPTIONAL_FIELDS.items() if isinstance(entry, dict) and key in entry}
+    _check_fields(entry, LAYER_FIELDS | optional, where)
+    for side in ("in_features", "out_features", *(["experts"] if "experts" in optional else [])):
         if not 1 <= entry[side] <= bounded.LARGEST_AXIS:
             raise CheckpointError(f"{where}: {side}={entry[side]}; expected 1 to {bounded.LARGEST_AXIS}")
     if entry["dtype"] not in LAYER_DTYPES:
@@ -220,7 +241,18 @@ def _decoded_layer(where: str, entry: Any, limit: int) -> Layer:
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     sizes = entry["in_features"], entry["out_features"]
-    return Layer(structure, *sizes, entry["bias"], LAYER_DTYPES[entry["dtype"]], entry.get("experts"))
+    formats = _decoded_formats(entry.get("formats", {}), where)
+    return Layer(structure, *sizes, entry["bias"], LAYER_DTYPES[entry["dtype"]], entry.get("experts"), formats)
+
+
+def _decoded_formats(record: Mapping[str, Any], where: str) -> dict[str, Format]:
+    if len(record) > bounded.FACTORS:
+        raise CheckpointError(f"{where}: formats of {len(record)} factors; expected up to {bounded.FACTORS}")
+    for name, fields in record.items():
+        _check_fields(fields, FORMAT_FIELDS, f"{where}: format of {name[: bounded.LETTERS]!r}")
+        if fields["bits"] not in BITS:
+            raise CheckpointError(f"{where}: bits={fields['bits']} of {name[: bounded.LETTERS]!r}; expected {BITS}")
+    return {name: Format(**fields) for name, fields in record.items()}
 
 
 def _decoded(value: Any, where: str) -> Any:
@@ -282,14 +314,14 @@ def _check_name(name: str) -> None:
         raise CheckpointError(f"name {name!r}; expected parts that are not empty and do not begin with '__'")
 
 
-def check_equation(name: str, layer: Layer) -> dict[str, tuple[int, ...]]:
-    """Check that a structure has an equation that is small enough to plan; return the shapes of its tensors."""
+def check_equation(name: str, layer: Layer) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Check that a structure has an equation that is small enough to plan; return what its tensors are."""
     where, structure = f"layer {name!r}", layer.structure
     with explaining(f"{where}: {structure} has no equation"):  # third-party code, or sizes that overflow
-        shapes = layer.shapes()
-    if len(shapes) > bounded.FACTORS:
-        raise CheckpointError(f"{where}: {structure} has {len(shapes)} tensors; expected up to {bounded.FACTORS}")
-    return shapes
+        found = layer.tensors()
+    if (count := len(found) - len(layer.formats)) > bounded.FACTORS:  # a quantised factor is two tensors
+        raise CheckpointError(f"{where}: {structure} has {count} tensors; expected up to {bounded.FACTORS}")
+    return found
 
 
 def check_resolved(name: str, layer: Layer) -> None:
@@ -300,19 +332,18 @@ def check_resolved(name: str, layer: Layer) -> None:
         raise CheckpointError(f"layer {name!r}: found {layer.structure}, expected the resolved {resolved}")
 
 
-def _checked_layer(name: str, layer: Layer, checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Compare a layer with its stored tensors; return their shapes."""
+def _checked_layer(name: str, layer: Layer, checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Compare a layer with its stored tensors; return their names."""
     where, structure = f"layer {name!r}", layer.structure
-    shapes = check_equation(name, layer)
-    for part, shape in shapes.items():
+    parts = check_equation(name, layer)
+    for part, (shape, dtype) in parts.items():
         key = dotted(name, part)
         stored = checkpoint.tensors.get(checkpoint.stored_name(key))
         if stored is None:
-            raise CheckpointError(f"{where}: tensor {key!r} is missing; {structure} needs {sorted(shapes)}")
-        if stored.shape != shape or stored.dtype != layer.dtype:
+            raise CheckpointError(f"{where}: tensor {key!r} is missing; {structure} needs {sorted(parts)}")
+        if stored.shape != shape or stored.dtype != dtype:
             raise CheckpointError(
-                f"{where}: tensor {key!r} in {stored.shard} is {stored.dtype} {stored.shape}, "
-                f"expected {layer.dtype} {shape}"
+                f"{where}: tensor {key!r} in {stored.shard} is {stored.dtype} {stored.shape}, expected {dtype} {shape}"
             )
     check_resolved(name, layer)
-    return shapes
+    return tuple(parts)

@@ -63,8 +63,11 @@ def by_first_name(named: Iterable[tuple[str, T]]) -> tuple[dict[str, T], dict[st
 
 def described(layer: Factored) -> Layer:
     """Return the arguments that build a layer."""
-    dtype = next(tensor.dtype for tensor in (*layer.parameters(), *layer.buffers()))
-    return Layer(layer.structure, layer.in_features, layer.out_features, layer.bias is not None, dtype, *layer.stack)
+    tensors = (*layer.parameters(), *layer.buffers())
+    dtype = next(tensor.dtype for tensor in tensors if tensor.is_floating_point() or tensor.is_complex())
+    experts = layer.stack[0] if layer.stack else None
+    sizes = layer.in_features, layer.out_features
+    return Layer(layer.structure, *sizes, layer.bias is not None, dtype, experts, layer.formats)
 
 
 # Fitting a checkpoint to a skeleton ----------------------------------------------------------------------------------
@@ -91,7 +94,7 @@ def tree_of(old: Modules, checkpoint: Checkpoint) -> tuple[dict[str, nn.Module],
         _check_sizes(name, leaf, layers[first], adapter)
         if first not in new:
             new[first] = _fitting(name, leaf, layers[first])
-            devices[new[first]] = next(leaf.parameters()).device
+            devices[new[first]] = next(tensor.device for tensor in (*leaf.parameters(), *leaf.buffers()))
             if not path and (leaf is not module or _sizes(leaf) != _sizes(new[first])):
                 new[first].origin = Origin(adapter, shell_of(module))  # type: ignore[arg-type, assignment]
         if path:
@@ -165,7 +168,7 @@ def _check_sizes(name: str, leaf: Any, layer: Layer, adapter: Adapter | None) ->
 
 def _fitting(name: str, module: Any, layer: Layer) -> nn.Module:
     """Return the module if it has the structure already, else a new layer, on the meta device until it is filled."""
-    if isinstance(module, Factored) and module.structure == layer.structure:
+    if isinstance(module, Factored) and (module.structure, module.formats) == (layer.structure, layer.formats):
         return module
     sizes = layer.in_features, layer.out_features
     with explaining(f"layer {name!r}: {layer.structure} cannot be built"):  # third-party code may raise anything
@@ -174,7 +177,7 @@ def _fitting(name: str, module: Any, layer: Layer) -> nn.Module:
             build(layer.structure, *sizes, layer.bias, **options)
             if layer.experts is None
             else StructuredExpertLinear(layer.experts, *sizes, layer.bias, structure=layer.structure, **options)
-        )
+        ).hold_unfilled(layer.formats)
     built.requires_grad_(next((p.requires_grad for p in module.parameters()), True))
     return built.train(module.training)
 

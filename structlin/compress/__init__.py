@@ -7,6 +7,8 @@ from structlin.compress.config import Compression
 from structlin.compress.evaluate import Evaluator
 from structlin.compress.plan import CompressionPlan, PlanEntry
 from structlin.compress.quality import Quality
+from structlin.compress.quantization import Quantization
+from structlin.compress.quantize import quantize_
 from structlin.compress.report import Coverage, LayerReport, Report
 from structlin.compress.statistics import Statistics
 from structlin.compress.taxonomy import Taxonomy
@@ -20,6 +22,7 @@ __all__ = [
     "LayerReport",
     "PlanEntry",
     "Quality",
+    "Quantization",
     "Report",
     "Statistics",
     "Taxonomy",
@@ -27,6 +30,7 @@ __all__ = [
     "collect_statistics",
     "compress_model",
     "plan_compression",
+    "quantize_",
     "statistics_by_layer",
     "to_dense_",
 ]

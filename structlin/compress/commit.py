@@ -50,7 +50,7 @@ def replacements(target: Target, layer: Any) -> dict[nn.Module, nn.Module]:
                 layer.structure, layer.in_features, layer.out_features, user.leaf.bias is not None, device="meta"
             )
             for factor in layer.spec.factors:
-                setattr(twin, factor.name, getattr(layer, factor.name))
+                twin.hold(factor.name, getattr(layer, factor.name))
         if twin.out_features == user.leaf.out_features:  # else some of it went with hidden units
             twin.bias = user.leaf.bias
         result[user.leaf] = twin.train(user.leaf.training)

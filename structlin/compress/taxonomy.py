@@ -76,6 +76,11 @@ def geometries(model: nn.Module) -> Iterator[Geometry]:
             count = module.num_parameters // module.spec.num_parameters
             sizes = module.in_features * module.out_features
             yield Geometry(
-                name, show(module.structure), module.num_parameters, count * dimension(module.spec), count * sizes,
+                name, _named(module), module.num_parameters, count * dimension(module.spec), count * sizes,
                 composition(module.spec),
             )  # fmt: skip
+
+
+def _named(module: Factored) -> str:
+    formats = sorted({str(form) for form in module.formats.values()})
+    return show(module.structure) + (f" in {' and '.join(formats)}" if formats else "")

@@ -92,11 +92,7 @@ class StructuredExpertLinear(Factored):
     def forward(self, x: Tensor, expert: int) -> Tensor:
         """Compute x W[expert]^T + bias[expert] for x of shape (..., in_features)."""
         self._check(x)
-        factors = (
-            tensor[expert] if factor.learned else tensor
-            for factor, tensor in zip(self.spec.factors, self.factors, strict=True)
-        )
-        return self._execution(x, (*factors, None if self.bias is None else self.bias[expert]))
+        return self._execution(x, (*self.factors_of(expert), None if self.bias is None else self.bias[expert]))
 
     def to_dense(self) -> Tensor:
         """Build all matrices, (experts, out_features, in_features), differentiable."""
@@ -104,8 +100,7 @@ class StructuredExpertLinear(Factored):
 
     def to_linear(self) -> ExpertLinear:
         """Merge into the dense leaf with the same outputs, on the same device, in the same dtype."""
-        trained = any(factor.requires_grad for factor in self.factors)
-        weight = nn.Parameter(self.to_dense().detach(), requires_grad=trained)
+        weight = nn.Parameter(self.to_dense().detach(), requires_grad=self.is_trained)
         bias = None
         if self.bias is not None:
             bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from structlin.equation.structure import Structure, hyperparameters
+from structlin.equation.unfolding import unfoldings
 from structlin.layers.init import initial_factors
+from structlin.layers.quantized import QuantizedFactor
 from structlin.runtime import planner
 from structlin.runtime.execution import Execution
+from structlin.runtime.quantized import Format
 
 
 class Factored(nn.Module):
@@ -73,7 +77,13 @@ class Factored(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw factors that give the outputs the standard deviation of a fresh `nn.Linear`'s (`initial_factors`)."""
+        """Draw factors that give the outputs the standard deviation of a fresh `nn.Linear`'s (`initial_factors`).
+
+        Raises:
+            ValueError: if factors are quantised.
+        """
+        if self.formats:
+            raise ValueError(f"factors {[*self.formats]} are quantised and cannot be drawn; build a new layer")
         sample = self.factors[0]
         if not sample.is_meta:
             wide = sample.dtype if sample.is_complex() else torch.promote_types(sample.dtype, torch.float32)
@@ -99,8 +109,49 @@ class Factored(nn.Module):
 
     @property
     def factors(self) -> tuple[Tensor, ...]:
-        """The tensors of the equation, in its order."""
-        return tuple(getattr(self, factor.name) for factor in self.spec.factors)
+        """The tensors of the equation, in its order; those that are quantised are computed anew."""
+        held = (getattr(self, factor.name) for factor in self.spec.factors)
+        return tuple(value() if isinstance(value, QuantizedFactor) else value for value in held)
+
+    def factors_of(self, number: int) -> tuple[Tensor, ...]:
+        """The tensors of the equation of one matrix of the stack."""
+        held = [(factor, getattr(self, factor.name)) for factor in self.spec.factors]
+        return tuple(
+            value(number) if isinstance(value, QuantizedFactor) else value[number] if factor.learned else value
+            for factor, value in held
+        )
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether a dense weight in place of the factors is to be trained: one of them is, or is quantised."""
+        return bool(self.formats) or any(factor.requires_grad for factor in self.factors)
+
+    @property
+    def formats(self) -> dict[str, Format]:
+        """The integer formats of the factors that are quantised, by name."""
+        return {name: held.form for name, held in self._modules.items() if isinstance(held, QuantizedFactor)}
+
+    def hold(self, name: str, factor: Tensor | QuantizedFactor) -> None:
+        """Put a parameter, a constant or a quantised factor in the place of a factor."""
+        if isinstance(factor, QuantizedFactor) and name in self._parameters:
+            delattr(self, name)  # torch refuses a module under the name of a parameter
+        setattr(self, name, factor)
+        self._execution.forget()
+
+    def hold_unfilled(self, formats: Mapping[str, Format]) -> Self:
+        """Put quantised factors without values in place of parameters, by name: for values that are loaded next.
+
+        Raises:
+            ValueError: if a name is no learned factor, or a format does not fit it.
+        """
+        learned = {f.name: u for f, u in zip(self.spec.factors, unfoldings(self.spec), strict=True) if f.learned}
+        if unknown := formats.keys() - learned.keys():
+            raise ValueError(f"{sorted(unknown)} are no learned factors of {self.structure}; it has {sorted(learned)}")
+        for name, form in formats.items():
+            old = self.get_parameter(name)
+            options: Any = {"device": old.device, "dtype": old.dtype}
+            self.hold(name, QuantizedFactor(form, learned[name], self.stack, **options))
+        return self
 
     @property
     def weight_id(self) -> tuple[int, ...]:
@@ -108,7 +159,8 @@ class Factored(nn.Module):
 
         Constant factors are buffers, which a change of dtype replaces, and parametrised ones are computed anew.
         """
-        return tuple(id(parameter) for name, parameter in self.named_parameters() if name != "bias")
+        codes = (held.codes for held in self._modules.values() if isinstance(held, QuantizedFactor))
+        return (*(id(p) for name, p in self.named_parameters() if name != "bias"), *map(id, codes))
 
     def _matrices(self) -> list[tuple[Tensor, ...]]:
         """Return the factors of each matrix of the stack; constants are the same in all."""
@@ -127,6 +179,12 @@ class Factored(nn.Module):
         return self.spec.num_parameters * math.prod(self.stack)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the factors as they are stored (the bias excluded)."""
+        held = (getattr(self, factor.name) for factor in self.spec.factors if factor.learned)
+        return sum(value.nbytes for value in held)
+
+    @property
     def flops_per_token(self) -> int:
         """FLOPs of the cheaper sequential contraction for one row, a multiply and an add counted as 2."""
         return planner.flops_per_token(self.spec)
@@ -143,6 +201,8 @@ class Factored(nn.Module):
         """Sizes, hyperparameters and the share of the dense parameters that is kept."""
         given = {name: value for name, value in hyperparameters(self.structure).items() if value is not None}
         fields = "".join(f", {name}={value}" for name, value in given.items())
+        if formats := sorted({str(form) for form in self.formats.values()}):
+            fields += f", quantized={'+'.join(formats)}"
         stack = f"experts={self.stack[0]}, " if self.stack else ""
         return (
             f"{stack}in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

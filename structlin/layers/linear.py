@@ -15,6 +15,7 @@ from structlin.equation.structure import Structure, hyperparameters
 from structlin.fitting.fit import Families, Fit, fit
 from structlin.fitting.objective import InputGram
 from structlin.layers.factored import Factored
+from structlin.layers.quantized import forward_quantized
 from structlin.layers.weight import LazyWeight
 from structlin.runtime import contract, planner
 from structlin.runtime.execution import Execution, Option
@@ -159,8 +160,7 @@ class StructuredLinear(Factored):
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.factors[0].dtype
         )
-        trained = any(factor.requires_grad for factor in self.factors)
-        linear.weight = nn.Parameter(self.to_dense().detach().contiguous(), requires_grad=trained)
+        linear.weight = nn.Parameter(self.to_dense().detach().contiguous(), requires_grad=self.is_trained)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return linear.train(self.training)
@@ -240,6 +240,8 @@ class StructuredLinear(Factored):
         self._check(x)
         given = None if is_compiling() else self._given()
         if given is None:
+            if self.formats:
+                return forward_quantized(self, x)
             given = *self.factors, self.bias
         return self._execution(x, given)
 

@@ -40,6 +40,20 @@ def trained(model):
     return model.eval()
 
 
+def test_adapters_train_on_quantised_factors_and_merge_into_floats():
+    x = torch.randn(5, 16)
+    model = mlp("lowrank")
+    structlin.quantize_(model, "int8")
+    before = model(x)
+    adapted = peft.get_peft_model(model, config_of("lora"))
+    torch.testing.assert_close(adapted(x), before)
+    assert all("lora" in name for name, parameter in adapted.named_parameters() if parameter.requires_grad)
+    wanted = trained(adapted)(x)
+    merged = adapted.merge_and_unload()
+    assert not merged[0].formats
+    torch.testing.assert_close(merged(x), wanted, rtol=TOLERANCE, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3"])
 def test_every_structure_trains_and_merges_exactly(kind):
     x = torch.randn(5, 16)

@@ -46,6 +46,30 @@ def test_a_saved_model_is_loaded_bit_for_bit(make, structure, tmp_path):
     assert [type(module) for module in loaded.modules()] == kinds
 
 
+@pytest.mark.parametrize("make", [bert, llama])
+@pytest.mark.parametrize("to", ["int8", "int4"])
+def test_quantised_factors_are_saved_and_loaded_bit_for_bit(make, to, tmp_path):
+    model = make()
+    structlin.compress_model(model, "lowrank", ratio=0.5, exclude=["re:.*(query|q_proj)"])
+    structlin.quantize_(model, to, group=16, dense=structlin.structures.LowRank(rank=2))
+    model.save_pretrained(tmp_path)
+    assert model.config.quantization_config.quant_method == "structlin"
+    loaded = type(model).from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    stored = {name: tensor for name, tensor in loaded.state_dict().items() if name.endswith(("codes", "scale"))}
+    assert len(stored) > 40
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in stored.items())
+    assert not any(name.endswith("scale") for name, _ in loaded.named_parameters())
+    half = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+    codes = {tensor.dtype for name, tensor in half.state_dict().items() if name.endswith("codes")}
+    assert codes <= {torch.int8, torch.uint8}
+    assert torch.allclose(logits(half).float(), logits(model), atol=0.05)
+    read = structlin.load(make(), tmp_path)
+    assert torch.equal(logits(read), logits(model))
+    dense = structlin.to_dense_(model)
+    assert not hasattr(dense.config, "quantization_config")
+
+
 def test_a_process_without_the_plug_in_fails_and_one_with_it_does_not(tmp_path):
     model = llama()
     structlin.compress_model(model, "lowrank", ratio=0.5)

@@ -1,0 +1,102 @@
+"""A factor that is stored as integers and scales, in the place of a parameter of a structured layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from structlin.equation.unfolding import Unfolding
+from structlin.runtime.quantized import Format, check_format, dequantize
+
+
+class QuantizedFactor(nn.Module):
+    """Hold a factor as integers and scales; calling it returns the factor, in the dtype of the scales.
+
+    Both are buffers: an optimizer does not see them, `state_dict` does. `train_scales_` makes the scales parameters.
+
+    Args:
+        form: of the integers.
+        unfolding: of the factor.
+        stack: leading sizes, as of the layer.
+        device: of the buffers.
+        dtype: of the scales.
+    Raises:
+        ValueError: if the format does not fit the factor.
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, form: Format, unfolding: Unfolding, stack: tuple[int, ...] = (), *,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        check_format(form, unfolding)
+        self.form, self.unfolding, self.stack = form, unfolding, stack
+        codes = torch.zeros(*stack, *form.codes_shape(unfolding), dtype=form.dtype, device=device)
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", torch.ones(*stack, *form.scale_shape(unfolding), dtype=dtype, device=device))
+
+    @classmethod
+    def of(cls, codes: Tensor, scale: Tensor, form: Format, unfolding: Unfolding) -> QuantizedFactor:
+        """Hold these tensors."""
+        found = cls(form, unfolding, tuple(codes.shape[:-2]), device="meta", dtype=scale.dtype)
+        found.codes, found.scale = codes, scale
+        return found
+
+    def forward(self, index: Any = ...) -> Tensor:
+        """Return the factor, or that of one matrix of a stack."""
+        return dequantize(self.codes[index], self.scale[index], self.form, self.unfolding)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of integers and scales."""
+        return self.codes.nbytes + self.scale.nbytes
+
+    def extra_repr(self) -> str:
+        """Format, and the sizes of the matrix."""
+        return f"{self.form}, {self.unfolding.rows} x {self.unfolding.columns}, scale of {self.form.rows} rows x " + (
+            f"{self.form.columns} columns"
+        )
+
+
+def forward_quantized(layer: Any, x: Tensor) -> Tensor:
+    """Apply a `StructuredLinear` with quantised factors: the one place that decides how.
+
+    In plain torch the factors are computed in every call, and contracted as others are; a layer that is frozen
+    (`structlin.freeze_`) keeps them as floats, unless their scales are trained.
+    """
+    kept: tuple[Tensor, ...] | None = layer._execution.frozen
+    usable = kept is not None and not any(factor.requires_grad for factor in kept)
+    return layer._execution(x, (*(kept if kept is not None and usable else layer.factors), layer.bias))
+
+
+def train_scales_(model: nn.Module, train: bool = True) -> nn.Module:
+    """Make the scales of quantised factors parameters that are trained, or buffers again, in place.
+
+    The integers never change in training. Checkpoints are the same in both forms, and load as buffers.
+
+    Args:
+        model: any module.
+        train: False makes buffers of them.
+    Returns:
+        The model.
+    Example:
+        >>> import structlin
+        >>> model = structlin.LowRankLinear(64, 64, rank=16)
+        >>> report = structlin.quantize_(model, "int8")
+        >>> [name for name, _ in train_scales_(model).named_parameters()]
+        ['bias', 'left.scale', 'right.scale']
+    """
+    for module in model.modules():
+        if isinstance(module, QuantizedFactor):
+            scale = module.scale.detach()
+            del module.scale
+            if train:
+                module.scale = nn.Parameter(scale)
+            else:
+                module.register_buffer("scale", scale)
+    return model
