@@ -22,13 +22,7 @@ from structlin.layers.delight import DeLighTBlock, GroupLinear
 from structlin.layers.embedding import StructuredEmbedding
 from structlin.layers.freeze import freeze_, unfreeze_
 from structlin.layers.linear import StructuredLinear
-from structlin.layers.patterns import (
-    CirculantLinear,
-    DiagonalLinear,
-    PatternLinear,
-    SparseLinear,
-    ToeplitzLinear,
-)
+from structlin.layers.patterns import PatternLinear
 from structlin.layers.permutation import LearnedPermutation
 from structlin.layers.recurrent import StructuredGRU, StructuredLSTM
 from structlin.layers.toeplitz_like import ToeplitzLikeLinear
@@ -38,10 +32,12 @@ from structlin.runtime.measure import measure_machine
 from structlin.structures import (
     BlastLinear,
     ButterflyLinear,
+    CirculantLinear,
     CPConv1d,
     CPConv2d,
     CPLinear,
     DenseLinear,
+    DiagonalLinear,
     GLTLinear,
     KaleidoscopeLinear,
     KMatrix,
@@ -51,7 +47,9 @@ from structlin.structures import (
     MonarchLinear,
     PHMLinear,
     ShapeshifterLinear,
+    SparseLinear,
     SumLinear,
+    ToeplitzLinear,
     TTConv1d,
     TTConv2d,
     TTEmbedding,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from structlin.equation.structure import Structure, hyperparameters
+from structlin.equation.structure import Structure, shown
 from structlin.layers.init import initial_factors
 from structlin.runtime import planner
 from structlin.runtime.execution import Execution
@@ -141,8 +141,7 @@ class Factored(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, hyperparameters and the share of the dense parameters that is kept."""
-        given = {name: value for name, value in hyperparameters(self.structure).items() if value is not None}
-        fields = "".join(f", {name}={value}" for name, value in given.items())
+        fields = "".join(f", {name}={value}" for name, value in shown(self.structure).items())
         stack = f"experts={self.stack[0]}, " if self.stack else ""
         return (
             f"{stack}in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -141,7 +141,7 @@ class Execution:
         kept = derived(way, factors) if (found := next(same, None)) is None else found
         facts.choices[rows, mode, native] = way, kept
         # The shortcut does not ask whether x needs a gradient: while frozen it serves calls without any.
-        if isinstance(way, Kernel) and not (facts.frozen and mode == TRAINING):
+        if isinstance(way, Kernel) and not self.spec.tied and not (facts.frozen and mode == TRAINING):
             if self._known is None:
                 self._known = way.chain.known(facts.given)
                 self.shortcut = kernels.shortcut(self._known)

@@ -1,0 +1,31 @@
+"""Ties: factors whose entries share a few numbers in a pattern; without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["circulant", "toeplitz", "diagonal", "places"]
+
+
+@dataclass(frozen=True)
+class Tie:
+    """The pattern by which the first two modes of a factor share numbers.
+
+    The factor is F[row, column, ..] = values[pattern[row, column], ..], or 0 where the pattern has no number; only the
+    values, (numbers, ..), are a parameter. `runtime.contract.tied` writes the patterns:
+
+    - circulant: (row - column) mod numbers.
+    - toeplitz: row - column + columns - 1.
+    - diagonal: row where row = column, else none.
+    - places: the places that are kept, counted row-major. They are the set bits of `bits`, or, where that is empty,
+      spread by a fixed hash.
+    """
+
+    kind: Kind
+    numbers: int
+    bits: str = ""  # base64 of one bit per place, row-major, the first in the lowest bit of a byte
+
+    def density(self, rows: int, columns: int) -> float:
+        """Return the share of the places that have a number."""
+        return 1.0 if self.kind in ("circulant", "toeplitz") else self.numbers / (rows * columns)
