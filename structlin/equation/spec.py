@@ -238,6 +238,11 @@ class Spec:
         return any(factor.tie is not None for factor in self.factors)
 
     @cached_property
+    def written(self) -> int:
+        """Number of entries that the tied factors have when they are written out."""
+        return sum(eq.numel(factor.modes) for eq in self.equations for factor in eq.factors if factor.tie is not None)
+
+    @cached_property
     def untied(self) -> Spec:
         """The same equations with every factor written out."""
         if not self.tied:

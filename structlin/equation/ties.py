@@ -26,6 +26,11 @@ class Tie:
     numbers: int
     bits: str = ""  # base64 of one bit per place, row-major, the first in the lowest bit of a byte
 
+    @property
+    def once(self) -> bool:
+        """Whether each number stands in one place; otherwise every place has a number."""
+        return self.kind in ("diagonal", "places")
+
     def density(self, rows: int, columns: int) -> float:
         """Return the share of the places that have a number."""
-        return 1.0 if self.kind in ("circulant", "toeplitz") else self.numbers / (rows * columns)
+        return self.numbers / (rows * columns) if self.once else 1.0

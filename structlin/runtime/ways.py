@@ -23,6 +23,7 @@ from structlin.runtime.costs import (
     PLAN_SECONDS,
     PLAN_SLOWER,
     SMALL,
+    WRITING,
 )
 from structlin.runtime.kernels import Chain, chain_of
 from structlin.runtime.machines import machine_of
@@ -183,13 +184,14 @@ def ways(spec: Spec, key: Key, orders: Sequence[Order] = ("auto",)) -> list[Way]
     machine, itemsize = machine_of(key.device), key.dtype.itemsize
     rows = min(key.rows, MOST_ROWS)
     scale = key.rows / rows
+    writing = WRITING * spec.written  # of tied factors, in each call
     found: list[Way] = []
     for order in orders:
         folded = key.mode == FROZEN
         plan = planner.find_plan(spec, rows, itemsize=itemsize, machine=machine, order=order, folded=folded)
         seconds = plan.seconds * (PLAN_SLOWER if itemsize >= 4 else 1.0) + PLAN_SECONDS
         if not (folded and plan.materialises):  # that is the dense matrix, kept
-            found.append(_planned(spec, plan, scale * seconds, key))
+            found.append(_planned(spec, plan, scale * seconds + (0.0 if folded else writing), key))
     if key.mode == FROZEN:
         sizes = spec.in_features, spec.out_features
         dense = planner.dense_seconds(*sizes, rows, itemsize=itemsize, machine=machine) + DENSE_SECONDS
@@ -199,7 +201,8 @@ def ways(spec: Spec, key: Key, orders: Sequence[Order] = ("auto",)) -> list[Way]
         found.append(Direct(spec, scale * (rows * flops / PATTERN_FLOPS + PATTERN_SECONDS)))
     if key.native:
         chain = chain_of(spec)
-        found.append(Kernel(chain, scale * chain.seconds(rows, itemsize=itemsize, machine=machine)))
+        seconds = chain.seconds(rows, itemsize=itemsize, machine=machine)
+        found.append(Kernel(chain, scale * seconds + writing))
     return found
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from structlin.equation.spec import Spec, equation
+from structlin.equation.spec import Spec
 from structlin.equation.structure import Structure, check_range, register
 from structlin.equation.ties import Tie
 from structlin.layers.linear import StructuredLinear, layer_of
-from structlin.structures.tied import mean
+from structlin.structures.tied import blocked, mean
 
 
 @register
@@ -33,11 +33,9 @@ class Circulant(Structure):
 
     def spec(self, in_features: int, out_features: int) -> Spec:
         assert self.block is not None
-        sizes = {"o1": -(-out_features // self.block), "i1": -(-in_features // self.block)}
-        sizes |= {"o2": self.block, "i2": self.block}
-        ties = {"values": Tie("circulant", self.block)}
-        eq = equation("o2 i2 o1 i1 -> o1 o2 i1 i2", ("values",), sizes, ties=ties)
-        return Spec(in_features, out_features, (eq,))
+        grid = -(-out_features // self.block), -(-in_features // self.block)
+        tie = Tie("circulant", self.block)
+        return blocked(in_features, out_features, tie, grid=grid, side=(self.block, self.block))
 
     def decompose(self, weight: Tensor) -> list[Tensor]:
         return mean(self.spec(weight.shape[1], weight.shape[0]), weight)

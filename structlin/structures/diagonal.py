@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from structlin.equation.spec import Spec, equation
+from structlin.equation.spec import Spec
 from structlin.equation.structure import Structure, check_range, register
 from structlin.equation.ties import Tie
 from structlin.layers.linear import StructuredLinear, layer_of
-from structlin.structures.tied import mean
+from structlin.structures.tied import blocked, mean
 
 
 @register
@@ -33,14 +33,10 @@ class Diagonal(Structure):
         return self
 
     def spec(self, in_features: int, out_features: int) -> Spec:
-        if self.blocks is None:
-            sizes = {"o1": out_features, "i1": in_features, "o2": 1, "i2": 1}
-        else:
-            height, width = -(-out_features // self.blocks), -(-in_features // self.blocks)
-            sizes = {"o1": self.blocks, "i1": self.blocks, "o2": height, "i2": width}
-        ties = {"values": Tie("diagonal", min(sizes["o1"], sizes["i1"]))}
-        eq = equation("o1 i1 o2 i2 -> o1 o2 i1 i2", ("values",), sizes, ties=ties)
-        return Spec(in_features, out_features, (eq,))
+        count = self.blocks
+        grid = (out_features, in_features) if count is None else (count, count)
+        side = (1, 1) if count is None else (-(-out_features // count), -(-in_features // count))
+        return blocked(in_features, out_features, Tie("diagonal", min(grid)), grid=grid, side=side, across=True)
 
     def decompose(self, weight: Tensor) -> list[Tensor]:
         return mean(self.spec(weight.shape[1], weight.shape[0]), weight)

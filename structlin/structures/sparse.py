@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from structlin.equation.spec import Spec, equation
+from structlin.equation.spec import Spec
 from structlin.equation.structure import Structure, check_range, register
 from structlin.equation.ties import Tie
 from structlin.layers.linear import StructuredLinear, layer_of
 from structlin.runtime.contract.tied import as_text, bits
-from structlin.structures.tied import mean
+from structlin.structures.tied import blocked, mean
 
 MOST_PLACES = 1 << 20  # that a ratio asks for: of a larger matrix it keeps blocks
 
@@ -51,11 +51,9 @@ class Sparse(Structure):
         return -(-out_features // self.block), -(-in_features // self.block)
 
     def spec(self, in_features: int, out_features: int) -> Spec:
-        rows, columns = self._grid(in_features, out_features)
-        sizes = {"o1": rows, "i1": columns, "o2": self.block, "i2": self.block}
-        ties = {"values": Tie("places", self.count, self.places or "")}
-        eq = equation("o1 i1 o2 i2 -> o1 o2 i1 i2", ("values",), sizes, ties=ties)
-        return Spec(in_features, out_features, (eq,))
+        grid, side = self._grid(in_features, out_features), (self.block, self.block)
+        tie = Tie("places", self.count, self.places or "")
+        return blocked(in_features, out_features, tie, grid=grid, side=side, across=True)
 
     def suited(self, weight: Tensor) -> Self:
         if self.places is not None:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from structlin.equation.spec import Spec, equation
+from structlin.equation.spec import Spec
 from structlin.equation.structure import Structure, check_range, register
 from structlin.equation.ties import Tie
 from structlin.layers.linear import StructuredLinear, layer_of
-from structlin.structures.tied import mean
+from structlin.structures.tied import blocked, mean
 
 
 @register
@@ -33,11 +33,9 @@ class Toeplitz(Structure):
         return self
 
     def spec(self, in_features: int, out_features: int) -> Spec:
-        height, width = -(-out_features // self.blocks), -(-in_features // self.blocks)
-        sizes = {"o1": self.blocks, "o2": height, "i1": self.blocks, "i2": width}
-        ties = {"values": Tie("toeplitz", height + width - 1)}
-        eq = equation("o2 i2 o1 i1 -> o1 o2 i1 i2", ("values",), sizes, ties=ties)
-        return Spec(in_features, out_features, (eq,))
+        side = height, width = -(-out_features // self.blocks), -(-in_features // self.blocks)
+        tie = Tie("toeplitz", height + width - 1)
+        return blocked(in_features, out_features, tie, grid=(self.blocks, self.blocks), side=side)
 
     def decompose(self, weight: Tensor) -> list[Tensor]:
         return mean(self.spec(weight.shape[1], weight.shape[0]), weight)

@@ -31,21 +31,25 @@ def expanded(spec: Spec, factors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 def _written(eq: Equation, modes: Sequence[str], tie: Tie, values: Tensor) -> Tensor:
     shape = eq.shape(modes)
-    places = _places(tie, shape[0], shape[1], values.device)
-    wide = values.to(torch.promote_types(values.dtype, torch.float32))  # the gradient of a value is a long sum
-    padded = torch.cat([wide, wide.new_zeros(1, *shape[2:])])  # the last is the zero of places without a number
-    return padded.index_select(0, places).reshape(shape).to(values.dtype)
+    count, others = shape[0] * shape[1], shape[2:] if math.prod(shape[2:]) > 1 else ()  # vectors take a faster path
+    flat, places = values.reshape(tie.numbers, *others), _places(tie, shape[0], shape[1], values.device)
+    if tie.once:
+        return flat.new_zeros(count, *others).index_copy(0, places, flat).reshape(shape)
+    wide = flat.to(torch.promote_types(values.dtype, torch.float32))  # the gradient of a value is a long sum
+    return wide.index_select(0, places).reshape(shape).to(values.dtype)
 
 
 @constant
 def _places(tie: Tie, rows: int, columns: int, device: torch.device) -> Tensor:
-    return _pattern(tie, rows, columns, device).flatten()
+    return _found(tie, rows, columns, device)
 
 
 @lru_cache(64)
-def _pattern(tie: Tie, rows: int, columns: int, device: torch.device) -> Tensor:
+def _found(tie: Tie, rows: int, columns: int, device: torch.device) -> Tensor:
+    """Return the number that each place reads, or, where each number stands in one place, those places."""
     with torch.inference_mode(False):  # autograd saves it
-        return pattern(tie, rows, columns).to(device)
+        numbers = pattern(tie, rows, columns).flatten()
+        return ((numbers < tie.numbers).nonzero().flatten() if tie.once else numbers).to(device)
 
 
 def pattern(tie: Tie, rows: int, columns: int) -> Tensor:
@@ -101,11 +105,11 @@ def flops_by_pattern(spec: Spec) -> float | None:
     tie = eq.factors[0].tie
     if len(spec.equations) > 1 or len(eq.factors) > 1 or tie is None or tie.kind == "places":
         return None
-    numbers, *blocks = _length(tie), *eq.stored(eq.factors[0])[1:]
+    numbers, others = _length(tie), _others(eq)
     if tie.kind == "diagonal":
-        return 2 * math.prod((numbers, *blocks))
-    transforms = 2.5 * numbers * math.log2(max(numbers, 2)) * sum(blocks)
-    return transforms + 4 * math.prod((numbers, *blocks))  # complex products of half as many frequencies
+        return 2 * numbers * math.prod(others)
+    transforms = 2.5 * numbers * math.log2(max(numbers, 2)) * sum(others)
+    return transforms + 4 * numbers * math.prod(others)  # complex products of half as many frequencies
 
 
 def by_pattern(spec: Spec, values: Tensor, x: Tensor) -> Tensor:
@@ -118,8 +122,14 @@ def by_pattern(spec: Spec, values: Tensor, x: Tensor) -> Tensor:
     assert tie is not None
     given = x.reshape(-1, spec.in_features)
     rows = F.pad(given, (0, eq.padded_in - spec.in_features, 0, not len(given)))  # FFTs of no rows fail in MKL
-    y = (_blockwise if tie.kind == "diagonal" else _convolved)(eq, tie, values, rows)
+    blocks = values.reshape(tie.numbers, *_others(eq))
+    y = (_blockwise if tie.kind == "diagonal" else _convolved)(eq, tie, blocks, rows)
     return y[: len(given), : spec.out_features].reshape(*x.shape[:-1], spec.out_features)
+
+
+def _others(eq: Equation) -> tuple[int, ...]:
+    """Return the sizes of the two modes of the factor that are not tied, outputs and inputs; 1 where it has none."""
+    return eq.shape(eq.factors[0].modes[2:]) or (1, 1)
 
 
 def _length(tie: Tie) -> int:
@@ -129,14 +139,15 @@ def _length(tie: Tie) -> int:
 
 def _convolved(eq: Equation, tie: Tie, values: Tensor, rows: Tensor) -> Tensor:
     """Multiply by blocks that are cyclic convolutions; values (numbers, o1, i1), rows (tokens, i1 * i2)."""
+    height, width = eq.shape(eq.factors[0].modes[:2])
     length, inputs = _length(tie), values.shape[2]
     wide = torch.promote_types(rows.dtype, torch.float32)
     there, back = (torch.fft.fft, torch.fft.ifft) if wide.is_complex else (torch.fft.rfft, torch.fft.irfft)
-    x = there(rows.to(wide).reshape(len(rows), inputs, eq.size["i2"]), length)  # (tokens, i1, frequencies)
+    x = there(rows.to(wide).reshape(len(rows), inputs, width), length)  # (tokens, i1, frequencies)
     v = there(values.to(wide).permute(1, 2, 0), length)  # (o1, i1, frequencies)
     y = x * v[:, 0] if inputs == 1 else torch.einsum("tif,oif->tof", x, v)
-    start = eq.size["i2"] - 1 if tie.kind == "toeplitz" else 0  # what is before has wrapped around
-    return back(y, length)[..., start : start + eq.size["o2"]].reshape(len(rows), eq.padded_out).to(rows.dtype)
+    start = width - 1 if tie.kind == "toeplitz" else 0  # what is before has wrapped around
+    return back(y, length)[..., start : start + height].reshape(len(rows), eq.padded_out).to(rows.dtype)
 
 
 def _blockwise(eq: Equation, tie: Tie, values: Tensor, rows: Tensor) -> Tensor:
