@@ -24,13 +24,7 @@ from structlin.layers.delight import DeLighTBlock, GroupLinear
 from structlin.layers.embedding import StructuredEmbedding
 from structlin.layers.freeze import freeze_, unfreeze_
 from structlin.layers.linear import StructuredLinear
-from structlin.layers.patterns import (
-    CirculantLinear,
-    DiagonalLinear,
-    PatternLinear,
-    SparseLinear,
-    ToeplitzLinear,
-)
+from structlin.layers.patterns import PatternLinear
 from structlin.layers.permutation import LearnedPermutation
 from structlin.layers.quantized import QuantizedFactor, train_scales_
 from structlin.layers.recurrent import StructuredGRU, StructuredLSTM
@@ -41,10 +35,12 @@ from structlin.runtime.measure import measure_machine
 from structlin.structures import (
     BlastLinear,
     ButterflyLinear,
+    CirculantLinear,
     CPConv1d,
     CPConv2d,
     CPLinear,
     DenseLinear,
+    DiagonalLinear,
     GLTLinear,
     KaleidoscopeLinear,
     KMatrix,
@@ -54,7 +50,9 @@ from structlin.structures import (
     MonarchLinear,
     PHMLinear,
     ShapeshifterLinear,
+    SparseLinear,
     SumLinear,
+    ToeplitzLinear,
     TTConv1d,
     TTConv2d,
     TTEmbedding,

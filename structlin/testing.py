@@ -15,6 +15,7 @@ from structlin.equation.spec import Equation, Spec
 from structlin.equation.structure import Structure
 from structlin.fitting.fit import fit
 from structlin.layers.linear import StructuredLinear, build
+from structlin.runtime.contract import expanded
 from structlin.runtime.planner import ORDERS, Order
 
 # Relative Frobenius error between two ways to compute the same. Each product of a chain loses about one rounding
@@ -265,7 +266,7 @@ def assert_close(
 def einsum_dense(spec: Spec, factors: Sequence[Tensor]) -> Tensor:
     """Build the dense matrix of a spec by one `torch.einsum` per equation: slow, and independent of the planner."""
     total = torch.zeros(spec.out_features, spec.in_features, dtype=factors[0].dtype, device=factors[0].device)
-    for eq, part in spec.split(factors):
+    for eq, part in spec.split(expanded(spec, factors)):
         total = total + _einsum(eq, part)[: spec.out_features, : spec.in_features]
     return total
 

@@ -37,7 +37,7 @@ WINGS = {
     "cli": 10,
     "": 10,
 }
-NO_TORCH = ("equation.spec", "equation.modes", "runtime.costs", "runtime.planner")
+NO_TORCH = ("equation.spec", "equation.ties", "equation.modes", "runtime.costs", "runtime.planner")
 FILES = sorted(ROOT.rglob("*.py"))
 
 

@@ -17,6 +17,7 @@ MARKS = 2**20
 DEPTH = 32
 MESSAGE = 2000  # letters of an error
 LETTERS = 1000  # of a name
+TEXT = 2**18  # letters of a hyperparameter: the places of a sparse matrix, a bit each
 # Planning takes seconds for a chain of FACTORS, and grows with a high power of the length. A sum of FACTORS has fewer
 # than VALUES in its record.
 FACTORS = 128
@@ -120,8 +121,8 @@ def check_values(value: Any, limit: int, where: str) -> int:
         raise ValueError(f"{where}: {value} exceeds {limit}, the largest that sizes or tensors warrant")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where}: {value} is not finite")
-    if isinstance(value, str) and len(value) > LETTERS:
-        raise ValueError(f"{where}: {len(value)} letters; expected at most {LETTERS}")
+    if isinstance(value, str) and len(value) > TEXT:
+        raise ValueError(f"{where}: {len(value)} letters; expected at most {TEXT}")
     return 1
 
 

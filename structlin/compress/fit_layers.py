@@ -309,9 +309,11 @@ def _fit(entry: PlanEntry, target: Target, data: Data, aim: Aim | None, known: F
 def _fit_stack(entry: PlanEntry, target: Target, data: Data) -> list[Fit]:
     """Fit each matrix of a stack to the inputs that it got."""
     assert entry.structure is not None
+    weights = target.linear.weight.detach()
+    structure = entry.structure.suited(torch.linalg.vector_norm(weights, dim=0))  # one for all
     return [
-        fit(weight, entry.structure, gram=gram, output_gram=output_gram, refine=entry.refine)
-        for weight, (gram, output_gram) in zip(target.linear.weight, data.expert_grams(target.parts), strict=True)
+        fit(weight, structure, gram=gram, output_gram=output_gram, refine=entry.refine)
+        for weight, (gram, output_gram) in zip(weights, data.expert_grams(target.parts), strict=True)
     ]
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple, TypeVar
+
+from structlin.equation.ties import Tie
 
 Modes = tuple[str, ...]
 T = TypeVar("T")
@@ -47,6 +49,7 @@ class Factor:
     name: str  # in the layer and in the `state_dict`
     modes: Modes  # the names of its axes, in storage order
     constant: tuple[float, ...] | None = None  # entries, row-major, if not learned (for instance the quaternions')
+    tie: Tie | None = None  # the pattern in which its entries share the numbers of the parameter, if they do
 
     @property
     def learned(self) -> bool:
@@ -109,6 +112,11 @@ class Equation:
         """Return the shape of a tensor with these modes."""
         return tuple(self.size[mode] for mode in modes)
 
+    def stored(self, factor: Factor) -> tuple[int, ...]:
+        """Return the shape of the tensor that a layer holds for a factor: a tied one has fewer entries than modes."""
+        shape = self.shape(factor.modes)
+        return shape if factor.tie is None else (factor.tie.numbers, *shape[2:])
+
     def absorb(self, order: Sequence[int]) -> tuple[Absorption, ...]:
         """Contract an input with the factors one by one, in the given order of their indices.
 
@@ -130,12 +138,17 @@ class Equation:
         return tuple(found)
 
     def __str__(self) -> str:
-        terms = ", ".join(" ".join(factor.modes) for factor in self.factors)
+        terms = ", ".join(" ".join(f.modes) + (f" ({f.tie.kind})" if f.tie else "") for f in self.factors)
         return f"{terms} -> {' '.join(self.outputs)} {' '.join(self.inputs)}"
 
 
 def equation(
-    text: str, names: Sequence[str], sizes: Mapping[str, int], *, constants: Mapping[str, Sequence[float]] | None = None
+    text: str,
+    names: Sequence[str],
+    sizes: Mapping[str, int],
+    *,
+    constants: Mapping[str, Sequence[float]] | None = None,
+    ties: Mapping[str, Tie] | None = None,
 ) -> Equation:
     """Parse and check an equation, for instance `"o r, r i -> o i"`.
 
@@ -146,6 +159,7 @@ def equation(
         names: one name per factor.
         sizes: the size of every mode.
         constants: entries of the factors that are not learned, row-major, by factor name.
+        ties: the patterns of the factors that have some, by factor name.
     Raises:
         ValueError: if a size is missing or below 1, names and factors differ in number, no factor has an external
             mode, or fewer than two factors share a bond.
@@ -153,6 +167,7 @@ def equation(
         >>> str(equation("o r, r i -> o i", ("left", "right"), {"o": 4, "r": 2, "i": 3}))
         'o r, r i -> o i'
     """
+    tied = ties or {}
     fixed = {name: tuple(values) for name, values in (constants or {}).items()}
     left, _, right = text.partition("->")
     factor_modes = [tuple(term.split()) for term in left.split(",")]
@@ -170,7 +185,7 @@ def equation(
         if mode[0] in "oi" and mode not in external:
             raise ValueError(f"mode {mode!r} of {text!r} must stand after the arrow; bonds begin with neither o nor i")
     return Equation(
-        factors=tuple(Factor(n, m, fixed.get(n)) for n, m in zip(names, factor_modes, strict=True)),
+        factors=tuple(Factor(n, m, fixed.get(n), tied.get(n)) for n, m in zip(names, factor_modes, strict=True)),
         outputs=tuple(mode for mode in external if mode.startswith("o")),
         inputs=tuple(mode for mode in external if mode.startswith("i")),
         sizes=tuple((mode, sizes[mode]) for mode in sorted({*counts, *external})),
@@ -214,8 +229,26 @@ class Spec:
 
     @cached_property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shape of each factor, in the order of `factors`."""
-        return tuple(eq.shape(factor.modes) for eq in self.equations for factor in eq.factors)
+        """The shape of the tensor of each factor, in the order of `factors`."""
+        return tuple(eq.stored(factor) for eq in self.equations for factor in eq.factors)
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether a factor has fewer entries than its modes say."""
+        return any(factor.tie is not None for factor in self.factors)
+
+    @cached_property
+    def written(self) -> int:
+        """Number of entries that the tied factors have when they are written out."""
+        return sum(eq.numel(factor.modes) for eq in self.equations for factor in eq.factors if factor.tie is not None)
+
+    @cached_property
+    def untied(self) -> Spec:
+        """The same equations with every factor written out."""
+        if not self.tied:
+            return self
+        factors = ((eq, tuple(replace(factor, tie=None) for factor in eq.factors)) for eq in self.equations)
+        return replace(self, equations=tuple(replace(eq, factors=written) for eq, written in factors))
 
     @cached_property
     def num_parameters(self) -> int:

@@ -63,6 +63,15 @@ class Structure(ABC):
     def decompose(self, weight: Tensor) -> Iterable[Tensor]:
         """Return factors that approximate a dense weight (out_features, in_features), in the order of the equation."""
 
+    def suited(self, weight: Tensor) -> Structure:
+        """Choose what depends on the weight alone, and not on the size: open places of a sparse matrix, say.
+
+        Args:
+            weight: dense matrix (out_features, in_features), its rows and columns scaled by the roots of the Grams'
+                diagonals.
+        """
+        return self
+
     @classmethod
     @abstractmethod
     def candidates(cls, in_features: int, out_features: int, budget: int) -> Iterable[Structure]:
@@ -220,10 +229,17 @@ def _read(value: Any) -> Any:
     return from_record(value) if isinstance(value, Mapping) else value
 
 
+def shown(structure: Structure) -> dict[str, Any]:
+    """Return the fields to print: those that are set, without the ones kept out of the repr (long ones)."""
+    hidden = {field.name for field in dataclasses.fields(structure) if not field.repr}  # type: ignore[arg-type]
+    given = hyperparameters(structure).items()
+    return {name: value for name, value in given if value is not None and name not in hidden}
+
+
 def show(structure: Structure) -> str:
     """Describe a structure in a line: its name and the fields that are set, the parts of a sum joined by a plus."""
-    fields = hyperparameters(structure)
+    fields = shown(structure)
     if set(fields) == {"parts"}:
         return " + ".join(show(part) for part in fields["parts"])
-    given = ", ".join(f"{name}={value}" for name, value in fields.items() if value is not None)
+    given = ", ".join(f"{name}={value}" for name, value in fields.items())
     return f"{structure.name}({given})"

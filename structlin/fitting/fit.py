@@ -13,6 +13,7 @@ from torch import Tensor
 from structlin.equation.spec import Spec
 from structlin.equation.structure import Family, Structure
 from structlin.fitting.budget import Budget, NoMemberError, within
+from structlin.fitting.linear import solve, solves
 from structlin.fitting.objective import InputGram, Objective, divided, make_objective, norm
 from structlin.fitting.refine import Refinement, low_rank_summand
 from structlin.runtime.contract import to_dense
@@ -160,16 +161,19 @@ class _Problem:
         """Decompose, refine, and measure."""
         run = self.start(structure, self.steps(structure, refine))
         run.advance()
-        return self.measured(structure, run.spec, run.result())
+        return self.measured(run.structure, run.spec, run.result())
 
     def start(self, structure: Structure, steps: int) -> Run:
         """Decompose, and prepare the refinement if there is something to gain."""
+        structure = structure.suited(self.objective.weight * self.objective.scales().sqrt())
         spec = structure.spec(self.weight.shape[1], self.weight.shape[0])
         factors = self._start(structure, spec)
         if (not steps and self.objective.plain and len(spec.equations) == 1) or _is_low_rank(spec):
             return Run(structure, spec, factors, self.objective, None)
         # float32 is enough for the steps, unless the weight itself has the digits of float64.
         objective = self._double if not steps or self.weight.dtype == torch.float64 else self._single
+        if solves(spec):
+            return Run(structure, spec, [solve(spec, factors[0], objective, steps)], self.objective, None)
         refinement = Refinement(spec, [f.to(objective.weight.dtype) for f in factors], objective, steps)
         return Run(structure, spec, factors, self.objective, refinement)
 

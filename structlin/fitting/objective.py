@@ -61,6 +61,26 @@ class Objective:
         """Compute the error of a dense approximation (out, in) relative to the norm of the weight."""
         return self.error(self.weight - approximation.to(self.weight.dtype)) / self.total
 
+    def scales(self) -> Tensor:
+        """Return the product of the diagonals of H and G at each entry of the weight, (out, in)."""
+        found = torch.ones_like(self.weight)
+        if self.inputs is not None:
+            found = found * torch.linalg.vector_norm(self.inputs, dim=0).square()
+        if self.gram is not None:
+            found = found * self.gram.diagonal().real.clamp_min(0)
+        if self.outputs is not None:
+            found = found * torch.linalg.vector_norm(self.outputs, dim=1, keepdim=True).square()
+        return found.to(self.weight.dtype)
+
+    def gradient(self, difference: Tensor) -> Tensor:
+        """Return half the gradient of the squared error for a difference (out, in)."""
+        if self.gram is None:
+            image = self._image(difference)
+            back = image if self.inputs is None else (self.inputs.mH @ image.to(self.inputs.dtype)).to(image.dtype)
+        else:
+            back = self._image(difference)
+        return (back if self.outputs is None else back @ self.outputs.mH).mT
+
     def basis(self, difference: Tensor, rank: int) -> Tensor:
         """Compute the orthonormal basis (out, rank) of outputs on which a difference (out, in) is the largest."""
         if self.gram is None:

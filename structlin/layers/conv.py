@@ -171,7 +171,7 @@ class StructuredConv(nn.Module):
         chains = small_convolutions(linear.spec, self.kernel_size)
         if chains is not None:
             return convolve(linear.spec, linear.factors, chains, x, linear.bias, steps)
-        kernel = linear.to_dense().reshape(self.out_channels, self.in_channels, *self.kernel_size)
+        kernel = linear._execution.dense(linear.factors).reshape(self.out_channels, self.in_channels, *self.kernel_size)
         return convolve_dense(x, kernel, linear.bias, steps)
 
     def _mapped(self, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from structlin.equation.structure import Structure, hyperparameters
+from structlin.equation.structure import Structure, shown
 from structlin.equation.unfolding import unfoldings
 from structlin.layers.init import initial_factors
 from structlin.layers.quantized import QuantizedFactor
@@ -199,8 +199,7 @@ class Factored(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, hyperparameters and the share of the dense parameters that is kept."""
-        given = {name: value for name, value in hyperparameters(self.structure).items() if value is not None}
-        fields = "".join(f", {name}={value}" for name, value in given.items())
+        fields = "".join(f", {name}={value}" for name, value in shown(self.structure).items())
         if formats := sorted({str(form) for form in self.formats.values()}):
             fields += f", quantized={'+'.join(formats)}"
         stack = f"experts={self.stack[0]}, " if self.stack else ""

@@ -55,6 +55,7 @@ def factor_rms(eq: Equation, std: float) -> float:
     bonds = set(eq.size) - {*eq.outputs, *eq.inputs}
     # E[W^2] = (number of summands) * product of the factors' mean squares.
     fixed = math.prod(statistics.fmean(x * x for x in factor.constant) for factor in eq.factors if factor.constant)
+    fixed *= math.prod(f.tie.density(*eq.shape(f.modes[:2])) for f in eq.factors if f.tie is not None)
     learned = sum(factor.learned for factor in eq.factors)
     summands = math.log(eq.numel(sorted(bonds)))  # of a long chain more than a float can count
     return math.exp((2 * math.log(std) - summands - math.log(fixed)) / (2 * learned))
@@ -62,7 +63,7 @@ def factor_rms(eq: Equation, std: float) -> float:
 
 def _equation_factors(eq: Equation, std: float, dtype: torch.dtype) -> list[Tensor]:
     drawn = [
-        _constant(eq, factor, dtype) if factor.constant else _blocks(eq, factor, absorbed, dtype)
+        _drawn(eq, factor, absorbed, dtype)
         for factor, absorbed in zip(eq.factors, eq.absorb(range(len(eq.factors))), strict=True)
     ]
     target = factor_rms(eq, std)
@@ -74,8 +75,12 @@ def _equation_factors(eq: Equation, std: float, dtype: torch.dtype) -> list[Tens
     ]
 
 
-def _constant(eq: Equation, factor: Factor, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(factor.constant, dtype=dtype).reshape(eq.shape(factor.modes))
+def _drawn(eq: Equation, factor: Factor, absorbed: Absorption, dtype: torch.dtype) -> Tensor:
+    if factor.constant:
+        return torch.tensor(factor.constant, dtype=dtype).reshape(eq.shape(factor.modes))
+    if factor.tie is not None:
+        return torch.randn(eq.stored(factor), dtype=dtype)
+    return _blocks(eq, factor, absorbed, dtype)
 
 
 def _blocks(eq: Equation, factor: Factor, absorbed: Absorption, dtype: torch.dtype) -> Tensor:

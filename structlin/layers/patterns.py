@@ -1,7 +1,7 @@
-"""Matrices whose entries share values in a pattern: circulant, Toeplitz, diagonal, sparse.
+"""A matrix whose entries share values in a pattern of yours.
 
-They are the baselines of the tables on K-matrices. A pattern is no equation of small factors: these layers stand beside
-`StructuredLinear`, with the same surface, but neither rules nor checkpoints of `structlin.save` know them.
+The usual patterns are structures (`circulant`, `toeplitz`, `diagonal`, `sparse`). One given by a table is no equation:
+this layer has the surface of `StructuredLinear`, but neither rules nor checkpoints of `structlin.save` know it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CLOSE = 1e-12  # squared relative residual at which they stop
 class PatternLinear(nn.Module):
     """Apply y = x W^T + b with W[o, i] = values[pattern[o, i]], or 0 where the pattern is -1.
 
-    Cost: one parameter for each number in the pattern; the FLOPs of a dense product, unless a subclass knows better.
+    Cost: one parameter for each number in the pattern; the FLOPs of a dense product.
 
     Args:
         in_features: size of each input row.
@@ -148,122 +148,3 @@ class PatternLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"parameters={self.num_parameters}"
         )
-
-
-class ToeplitzLinear(PatternLinear):
-    """Apply a matrix that is constant along its diagonals, W[o, i] = values[o - i + in_features - 1], by FFT.
-
-    Cost: in + out - 1 parameters; O(N log N) FLOPs per token, N = in + out - 1.
-
-    Example:
-        >>> ToeplitzLinear(64, 32).num_parameters
-        95
-    """
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, **options: Any) -> None:
-        rows, columns = torch.arange(out_features).unsqueeze(1), torch.arange(in_features)
-        super().__init__(in_features, out_features, bias, pattern=rows - columns + in_features - 1, **options)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute x W^T + b for x of shape (..., in_features)."""
-        found = _convolved(x, self.values, self.in_features + self.out_features - 1)
-        y = found[..., self.in_features - 1 :].to(x.dtype)  # places from in - 1 on do not wrap around
-        return y.contiguous() if self.bias is None else y + self.bias
-
-
-class CirculantLinear(PatternLinear):
-    """Apply W[o, i] = values[(o - i) mod n], n the larger size, by FFT: diagonal in the Fourier basis.
-
-    Cost: n parameters; O(n log n) FLOPs per token.
-
-    Example:
-        >>> CirculantLinear(64, 64).num_parameters
-        64
-    """
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, **options: Any) -> None:
-        rows, columns = torch.arange(out_features).unsqueeze(1), torch.arange(in_features)
-        pattern = (rows - columns) % max(in_features, out_features)
-        super().__init__(in_features, out_features, bias, pattern=pattern, **options)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute x W^T + b for x of shape (..., in_features)."""
-        y = _convolved(x, self.values, len(self.values))[..., : self.out_features].to(x.dtype)
-        return y.contiguous() if self.bias is None else y + self.bias
-
-
-class DiagonalLinear(PatternLinear):
-    """Multiply each number by a learned one; where sizes differ, surplus inputs are dropped, surplus outputs zero.
-
-    Cost: min(in, out) parameters and FLOPs per token.
-    """
-
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, **options: Any) -> None:
-        rows, columns = torch.arange(out_features).unsqueeze(1), torch.arange(in_features)
-        pattern = torch.where(rows == columns, columns, -1)
-        super().__init__(in_features, out_features, bias, pattern=pattern, **options)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute x W^T + b for x of shape (..., in_features)."""
-        count = len(self.values)
-        y = F.pad(x[..., :count] * self.values, (0, self.out_features - count))
-        return y if self.bias is None else y + self.bias
-
-
-class SparseLinear(PatternLinear):
-    """Apply a matrix with a share of entries in fixed places, the others zero.
-
-    Cost: round(ratio in out) parameters; the FLOPs of a dense product. The places are drawn at random;
-    `from_linear` takes those of the largest |W[o, i]| sqrt(G[i, i]).
-
-    Args:
-        in_features: size of each input row.
-        out_features: size of each output row.
-        bias: learn an additive bias.
-        ratio: share of the entries, 0 to 1.
-        places: (out_features, in_features), true where an entry is learned, in place of a ratio.
-    Raises:
-        ValueError: if there is neither ratio nor places, or both, or the ratio is out of range.
-    Source: Sun et al. 2023, Wanda (the choice of places with a Gram).
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        ratio: float | None = None,
-        places: Tensor | None = None,
-        **options: Any,
-    ) -> None:
-        if (ratio is None) == (places is None) or not 0 < (1 if ratio is None else ratio) <= 1:
-            raise ValueError(f"ratio={ratio}; give a share above 0 and up to 1, or places=, and not both")
-        if places is None:
-            places = _largest(torch.rand(out_features, in_features), ratio or 1)
-        counted = places.flatten().long().cumsum(0).view_as(places) - 1
-        super().__init__(in_features, out_features, bias, pattern=torch.where(places, counted, -1), **options)
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, *, gram: Tensor | None = None, **options: Any) -> Self:
-        """Take the entries of the largest scores, and fit them."""
-        score = linear.weight.detach().abs()
-        if gram is not None:
-            score = score * gram.diagonal().to(score).sqrt()
-        places = options.pop("places", None)
-        places = _largest(score, options.pop("ratio")) if places is None else places
-        return super().from_linear(linear, gram=gram, places=places.cpu(), **options)
-
-
-def _convolved(x: Tensor, kernel: Tensor, n: int) -> Tensor:
-    """Return the cyclic convolution of length n of the last axis with a real kernel."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return torch.fft.irfft(torch.fft.rfft(x.to(wide), n) * torch.fft.rfft(kernel.to(wide), n), n)
-
-
-def _largest(score: Tensor, ratio: float) -> Tensor:
-    """Return true in the places of the largest scores, a share of all."""
-    count = max(round(ratio * score.numel()), 1)
-    places = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
-    places[score.flatten().topk(count).indices] = True
-    return places.view_as(score)

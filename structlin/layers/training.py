@@ -85,5 +85,7 @@ def _factor_rates(spec: Spec) -> Iterator[tuple[str, tuple[float, int]]]:
         for factor, size, norm in zip(factors, sizes, norms, strict=True):
             if factor.learned:
                 others = math.prod(norms) / norm
+                if factor.tie is not None:  # of a matrix that is mostly zero the norm is as much smaller
+                    others *= factor.tie.density(*eq.shape(factor.modes[:2]))
                 dense = math.sqrt(spec.in_features * spec.out_features)
                 yield factor.name, (dense / (count * math.sqrt(math.prod(size)) * others), count)

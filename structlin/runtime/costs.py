@@ -69,6 +69,9 @@ PLAN_SLOWER = 1.15  # time of a plan with bias and fresh memory / of its product
 PLAN_SECONDS = 6e-6  # s: the Python around a plan
 DENSE_SECONDS = 2e-6  # s: the Python around a product with a dense matrix
 DENSE_GAIN = 0.9  # a dense matrix is kept where its predicted time is below this share of every other way's
+WRITING = 2e-9  # s for each entry of a factor that is written out from its values
+PATTERN_FLOPS = 8e9  # of FFTs, products of spectra and small blocks, per s
+PATTERN_SECONDS = 60e-6  # s: the operations around them
 SMALL = 4 << 20  # B of activations that are not worth recomputing in the backward pass
 
 # Looking rows up (contract/lookup.py) ---------------------------------------------------------------------------------

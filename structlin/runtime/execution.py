@@ -87,6 +87,7 @@ class Execution:
         self.frozen = factors
         self._facts: Facts | None = None
         self._known: kernels.Known | None = None
+        self._dense: Tensor | None = None
         # Runs the layer without this class, given an input and the parameters; returns None if this class must decide.
         self.shortcut: Callable[[Tensor, dict[str, Any]], Tensor | None] | None = None
 
@@ -95,6 +96,16 @@ class Execution:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+    def dense(self, factors: tuple[Tensor, ...]) -> Tensor:
+        """Return the dense matrix of factors; kept if they are frozen and no gradient is asked for."""
+        frozen = self.frozen is not None and not is_compiling() and all(map(is_, factors, self.frozen))
+        if not frozen or _learns(factors) or not unobserved():
+            return contract.to_dense(self.spec, factors)
+        if self._dense is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._dense = contract.to_dense(self.spec, factors)
+        return self._dense
 
     # Running ---------------------------------------------------------------------------------------------------------
 
@@ -141,7 +152,7 @@ class Execution:
         kept = derived(way, factors) if (found := next(same, None)) is None else found
         facts.choices[rows, mode, native] = way, kept
         # The shortcut does not ask whether x needs a gradient: while frozen it serves calls without any.
-        if isinstance(way, Kernel) and not (facts.frozen and mode == TRAINING):
+        if isinstance(way, Kernel) and not self.spec.tied and not (facts.frozen and mode == TRAINING):
             if self._known is None:
                 self._known = way.chain.known(facts.given)
                 self.shortcut = kernels.shortcut(self._known)

@@ -55,7 +55,7 @@ def recomputed(
     It follows the plan `backward`: one that materialises goes by blocks of rows of the dense matrix, any other by
     chunks of tokens.
     """
-    result: Tensor = _Function.apply(spec, plan, backward, x, bias, *factors)
+    result: Tensor = _Function.apply(spec.untied, plan, backward, x, bias, *contract.expanded(spec, factors))
     return result
 
 

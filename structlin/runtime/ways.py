@@ -16,11 +16,20 @@ from torch import Tensor
 
 from structlin.equation.spec import Spec
 from structlin.runtime import contract, planner
-from structlin.runtime.costs import DENSE_GAIN, DENSE_SECONDS, PLAN_SECONDS, PLAN_SLOWER, SMALL
+from structlin.runtime.costs import (
+    DENSE_GAIN,
+    DENSE_SECONDS,
+    PATTERN_FLOPS,
+    PATTERN_SECONDS,
+    PLAN_SECONDS,
+    PLAN_SLOWER,
+    SMALL,
+    WRITING,
+)
 from structlin.runtime.kernels import Chain, chain_of, launches
 from structlin.runtime.machines import machine_of
 from structlin.runtime.planner import Order, Plan
-from structlin.runtime.recompute import at_once, backward_plan, by_chunks, recomputed
+from structlin.runtime.recompute import at_once, backward_plan, by_chunks, recomputed, with_bias
 
 Mode = Literal["training", "eval", "frozen"]
 # With gradients of anything; without; without, and what is derived from the factors is kept (`structlin.freeze_`).
@@ -170,7 +179,23 @@ class Recomputed(_Planned):
         return recomputed(self.spec, factors, x, bias, self.plan, self.backward)
 
 
-Way = Kernel | Launches | KeptDense | KeptOperands | Chunked | Autograd | Recomputed
+@dataclass(frozen=True)
+class Direct:
+    """A product that knows the pattern of its one factor, FFT or blocks: see `contract.direct`."""
+
+    name: ClassVar[str] = "by its pattern"
+    keeps: ClassVar[None] = None
+    spec: Spec
+    seconds: float
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+        return with_bias(contract.by_pattern(self.spec, factors[0], x), bias)
+
+
+Way = Kernel | Launches | KeptDense | KeptOperands | Chunked | Autograd | Recomputed | Direct
 
 
 def ways(spec: Spec, key: Key, orders: Sequence[Order] = ("auto",)) -> list[Way]:
@@ -178,21 +203,26 @@ def ways(spec: Spec, key: Key, orders: Sequence[Order] = ("auto",)) -> list[Way]
     machine, itemsize = machine_of(key.device), key.dtype.itemsize
     rows = min(key.rows, MOST_ROWS)
     scale = key.rows / rows
+    writing = WRITING * spec.written  # of tied factors, in each call
     found: list[Way] = []
     for order in orders:
         folded = key.mode == FROZEN
         plan = planner.find_plan(spec, rows, itemsize=itemsize, machine=machine, order=order, folded=folded)
         seconds = plan.seconds * (PLAN_SLOWER if itemsize >= 4 else 1.0) + PLAN_SECONDS
         if not (folded and plan.materialises):  # that is the dense matrix, kept
-            found.append(_planned(spec, plan, scale * seconds, key))
+            found.append(_planned(spec, plan, scale * seconds + (0.0 if folded else writing), key))
     if key.mode == FROZEN:
         sizes = spec.in_features, spec.out_features
         dense = planner.dense_seconds(*sizes, rows, itemsize=itemsize, machine=machine) + DENSE_SECONDS
         found.append(KeptDense(spec, scale * dense))
+    flops = contract.flops_by_pattern(spec)
+    if flops is not None:
+        found.append(Direct(spec, scale * (rows * flops / PATTERN_FLOPS + PATTERN_SECONDS)))
     if key.native:
         chain = chain_of(spec)
-        found.append(Kernel(chain, scale * chain.seconds(rows, itemsize=itemsize, machine=machine)))
-    if launches.chosen(key.device, key.dtype):
+        seconds = chain.seconds(rows, itemsize=itemsize, machine=machine)
+        found.append(Kernel(chain, scale * seconds + writing))
+    if launches.chosen(key.device, key.dtype) and not spec.tied:
         found.append(Launches(spec, scale * launches.seconds(spec, rows, itemsize, machine)))
     return found
 

@@ -10,10 +10,12 @@ from structlin.fitting import linalg
 from structlin.layers.linear import StructuredLinear, layer_of
 from structlin.structures.blast import Blast, BlastLinear
 from structlin.structures.butterfly import Butterfly, ButterflyLinear
+from structlin.structures.circulant import Circulant, CirculantLinear
 from structlin.structures.conv import ConvKernel, of_kernel, over_kernel
 from structlin.structures.conv_layers import CPConv1d, CPConv2d, TTConv1d, TTConv2d, TuckerConv1d, TuckerConv2d
 from structlin.structures.cp import CP, CPLinear
 from structlin.structures.dense import Dense, DenseLinear
+from structlin.structures.diagonal import Diagonal, DiagonalLinear
 from structlin.structures.glt import GLT, GLTLinear
 from structlin.structures.kaleidoscope import Kaleidoscope, KaleidoscopeLinear, KMatrix
 from structlin.structures.kronchain import KroneckerChain, KroneckerChainLinear
@@ -22,7 +24,9 @@ from structlin.structures.lowrank import LowRank, LowRankLinear
 from structlin.structures.monarch import Monarch, MonarchLinear
 from structlin.structures.phm import PHM, PHMLinear
 from structlin.structures.shapeshifter import Shapeshifter, ShapeshifterLinear
+from structlin.structures.sparse import Sparse, SparseLinear
 from structlin.structures.sum import Sum, SumFamily, SumLinear, families, family, sum_of
+from structlin.structures.toeplitz import Toeplitz, ToeplitzLinear
 from structlin.structures.tt import TensorTrain, TTEmbedding, TTLinear
 from structlin.structures.tucker import Tucker, TuckerLinear
 
@@ -37,9 +41,13 @@ __all__ = [
     "CPConv1d",
     "CPConv2d",
     "CPLinear",
+    "Circulant",
+    "CirculantLinear",
     "ConvKernel",
     "Dense",
     "DenseLinear",
+    "Diagonal",
+    "DiagonalLinear",
     "Family",
     "GLTLinear",
     "KMatrix",
@@ -56,6 +64,8 @@ __all__ = [
     "PHMLinear",
     "Shapeshifter",
     "ShapeshifterLinear",
+    "Sparse",
+    "SparseLinear",
     "Spec",
     "Structure",
     "StructuredLinear",
@@ -67,6 +77,8 @@ __all__ = [
     "TTEmbedding",
     "TTLinear",
     "TensorTrain",
+    "Toeplitz",
+    "ToeplitzLinear",
     "Tucker",
     "TuckerConv1d",
     "TuckerConv2d",

@@ -53,18 +53,32 @@ class Sum(Structure):
                 equations.append(replace(eq, factors=named))
         return Spec(in_features, out_features, tuple(equations))
 
+    def suited(self, weight: Tensor) -> Sum:
+        if all(type(part).suited is Structure.suited for part in self.parts):
+            return self
+        parts, rest = [], weight
+        for part in self.parts:
+            parts.append(part.suited(rest))
+            rest = rest - to_dense(*_fitted(parts[-1], rest))
+        return Sum(parts=tuple(parts))
+
     def decompose(self, weight: Tensor) -> list[Tensor]:
         factors: list[Tensor] = []
         rest = weight  # residual of the parts so far
         for part in self.parts:
-            found = [factor.to(weight.dtype) for factor in part.decompose(rest)]
-            rest = rest - to_dense(part.spec(weight.shape[1], weight.shape[0]), found)
+            spec, found = _fitted(part, rest)
+            rest = rest - to_dense(spec, found)
             factors += found
         return factors
 
     @classmethod
     def candidates(cls, in_features: int, out_features: int, budget: int) -> NoReturn:
         raise ValueError("the parts of this sum are not named, so a ratio finds no sizes; use 'a+b', or give parts=")
+
+
+def _fitted(part: Structure, weight: Tensor) -> tuple[Spec, list[Tensor]]:
+    factors = [factor.to(weight.dtype) for factor in part.decompose(weight)]
+    return part.spec(weight.shape[1], weight.shape[0]), factors
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,7 @@ HOSTILE: dict[str, tuple[Any, Any, str]] = {
     "kind": (document({"0": layer(LONG)}), {}, "layer '0': "),
     "field": (document({"0": layer("lowrank", **{LONG: 1})}), {}, "layer '0': lowrank does not take "),
     "field above many": (document({"0": layer("sum", **{LONG: list(range(2**16))})}), {}, "65536 items; expected at"),
-    "text": (document({"0": layer("lowrank", rank=LONG)}), {}, "rank: 1048576 letters; expected at most 1000"),
+    "text": (document({"0": layer("lowrank", rank=LONG)}), {}, "rank: 1048576 letters; expected at most 262144"),
     "layer": (document({LONG: layer("lowrank", rank=1)}), {}, "name 'xxx.* has 1048576 letters; expected at most 1000"),
     "alias": (document(aliases={LONG: "t0"}), many(1, [0]), "name 'xxx.* has 1048576 letters"),
     "aliases": (

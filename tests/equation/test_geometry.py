@@ -12,7 +12,7 @@ from structlin.runtime.contract import to_dense
 from structlin.structures import CP, Kronecker, LowRank, Monarch
 
 # Where the count is a bound: blocks of one entry or padding, products that have further gauges, sums of low ranks.
-BOUNDS = {"blast", "kronchain", "sum", "conv"}
+BOUNDS = {"blast", "kronchain", "sum", "conv", "toeplitz", "diagonal"}
 
 
 def jacobian_rank(spec) -> int:

@@ -9,8 +9,10 @@ import torch
 from cases import ONE
 from torch import nn
 
-from structlin import LowRankLinear, StructuredLinear
+from structlin import LowRankLinear, StructuredLinear, freeze_, unfreeze_
 from structlin.layers.conv import CONVS, StructuredConv
+from structlin.runtime import execution
+from structlin.structures import Circulant
 from structlin.testing import assert_close
 
 OPTIONS = {
@@ -151,3 +153,24 @@ def test_wrong_sizes_are_refused():
         StructuredConv(LowRankLinear(7, 9, rank=2), 2, stride=(2,))
     with pytest.raises(ValueError, match=r"in_features=7 is no multiple of the 9 taps of \(3, 3\)"):
         StructuredConv(LowRankLinear(7, 9, rank=2), 2, kernel_size=(3, 3))
+
+
+def test_a_frozen_convolution_without_a_chain_keeps_its_kernel(monkeypatch):
+    layer = StructuredConv(StructuredLinear(36, 6, structure=Circulant(block=3)), 2, kernel_size=(3, 3), padding=(1, 1))
+    x = torch.randn(2, 4, 7, 6)
+    expected = layer(x)
+    calls = []
+    to_dense = execution.contract.to_dense
+    monkeypatch.setattr(execution.contract, "to_dense", lambda *given: calls.append(1) or to_dense(*given))
+    freeze_(layer.eval())
+    with torch.no_grad():
+        assert_close(layer(x), expected, "output")
+        layer(x)
+    assert len(calls) == 1
+    layer(x).sum().backward()  # asks for gradients: built anew
+    assert len(calls) == 2
+    assert layer.linear.values.grad is not None
+    unfreeze_(layer)
+    with torch.no_grad():
+        layer.linear.values.zero_()
+        assert_close(layer(x), layer.linear.bias.view(6, 1, 1).expand(2, 6, 7, 6), "output of the new factors")

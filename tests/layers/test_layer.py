@@ -17,8 +17,10 @@ import structlin
 from structlin import (
     BlastLinear,
     ButterflyLinear,
+    CirculantLinear,
     CPLinear,
     DenseLinear,
+    DiagonalLinear,
     GLTLinear,
     KMatrix,
     KroneckerChainLinear,
@@ -27,8 +29,10 @@ from structlin import (
     MonarchLinear,
     PHMLinear,
     ShapeshifterLinear,
+    SparseLinear,
     StructuredLinear,
     SumLinear,
+    ToeplitzLinear,
     TTLinear,
     TuckerLinear,
 )
@@ -52,6 +56,10 @@ MAKERS = {
     "kmatrix": KMatrix,
     "monarch": lambda *a, **k: MonarchLinear(*a, blocks=4, **k),
     "dense": DenseLinear,
+    "circulant": lambda *a, **k: CirculantLinear(*a, block=8, **k),
+    "toeplitz": ToeplitzLinear,
+    "diagonal": lambda *a, **k: DiagonalLinear(*a, blocks=4, **k),
+    "sparse": lambda *a, **k: SparseLinear(*a, ratio=0.3, **k),
     "blast": lambda *a, **k: BlastLinear(*a, blocks=2, rank=3, **k),
     "sum": lambda *a, **k: SumLinear(*a, parts=(LowRank(rank=2), TensorTrain(rank=2)), **k),
 }

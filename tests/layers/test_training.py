@@ -37,7 +37,8 @@ def test_a_step_moves_the_matrix_as_far_as_a_dense_one(kind):
     expected = step_of(dense, direction, [{"params": dense.parameters(), "lr": 1e-4}])
     layer = MAKERS[kind](48, 64, False)
     found = step_of(layer, direction, param_groups(layer, 1e-4))
-    assert 0.3 < found / expected < 1.1
+    # A Toeplitz matrix of the direction's signs has no rank of one: its norm is that of a random one.
+    assert (0.2 if kind == "toeplitz" else 0.3) < found / expected < 1.1
 
 
 def test_rates_of_a_low_rank_layer_are_those_of_the_formula():

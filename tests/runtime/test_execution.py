@@ -116,16 +116,16 @@ def test_recomputed_gradients_of_complex_numbers(structure, order):
 @pytest.mark.parametrize("most", [1, 5, 16, 1000])
 def test_gradients_by_blocks_of_rows(name, most):
     for layer in layers(name):
-        for eq in layer.spec.equations:
-            rows = [row for block in blocks(layer.spec, eq, most) for row in range(layer.out_features)[block.rows]]
+        spec = layer.spec.untied  # ties are outside of the function
+        factors = [factor.detach().requires_grad_() for factor in contract.expanded(layer.spec, layer.factors)]
+        for eq in spec.equations:
+            rows = [row for block in blocks(spec, eq, most) for row in range(layer.out_features)[block.rows]]
             assert rows == [*range(layer.out_features)]
-            assert all(block.spec.out_features <= most for block in blocks(layer.spec, eq, most))
+            assert all(block.spec.out_features <= most for block in blocks(spec, eq, most))
         x = torch.randn(9, layer.in_features, dtype=torch.float64, requires_grad=True)
         grad_output = torch.randn(9, layer.out_features, dtype=torch.float64)
-        found = contract.gradients_by_rows(
-            layer.spec, x.detach(), layer.factors, grad_output, True, range(len(layer.factors)), most
-        )  # fmt: skip
-        expected = torch.autograd.grad(F.linear(x, layer.to_dense()), [x, *layer.factors], grad_output)
+        found = contract.gradients_by_rows(spec, x.detach(), factors, grad_output, True, range(len(factors)), most)
+        expected = torch.autograd.grad(F.linear(x, contract.to_dense(spec, factors)), [x, *factors], grad_output)
         for ours, theirs in zip(found, expected, strict=True):
             assert_close(ours, theirs, str(layer))
 

@@ -114,7 +114,8 @@ def test_bfloat16_is_rounded_only_at_the_end(name, tokens):
         y, expected = (chain_of(layer.spec)(i, of.factors, of.bias) for i, of in ((x, half), (same, wide)))
         found = [y, *gradients(half, y, x, slope)]
         for ours, theirs in zip(found, [expected, *gradients(wide, expected, same, slope.float())], strict=True):
-            assert_close(ours, theirs.bfloat16(), str(layer), AGAIN)
+            # The gradient of a factor that is written out is rounded before the entries of each value are summed.
+            assert_close(ours, theirs.bfloat16(), str(layer), 5e-3 if layer.spec.tied else AGAIN)
 
 
 @pytest.mark.parametrize("tokens", [1, 40])

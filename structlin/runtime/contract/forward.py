@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from structlin.equation.spec import Equation, Spec
+from structlin.runtime.contract.tied import expanded
 from structlin.runtime.eager import constant
 from structlin.runtime.planner import CPU, EquationPlan, Merge, Plan, View, merge_plan
 
@@ -23,7 +24,7 @@ def apply(spec: Spec, factors: Sequence[Tensor], x: Tensor, plan: Plan) -> Tenso
 def merge_factors(spec: Spec, factors: Sequence[Tensor], plan: Plan) -> Operands:
     """Merge factors as a plan says and read the results as the operands of its products (views where possible)."""
     operands = []
-    for (_, part), eq_plan in zip(spec.split(factors), plan.parts, strict=True):
+    for (_, part), eq_plan in zip(spec.split(expanded(spec, factors)), plan.parts, strict=True):
         slots = merged(eq_plan.merges, part)
         operands.append([read(slots[step.factor], step.factor_view) for step in eq_plan.steps])
     return operands
@@ -59,7 +60,7 @@ def run(spec: Spec, operands: Operands, x: Tensor, plan: Plan) -> Tensor:
 def to_dense(spec: Spec, factors: Sequence[Tensor]) -> Tensor:
     """Build the dense matrix W (out_features, in_features), differentiable; the FLOPs are those of all merges."""
     total = None
-    for eq, part in spec.split(factors):
+    for eq, part in spec.split(expanded(spec, factors)):
         merges, view = _merges(eq)
         last = merged(merges, part)[-1]
         last = last if merges else last.clone()  # a single factor: what is written into W goes to a temporary

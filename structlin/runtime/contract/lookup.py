@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 
 from structlin.equation.spec import Equation, Modes, Spec
+from structlin.runtime.contract.tied import expanded
 from structlin.runtime.costs import LOOKUP_BYTES
 from structlin.runtime.eager import constant
 from structlin.runtime.planner import TOKENS
@@ -58,7 +59,7 @@ def entries_per_token(spec: Spec) -> int:
 
 def _contracted(spec: Spec, rows: Tensor, *factors: Tensor) -> Tensor:
     total = None
-    for eq, part in spec.split(factors):
+    for eq, part in spec.split(expanded(spec, factors)):
         digits = _digits(eq, rows, spec.out_features)
         state: Tensor | None = None
         kept: Modes = ()

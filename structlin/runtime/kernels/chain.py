@@ -11,6 +11,7 @@ from torch import Tensor
 
 from structlin.equation.spec import Spec
 from structlin.runtime import planner
+from structlin.runtime.contract import expanded
 from structlin.runtime.costs import NATIVE_ROWS
 from structlin.runtime.eager import constant, plain, suits, unobserved
 from structlin.runtime.kernels import native
@@ -29,8 +30,8 @@ class Chain:
     @cached_property
     def program(self) -> Tensor:
         """The kernel's program (int32), written on first use."""
-        table = torch.tensor(program(self.spec), dtype=torch.int32, device="cpu")
-        SPECS[table] = self.spec
+        table = torch.tensor(program(self.spec.untied), dtype=torch.int32, device="cpu")
+        SPECS[table] = self.spec.untied
         return table
 
     def seconds(self, tokens: int, *, itemsize: int = 4, machine: Machine) -> float:
@@ -49,7 +50,7 @@ class Chain:
 
     def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         """Compute x W^T + bias for x of shape (..., in_features); the tensors must pass `suits`."""
-        return native.chain(x, tuple(factors), bias, self.program, self.spec.out_features)
+        return native.chain(x, tuple(expanded(self.spec, factors)), bias, self.program, self.spec.out_features)
 
     def known(self, parameters: tuple[Tensor | None, ...]) -> native.Known:
         """Return the record by which calls.cpp recognises a layer with these parameters; it allows no rows yet."""
@@ -63,7 +64,9 @@ class Chain:
 
     def traced(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         """Compute x W^T + bias as a node of torch.compile's graph; only if `traces` returned True."""
-        result: Tensor = torch.ops.structlin.chain(x, factors, bias, self.program, self.spec.out_features)
+        result: Tensor = torch.ops.structlin.chain(
+            x, expanded(self.spec, factors), bias, self.program, self.spec.out_features
+        )
         return result
 
     @constant
