@@ -34,7 +34,7 @@ template <class W> struct Operands {
         convert();
         return;
       }
-    for (const lib::Tensor& factor : kept) pointers.push_back(factor.const_data_ptr<W>());
+    for (const lib::Tensor& factor : kept) pointers.push_back(read<W>(factor));
   }
 
   void convert() {
@@ -43,7 +43,7 @@ template <class W> struct Operands {
     Scratch memory = scratch<1>(total, kept.size());
     for (const lib::Tensor& factor : kept) {
       float* to = memory.take(factor.numel());
-      const c10::BFloat16* from = factor.const_data_ptr<c10::BFloat16>();
+      const c10::BFloat16* from = read<c10::BFloat16>(factor);
       parallel_for(0, factor.numel(), 1 << 16, [&](int64_t begin, int64_t end) {
         for (int64_t e = begin; e < end; ++e) to[e] = from[e];
       });
@@ -105,8 +105,8 @@ lib::Tensor chain(const lib::Tensor& x, TensorList factors, const std::optional<
   lib::Tensor y = empty_of(sizes, x);
   const auto go = [&](auto zero) {
     using S = decltype(zero);
-    run_chain<S>(p, factors, shift.defined() ? shift.const_data_ptr<S>() : nullptr, rows.const_data_ptr<S>(),
-                 y.mutable_data_ptr<S>(), x.numel() / p.in_features());
+    run_chain<S>(p, factors, shift.defined() ? read<S>(shift) : nullptr, read<S>(rows),
+                 write<S>(y), x.numel() / p.in_features());
   };
   if (half) go(c10::BFloat16());
   else go(0.0f);
@@ -121,7 +121,7 @@ void run_chain_backward(const Program& p, TensorList factors, const S* x, const 
   std::vector<float*> sums(factors.size(), nullptr);
   int64_t total = 0;
   for (size_t k = 0; k < wanted.size(); ++k) {
-    sums[wanted[k]] = gradients[k].mutable_data_ptr<float>();
+    sums[wanted[k]] = write<float>(gradients[k]);
     total += gradients[k].numel();
   }
   if (tokens <= p.few_tokens()) {
@@ -140,7 +140,7 @@ void run_chain_backward(const Program& p, TensorList factors, const S* x, const 
   const int64_t tiles = (tokens + T - 1) / T;
   const int64_t parts = std::min<int64_t>(lib::get_num_threads(), tiles);
   const lib::Tensor others = zeros_of(std::vector<int64_t>{parts - 1, total}, factors[0]);
-  float* other = others.mutable_data_ptr<float>();
+  float* other = write<float>(others);
   parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       std::vector<float*> own = sums;
@@ -185,8 +185,8 @@ std::vector<lib::Tensor> chain_backward(const lib::Tensor& dy, const lib::Tensor
   for (const int64_t k : wanted) gradients.push_back(zeros_of(factors[k].sizes(), x));
   const auto go = [&](auto zero) {
     using S = decltype(zero);
-    run_chain_backward<S>(p, factors, rows.const_data_ptr<S>(), grad_output.const_data_ptr<S>(),
-                          input_gradient ? result[0].mutable_data_ptr<S>() : nullptr, x.numel() / p.in_features(),
+    run_chain_backward<S>(p, factors, read<S>(rows), read<S>(grad_output),
+                          input_gradient ? write<S>(result[0]) : nullptr, x.numel() / p.in_features(),
                           wanted, gradients);
   };
   if (half) go(c10::BFloat16());
