@@ -1,6 +1,6 @@
 """Time the kernel of structlin-kernels beside the one that `structlin.kernels.build()` made, both beside `nn.Linear`.
 
-    python benchmarks/wheels.py --built FOLDER [--threads 1] [--rounds 5]
+    python benchmarks/wheels.py --built FOLDER [--threads 1] [--rounds 3]
 
 structlin-kernels must be installed, and FOLDER be the cache ($STRUCTLIN_CACHE) that `build` filled, in this
 environment; tests/wheels.sh does both. A process for each kernel times a case in turn; each time is a ratio to
@@ -35,7 +35,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))  # scri
 
 from _results import RESULTS, ROOT, Columns, environment, say, store
 
-EFFORT = Effort(rounds=15, seconds=3e-4)  # of one visit to a case; short samples see few other processes
+EFFORT = Effort(rounds=7, seconds=3e-4)  # of one visit to a case; short samples see few other processes
 
 
 class Cell(NamedTuple):
@@ -52,7 +52,7 @@ class Cell(NamedTuple):
 def cells() -> list[Cell]:
     """List what is timed."""
     found = []
-    for size in (64, 768, 2048):
+    for size in (64, 512, 2048):
         structures = {
             "low rank": LowRank(rank=size // 8),
             "kronecker, 4 terms": Kronecker(terms=4),
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--built", help="cache folder with the library that was built here")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="", help="cases whose name contains this; stored in out/")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -34,7 +34,7 @@ cd /
 
 echo "== without a compiler"
 mkdir -p "$work/bin" "$work/empty"
-for tool in git false; do ln -sf "$(command -v $tool)" "$work/bin/$tool"; done
+for tool in git false; do ln -sf "$(type -P $tool)" "$work/bin/$tool"; done
 hidden() { env PATH="$work/venv/bin:$work/bin" CXX=/nonexistent CC=/nonexistent STRUCTLIN_CACHE="$work/empty" "$@"; }
 hidden "$python" -c "
 import pathlib, shutil, structlin
