@@ -30,7 +30,7 @@ class Variant(NamedTuple):
 
 
 VARIANTS = (  # the fastest first
-    Variant("x86-64-v4", _X86, _V4, ("-march=x86-64-v4", "-mprefer-vector-width=512")),
+    Variant("x86-64-v4", _X86, _V4, ("-march=x86-64-v4",)),
     Variant("x86-64-v3", _X86, _V3, ("-march=x86-64-v3",)),
     Variant("x86-64-v2", _X86, _V2, ("-march=x86-64-v2",)),
     Variant("arm64", _ARM, (), ()),
