@@ -4,7 +4,8 @@
 
 structlin-kernels must be installed, and FOLDER be the cache ($STRUCTLIN_CACHE) that `build` filled, in this
 environment; tests/wheels.sh does both. A process for each kernel times a case in turn; each time is a ratio to
-`nn.Linear` in the same process and moment. One thread, and its CPU time: other processes leave that alone. Stored as results/wheels.jsonl and .md; trials (`--only`) go to out/.
+`nn.Linear` in the same process and moment. One thread, and its CPU time: other processes leave that alone. Stored as
+results/wheels.jsonl and .md; trials (`--only`) go to out/.
 """
 
 from __future__ import annotations
