@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._C import (
+    _AutoDispatchBelowADInplaceOrView,
     _get_function_stack_at,
     _is_any_autocast_enabled,
     _is_tracing,
@@ -20,6 +21,8 @@ from torch.utils._device import DeviceContext
 
 TENSORS = (Tensor, torch.nn.Parameter)  # exact types: subclasses may compute differently
 DTYPES = (torch.float32, torch.bfloat16)  # that the native kernel takes
+
+below_autograd = _AutoDispatchBelowADInplaceOrView  # a context in which operators run without autograd
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -23,7 +23,7 @@ from structlin.layers.linear import build
 from structlin.runtime import planner
 from structlin.runtime.contract import forward
 from structlin.runtime.eager import suits
-from structlin.runtime.kernels import native
+from structlin.runtime.kernels import native, wheel
 from structlin.runtime.kernels.chain import chain_of
 from structlin.runtime.kernels.layouts import cost
 from structlin.runtime.kernels.program import program, stages
@@ -443,6 +443,7 @@ def test_a_library_that_does_not_load_is_named(monkeypatch, tmp_path):
     tmp_path.joinpath(native._name(native._stem(), b"not a library")).write_bytes(b"not a library")
     monkeypatch.setattr(native, "_loaded", lambda: False)
     monkeypatch.setattr(native._State, "usable", None)
+    monkeypatch.setattr(wheel, "find", lambda: (None, []))
     with pytest.warns(UserWarning, match="does not load"):
         assert not native.available()
 

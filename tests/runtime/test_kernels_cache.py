@@ -16,7 +16,7 @@ from test_kernels import switch_on
 
 from structlin.layers.linear import build
 from structlin.runtime import cache, kernels
-from structlin.runtime.kernels import native
+from structlin.runtime.kernels import native, wheel
 from structlin.structures import LowRank
 
 posix = pytest.mark.skipif(os.name != "posix", reason="owners and modes are those of POSIX")
@@ -33,6 +33,7 @@ def folder(monkeypatch, tmp_path):
     monkeypatch.setattr(native._State, "broken", None)
     monkeypatch.setattr(native, "_compile", lambda target: target.write_bytes(b"a library"))
     monkeypatch.setattr(native, "_loaded", lambda: True)
+    monkeypatch.setattr(wheel, "find", lambda: (None, []))
     return tmp_path / "cache"
 
 

@@ -2,11 +2,11 @@
 
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+
+#include "tensors.h"
 
 #if defined(__has_feature)
 #if __has_feature(address_sanitizer)
@@ -43,7 +43,7 @@ inline void unpoison(float*, int64_t) {}
 // loop would look like a race. It sees when plain threads begin and end.
 #ifdef __SANITIZE_THREAD__
 template <class F> void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& run) {
-  const int64_t most = (end - begin + grain - 1) / grain, count = std::min<int64_t>(at::get_num_threads(), most);
+  const int64_t most = (end - begin + grain - 1) / grain, count = std::min<int64_t>(lib::get_num_threads(), most);
   std::vector<std::thread> threads;
   for (int64_t k = 0; k < count; ++k)
     threads.emplace_back([=, &run] {
@@ -52,7 +52,7 @@ template <class F> void parallel_for(int64_t begin, int64_t end, int64_t grain, 
   for (std::thread& thread : threads) thread.join();
 }
 #else
-using at::parallel_for;
+using lib::parallel_for;
 #endif
 
 // Three faults, of which each sanitizer has to report its own: a write behind a part of scratch memory, the overflow of

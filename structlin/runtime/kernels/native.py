@@ -1,8 +1,7 @@
-"""Build and load the native kernel: C++, compiled once per CPU, Python and torch version."""
+"""Build and load the native kernel: C++, compiled once per CPU, Python and torch version; or that of a wheel."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import shlex
@@ -23,7 +22,8 @@ from torch import Tensor
 
 from structlin.runtime import cache
 from structlin.runtime.eager import constant
-from structlin.runtime.kernels import operators
+from structlin.runtime.kernels import operators, wheel
+from structlin.runtime.kernels.variants import digest
 from structlin.runtime.machines import processor
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("chain.cpp", "calls.cpp"))
@@ -36,10 +36,11 @@ WORDS = ("on", "off", "build")  # its values, in any letter case: use if built (
 def build() -> Path:
     """Compile the native kernel for this CPU and torch version into the user's cache: 10 to 20 s, once.
 
-    Structured layers in float32 and bfloat16 on a CPU then use it, in this process and later ones. The environment
-    variable STRUCTLIN_KERNELS=off disables the kernel, STRUCTLIN_KERNELS=build builds it on first use. The compiler
-    is $CXX, which may have arguments, and gets $CXXFLAGS. A library that was damaged since it was built, or that other
-    users own or may write to, is not loaded: layers warn and run without it, and `build` builds it again.
+    Structured layers in float32 and bfloat16 on a CPU then use it, in this process and later ones (in later ones only,
+    if this one runs the kernel of structlin-kernels already). The environment variable STRUCTLIN_KERNELS=off disables
+    the kernel, STRUCTLIN_KERNELS=build builds it on first use. The compiler is $CXX, which may have arguments, and gets
+    $CXXFLAGS. A library that was damaged since it was built, or that other users own or may write to, is not loaded:
+    layers warn and run without it, and `build` builds it again.
 
     Returns:
         The library's path: under $STRUCTLIN_CACHE, else $XDG_CACHE_HOME/structlin, else ~/.cache/structlin.
@@ -76,12 +77,20 @@ switch()  # a word that means nothing is refused at import, not in a forward pas
 
 @constant
 def available() -> bool:
-    """Return whether the native kernel is built, loads, and is not disabled by STRUCTLIN_KERNELS=off."""
+    """Return whether there is a native kernel that loads, and that STRUCTLIN_KERNELS=off does not disable.
+
+    The one that `build` built comes first, then that of the distribution structlin-kernels.
+    """
     if _State.usable is None:
         with _State.lock:  # torch refuses a library that two threads register
             if _State.usable is None:
                 _State.usable = _load(switch())
     return bool(_State.usable)
+
+
+def origin() -> Path | None:
+    """Return the library that runs: `build`'s, or that of structlin-kernels; None where layers run in plain torch."""
+    return _State.origin if available() else None
 
 
 def chain(x: Tensor, factors: tuple[Tensor, ...], bias: Tensor | None, program: Tensor, out_features: int) -> Tensor:
@@ -103,9 +112,9 @@ class Known(NamedTuple):
 
 
 def shortcut(known: Known) -> Callable[[Tensor, dict[str, Any]], Tensor | None] | None:
-    """Return a function of (input, parameters) that runs a layer in one call; None if built without Python's headers.
+    """Return a function of (input, parameters) that runs a layer in one call; None if the library has none.
 
-    The function returns None where `Execution` must decide.
+    It returns None where `Execution` must decide. Local builds with Python's headers have it, wheels do not.
     """
     recall = getattr(_State.calls, "recall", None)
     return partial(recall, known) if recall else None
@@ -113,43 +122,60 @@ def shortcut(known: Known) -> Callable[[Tensor, dict[str, Any]], Tensor | None] 
 
 class _State:
     usable: bool | None = None  # None: not checked yet
-    library: torch.library.Library | None = None  # registrations in torch; they end when this object is freed
-    calls: Any = None  # module (or torch.ops namespace) with the compiled functions
+    libraries: tuple[torch.library.Library, ...] = ()  # registrations in torch; they end when these objects are freed
+    calls: Any = None  # module (or torch.ops namespace) with the compiled functions, or `wheel`
+    origin: Path | None = None  # the library that is loaded
     lock = Lock()  # held while the library is loaded
     broken: Path | None = None  # a library that is as it was built, but did not load
 
 
 def _load(word: str) -> bool:
-    """Load the library if the switch's word allows; warn if there is one that cannot be used, or none can be built."""
+    """Load a library if the switch's word allows; warn of each that cannot be used, and if none can be built."""
     if word == "off":
         return False
+    refused: list[str] = []
+    for find, load in ((partial(_built, word), _load_built), (wheel.find, _load_wheel)):
+        path, reasons = find()
+        refused += reasons
+        if path is None:
+            continue
+        try:
+            if not _loaded():
+                load(path)
+                _State.origin = path
+            break
+        except (OSError, ImportError, SystemError) as error:
+            refused.append(f"{path} does not load: {error}")
+    else:
+        path = None
+    instead = f"{path} runs" if path else "layers run in plain torch until structlin.kernels.build() succeeds"
+    for reason in refused:
+        warnings.warn(f"a build of the native kernel is not used: {reason}; {instead}", stacklevel=2)
+    return path is not None
+
+
+def _built(word: str) -> tuple[Path | None, list[str]]:
+    """Return the library that `build` built, or builds now if the word says so; and why others may not be loaded."""
     if word == "build":
         try:
             build()
         except RuntimeError as error:
             warnings.warn(f"{SWITCH}=build, but {error}", stacklevel=2)
-            return False
+            return None, []
     path, refused = _find(_stem())
-    if path is None:
-        for reason in refused.values():
-            _warn(reason)
-        return False
-    if not _loaded():
-        try:
-            _State.calls = _open(path)
-        except (OSError, ImportError, SystemError) as error:
-            _State.broken = path
-            _warn(f"{path} does not load: {error}")
-            return False
-        _State.library = operators.register()
-    return True
+    return path, [] if path else list(refused.values())
 
 
-def _warn(reason: str) -> None:
-    warnings.warn(
-        f"the native kernel is not used: {reason}; layers run in plain torch until structlin.kernels.build() succeeds",
-        stacklevel=2,
-    )
+def _load_built(path: Path) -> None:
+    _State.broken = path  # until it has loaded
+    _State.calls = _open(path)
+    _State.broken = None
+    _State.libraries = (operators.register(),)
+
+
+def _load_wheel(path: Path) -> None:
+    _State.libraries = (wheel.load(path), operators.register())
+    _State.calls = wheel
 
 
 def _open(path: Path) -> Any:
@@ -198,16 +224,12 @@ def _stem() -> str:
     flags, link = _flags()
     sources = [source.read_text(encoding="utf-8") for source in (*SOURCES, *HEADERS)]
     facts = [*sources, torch.__version__, platform.python_version(), processor(), *flags, *link]
-    return f"chain-{_digest(chr(10).join(facts).encode())}-"
+    return f"chain-{digest(chr(10).join(facts).encode())}-"
 
 
 def _name(stem: str, content: bytes) -> str:
     """Return the library's name, which ends in a hash of its content: a damaged one would kill the process."""
-    return f"{stem}{_digest(content)}.so"
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+    return f"{stem}{digest(content)}.so"
 
 
 def _find(stem: str) -> tuple[Path | None, dict[Path, str]]:

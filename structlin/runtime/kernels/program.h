@@ -2,13 +2,11 @@
 
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-
 #include <cstdint>
 #include <vector>
 
 #include "guards.h"
+#include "tensors.h"
 
 namespace {
 
@@ -89,16 +87,16 @@ struct Program {
       const Record& r = record(k);
       multiplications += int64_t(r.outer) * r.rows * r.columns;
     }
-    const int64_t threads = tokens * multiplications < MANY ? 1 : at::get_num_threads();
+    const int64_t threads = tokens * multiplications < MANY ? 1 : lib::get_num_threads();
     return (tokens + threads - 1) / threads;
   }
 
   // Refuses factors of another size than the offsets cover: a parameter's `.data` may have been replaced since the
   // program was written. No read may leave a factor, and a larger one would be read in the wrong order.
-  void check(at::TensorList factors) const {
+  void check(TensorList factors) const {
     for (int k = 0; k < stages(); ++k) {
       const Record& r = record(k);
-      TORCH_CHECK(r.factor < int64_t(factors.size()) && factors[r.factor].numel() == r.entries,
+      REQUIRE(r.factor < int64_t(factors.size()) && factors[r.factor].numel() == r.entries,
                   "structlin::chain: factor ", r.factor, " is missing, or has not ", r.entries, " entries");
     }
   }

@@ -2,8 +2,6 @@
 
 #pragma once
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 
 #include "tiles.h"
@@ -129,7 +127,7 @@ template <class W> void run_row(const Stage& s, const W* w, const float* a, floa
 // those that share a block), or of the rows.
 template <class W>
 void run_large_row(const Program& p, const Stage& s, const W* w, const float* a, float* b, const Row& row) {
-  const int64_t threads = at::get_num_threads(), outer = s.outer / std::max(s.shared, 1);
+  const int64_t threads = lib::get_num_threads(), outer = s.outer / std::max(s.shared, 1);
   const int64_t shares = std::max<int64_t>(outer, s.rows / (2 * WIDEST));
   if (threads < 2 || shares < threads || s.run || int64_t(s.outer) * s.rows * s.columns < MANY)
     return run_row(s, w, a, b, row);

@@ -2,11 +2,11 @@
 
 #pragma once
 
-#include <c10/util/BFloat16.h>
-
 #include <cstdint>
 #include <cstring>
 #include <utility>
+
+#include "tensors.h"
 
 namespace {
 
@@ -52,7 +52,7 @@ template <int L> inline Vector<L> load(const float* from) {
 template <int L> inline void store(float* to, Vector<L> value) { std::memcpy(to, &value, sizeof(value)); }
 
 // A bfloat16 is the upper half of a float32.
-template <int L> inline Vector<L> load(const at::BFloat16* from) {
+template <int L> inline Vector<L> load(const c10::BFloat16* from) {
   Halves<L> halves;
   std::memcpy(&halves, from, sizeof(halves));
   return reinterpret_cast<Vector<L>>(__builtin_convertvector(halves, Bits<L>) << 16);
@@ -60,7 +60,7 @@ template <int L> inline Vector<L> load(const at::BFloat16* from) {
 
 // Rounds to nearest, ties to even. Rounding cannot carry a NaN over into a number: the NaNs here come from bfloat16 or
 // from the processor, and their lower half is zero.
-template <int L> inline void store(at::BFloat16* to, Vector<L> value) {
+template <int L> inline void store(c10::BFloat16* to, Vector<L> value) {
   const Bits<L> bits = reinterpret_cast<Bits<L>>(value);
   const Halves<L> halves = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves<L>);
   std::memcpy(to, &halves, sizeof(halves));
