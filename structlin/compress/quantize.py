@@ -239,6 +239,8 @@ def _stays(module: Factored, bits: int | None) -> str | None:
         return f"already {' '.join(sorted({str(form) for form in module.formats.values()}))}"
     if bits is None:
         return "as a rule has it"
+    if module.spec.tied:
+        return "tied numbers, which are few as they are"
     learned = [factor.name for factor in module.spec.factors if factor.learned]
     if any(name not in module._parameters for name in learned):
         raise ValueError("its factors are parametrised; remove the parametrisation first")
