@@ -11,7 +11,7 @@ from torch import Tensor
 from structlin.equation.unfolding import Unfolding
 
 BITS = (8, 4)
-LEAST = 64  # entries that share an int8 scale at least: a scale takes 2 to 4 bytes
+LEAST = 64  # entries that share a scale at least, by sharing it over rows: a scale takes 2 to 4 bytes
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ def format_for(bits: int, unfolding: Unfolding, group: int) -> Format:
         >>> eq = equation("o r, r i -> o i", ("left", "right"), {"o": 64, "r": 16, "i": 512})
         >>> left, right = unfoldings(Spec(512, 64, (eq,)))
         >>> format_for(8, right, 128), format_for(4, right, 128), format_for(4, left, 128)
-        (Format(bits=8, columns=512, rows=1), Format(bits=4, columns=128, rows=1), Format(bits=4, columns=16, rows=8))
+        (Format(bits=8, columns=512, rows=1), Format(bits=4, columns=128, rows=1), Format(bits=4, columns=16, rows=4))
     """
     columns = unfolding.columns if bits == 8 else min(group, unfolding.columns)
-    entries = LEAST if bits == 8 else group
+    entries = LEAST if bits == 8 else min(group, LEAST)
     return Format(bits, columns, min(max(entries // columns, 1), unfolding.rows))
 
 

@@ -2,5 +2,6 @@
 
 from structlin.runtime.kernels.chain import Chain, chain_of
 from structlin.runtime.kernels.native import Known, available, build, shortcut
+from structlin.runtime.kernels.quantized import QuantizedChain, quantized_chain_of
 
-__all__ = ["Chain", "Known", "available", "build", "chain_of", "shortcut"]
+__all__ = ["Chain", "Known", "QuantizedChain", "available", "build", "chain_of", "quantized_chain_of", "shortcut"]

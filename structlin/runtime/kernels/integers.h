@@ -85,34 +85,41 @@ struct Codes {
   const float* scale(int64_t r) const { return scales + (shared > 1 ? r / shared : r) * groups(); }
 
   // Writes `count` rows from r on as floats.
-  void decode(int64_t r, int count, float* __restrict__ to) const {
+  void decode(int64_t r, int count, float* to) const {
     if (bits == 32) {
       std::memcpy(to, row(r), count * stride());
-      return;
-    }
-    for (; count > 0; --count, ++r, to += columns) {
-      const uint8_t* __restrict__ from = row(r);
-      for (int g = 0, first = 0; first < columns; ++g, first += group) {
-        const float step = scale(r)[g];
-        const int last = std::min(first + group, columns);
-        if (bits == 8)
-          for (int q = first; q < last; ++q) to[q] = step * float(int8_t(from[q]));
-        else
-          decode_nibbles(from, step, first, last, to);
+    } else if (groups() == 1 && (bits == 8 || columns % 2 == 0)) {
+      for (int64_t last = r + count, next; r < last; r = next) {  // rows that share a scale, as one long row
+        next = std::min<int64_t>(last, (r / shared + 1) * shared);
+        decode_run(row(r), *scale(r), 0, (next - r) * columns, to);
+        to += (next - r) * columns;
       }
+    } else {
+      for (; count > 0; --count, ++r, to += columns)
+        for (int start = 0; start < columns; start += group)
+          decode_run(row(r), scale(r)[start / group], start, std::min(start + group, columns), to + start);
     }
   }
 
+  // Asks for the rows that will be decoded next.
+  void prefetch(int64_t r, int count) const {
+    for (int64_t byte = 0; byte < count * stride(); byte += 64) __builtin_prefetch(row(r) + byte);
+  }
+
  private:
-  static void decode_nibbles(const uint8_t* __restrict__ from, float step, int first, int last, float* __restrict__ to) {
-    if (first % 2) to[first] = step * float((from[first / 2] >> 4) - 8), ++first;
-    const uint8_t* __restrict__ pairs = from + first / 2;
-    float* __restrict__ out = to + first;
-    for (int k = 0; k < (last - first) / 2; ++k) {
-      out[2 * k] = step * float((pairs[k] & 15) - 8);
-      out[2 * k + 1] = step * float((pairs[k] >> 4) - 8);
+  // Writes columns `first` to `last` of a row, which share a scale.
+  void decode_run(const uint8_t* __restrict__ from, float step, int first, int last, float* __restrict__ to) const {
+    if (bits == 8) {
+      for (int q = 0; q < last - first; ++q) to[q] = step * float(int8_t(from[first + q]));
+      return;
     }
-    if ((last - first) % 2) to[last - 1] = step * float((from[last / 2] & 15) - 8);
+    if (first % 2) *to++ = step * float((from[first / 2] >> 4) - 8), ++first;
+    const uint8_t* __restrict__ pairs = from + first / 2;
+    for (int k = 0; k < (last - first) / 2; ++k) {
+      to[2 * k] = step * float((pairs[k] & 15) - 8);
+      to[2 * k + 1] = step * float((pairs[k] >> 4) - 8);
+    }
+    if ((last - first) % 2) to[last - first - 1] = step * float((from[last / 2] & 15) - 8);
   }
 };
 

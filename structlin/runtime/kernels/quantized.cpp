@@ -52,13 +52,14 @@ void run_chain(const Program& p, const std::vector<Codes>& factors, const S* bia
     return;
   }
   const int64_t share = p.share(tokens);
-  const int T = share > WIDEST ? 2 * WIDEST : share > NARROW ? WIDEST : NARROW;
+  const int T = share >= 8 * WIDEST ? 8 * WIDEST : share > WIDEST ? 2 * WIDEST : share > NARROW ? WIDEST : NARROW;
   parallel_for(0, (tokens + T - 1) / T, 1, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t t = tile * T, count = std::min<int64_t>(T, tokens - t);
-      const auto run = count > WIDEST   ? run_codes_tile<WIDEST, 2, S>
-                       : count > NARROW ? run_codes_tile<WIDEST, 1, S>
-                                        : run_codes_tile<NARROW, 1, S>;
+      const auto run = count > 2 * WIDEST ? run_codes_tile<WIDEST, 2, 4, S>
+                       : count > WIDEST   ? run_codes_tile<WIDEST, 2, 1, S>
+                       : count > NARROW   ? run_codes_tile<WIDEST, 1, 1, S>
+                                          : run_codes_tile<NARROW, 1, 1, S>;
       run(p, factors, bias, x + t * in, y + t * out, count);
     }
   });

@@ -62,17 +62,19 @@ Work work_of(const Program& p) {
 // The row of its factor's matrix with which a stage, or a part of one, begins for outer index i.
 int64_t first_row(const Stage& s, const Codes& w, int i) { return (int64_t(s.w_outer[i]) + s.w_row[0]) / w.columns; }
 
-// Decodes the blocks of a stage, some rows at a time, and runs each for all neighbouring outer indices that share it:
-// run(part of the stage, floats that it takes for the factor).
-template <class F> void run_decoded(const Stage& s, const Codes& w, const Work& work, const F& run) {
-  const int most = std::min(block_rows(s.columns), s.rows);
+// Decodes the blocks of a stage, at most `most` rows at a time, and runs each for all neighbouring outer indices that
+// share it: run(part of the stage, floats that it takes for the factor).
+template <class F> void run_decoded(const Stage& s, const Codes& w, const Work& work, int most, const F& run) {
+  most = std::min(most, s.rows);
   for (int j = 0; j < most; ++j) work.begins[j] = j * s.columns;
   for (int i = 0, next; i < s.outer; i = next) {
     for (next = i + 1; next < s.outer && s.w_outer[next] == s.w_outer[i]; ++next) {}
     std::fill_n(work.zeros, next - i, 0);
     for (int j = 0; j < s.rows; j += most) {
       const int count = std::min(most, s.rows - j);
-      w.decode(first_row(s, w, i) + j, count, work.block);
+      const int64_t r = first_row(s, w, i) + j;
+      w.decode(r, count, work.block);
+      w.prefetch(r + count, std::min(most, s.rows - j - count));
       Stage part = s.part(i, next - i, j, count);
       part.w_outer = work.zeros, part.w_row = work.begins;
       run(part, work.block);
@@ -114,7 +116,8 @@ void run_codes(const Program& p, const Stage& s, const Codes& w, const float* a,
   if (lanes && w.bits == 8) run_any_integers<8>(lanes, s, w, a, b, work);
   else if (lanes) run_any_integers<4>(lanes, s, w, a, b, work);
   else
-    run_decoded(s, w, work, [&](const Stage& part, const float* block) { run_row(part, block, a, b, work.row); });
+    run_decoded(s, w, work, block_rows(s.columns),
+                [&](const Stage& part, const float* block) { run_row(part, block, a, b, work.row); });
 }
 
 // Runs all stages and the bias for one token; buffers as in run_tile.
@@ -126,13 +129,14 @@ void run_codes_token(const Program& p, const std::vector<Codes>& factors, const 
   });
 }
 
-// Runs all stages on one tile of L * NV tokens, block by block of the factors.
-template <int L, int NV, class S>
-void run_codes_tile(const Program& p, const std::vector<Codes>& factors, const S* bias, const S* x, S* y, int64_t tokens) {
-  constexpr int T = L * NV;
+// Runs all stages on one tile of L * NV * PARTS tokens; each block of a factor is decoded once.
+template <int L, int NV, int PARTS, class S>
+void run_codes_tile(const Program& p, const std::vector<Codes>& factors, const S* bias, const S* x, S* y,
+                    int64_t tokens) {
+  constexpr int T = L * NV * PARTS;
   const Work work = work_of(p);
-  run_tile_by<L, NV>(p, bias, x, y, tokens, [&](const Stage& s, const float* a, float* b) {
-    run_decoded(s, factors[s.factor], work,
+  run_tile_by<L, T>(p, bias, x, y, tokens, [&](const Stage& s, const float* a, float* b) {
+    run_decoded(s, factors[s.factor], work, ROWS,
                 [&](const Stage& part, const float* block) { run_stage<L, NV, true>(part, T, block, a, b); });
   });
 }

@@ -99,9 +99,12 @@ class QuantizedChain:
         program, table = self.tables
         stored, steps = [], []
         for code, scale, unfolding in zip(codes, scales, self.unfoldings, strict=True):
-            rounded = scale is not None
-            stored.append((code if rounded else unfold(code, unfolding).float()).contiguous())
-            steps.append(scale.float().contiguous() if rounded else _NONE)
+            if scale is None:
+                stored.append(unfold(code, unfolding).float().contiguous())
+                steps.append(_NONE)
+            else:
+                stored.append(code.contiguous())
+                steps.append(scale.float().contiguous())
         operator = torch.ops.structlin.quantized_chain
         result: Tensor = operator(x, stored, steps, bias, program, table, self.spec.out_features)
         return result

@@ -104,11 +104,10 @@ void write_tile(S* y, int64_t tokens, int features, const Places& at, int64_t T,
   }
 }
 
-// Runs all stages on one tile of L * NV tokens, each by run(stage, its input, its output). Buffers: padded input, padded
+// Runs all stages on one tile of T tokens, each by run(stage, its input, its output). Buffers: padded input, padded
 // output, two intermediates in turn.
-template <int L, int NV, class S, class F>
+template <int L, int T, class S, class F>
 void run_tile_by(const Program& p, const S* bias, const S* x, S* y, int64_t tokens, const F& run) {
-  constexpr int T = L * NV;
   const int64_t in = int64_t(p.in_rows()) * T, out = int64_t(p.out_rows()) * T, inner = int64_t(p.rows()) * T;
   Scratch memory = scratch(in + out + 2 * inner, 4);
   float* const buffer[4] = {memory.take(in), memory.take(out), memory.take(inner), memory.take(inner)};
@@ -123,7 +122,7 @@ void run_tile_by(const Program& p, const S* bias, const S* x, S* y, int64_t toke
 
 template <int L, int NV, class S>
 void run_tile(const Program& p, const Factors<float>& factors, const S* bias, const S* x, S* y, int64_t tokens) {
-  run_tile_by<L, NV>(p, bias, x, y, tokens, [&](const Stage& s, const float* a, float* b) {
+  run_tile_by<L, L * NV>(p, bias, x, y, tokens, [&](const Stage& s, const float* a, float* b) {
     run_stage<L, NV>(s, L * NV, factors[s.factor], a, b);
   });
 }
