@@ -1,13 +1,15 @@
 """Time layers whose factors are integers beside `nn.Linear`, the float32 kernel, and dense int8, on one thread.
 
     python benchmarks/quantized_speed.py
+    python benchmarks/quantized_speed.py --tokens 1
     python benchmarks/quantized_speed.py --quick
 
 Outputs are compared with plain torch on the decoded factors before anything is timed. Then short samples of all
 contenders alternate; times are those of the thread on the processor, which other processes disturb least. The dense
 peers are `nn.Linear` in float32 and bfloat16 and torch's own int8 product (`torch._weight_int8pack_mm`, bfloat16
 activations), which is also what torchao's int8 weight-only layer calls on a CPU. Stored as
-results/quantized_speed.jsonl and .md; `--quick` (few samples) goes to out/.
+results/quantized_speed.jsonl and .md, with some numbers of tokens only as quantized_speed_TOKENS; `--quick` (few
+samples) goes to out/.
 """
 
 from __future__ import annotations
@@ -108,12 +110,12 @@ def contenders(layer: StructuredLinear, integers: dict[str, Rounded], tokens: in
     return found
 
 
-def cells(rounds: int, sizes: Sequence[tuple[int, int]]) -> Iterator[Row]:
-    for in_features, out_features in sizes:
+def cells(rounds: int, numbers: Sequence[int]) -> Iterator[Row]:
+    for in_features, out_features in SIZES:
         for name in NAMES:
             layer = build(structure_of(name, (in_features, out_features)), in_features, out_features)
             integers = {INT8: rounded(layer, 8), INT4: rounded(layer, 4)}
-            for tokens in TOKENS:
+            for tokens in numbers:
                 row = measure(layer, integers, tokens, rounds)
                 yield {"structure": name, "shape": f"{out_features} x {in_features}", "tokens": tokens, **row}
 
@@ -139,6 +141,7 @@ def measure(layer: StructuredLinear, integers: dict[str, Rounded], tokens: int, 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--quick", action="store_true", help="few samples, stored in out/")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -147,11 +150,12 @@ def main() -> None:
     if not structlin.kernels.available():
         sys.exit("the native kernel does not run here")
     rows = []
-    for row in cells(3 if given.quick else 9, SIZES):
+    for row in cells(3 if given.quick else 9, given.tokens):
         say(f"  {row['structure']}, {row['shape']}, {row['tokens']} tokens: int8 / float32 {row['int8_float32']:.2f}")
         rows.append(row)
     directory = ROOT / "out" if given.quick else RESULTS
-    store(directory, "quantized_speed", "Integer factors", NOTES, environment(sys.argv[1:]), rows, COLUMNS)
+    name = "_".join(["quantized_speed", *(map(str, given.tokens) if given.tokens != TOKENS else ())])
+    store(directory, name, "Integer factors", NOTES, environment(sys.argv[1:]), rows, COLUMNS)
 
 
 if __name__ == "__main__":
