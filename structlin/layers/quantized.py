@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from structlin.equation.unfolding import Unfolding
+from structlin.runtime.kernels import quantized_chain_of
 from structlin.runtime.quantized import Format, check_format, dequantize
 
 
@@ -66,12 +67,21 @@ class QuantizedFactor(nn.Module):
 def forward_quantized(layer: Any, x: Tensor) -> Tensor:
     """Apply a `StructuredLinear` with quantised factors: the one place that decides how.
 
-    In plain torch the factors are computed in every call, and contracted as others are; a layer that is frozen
-    (`structlin.freeze_`) keeps them as floats, unless their scales are trained.
+    The native kernel reads the integers as they are; it runs calls that ask for no gradient. In plain torch the factors
+    are computed in every call, and contracted as others are; a layer that is frozen (`structlin.freeze_`) keeps them as
+    floats, unless their scales are trained.
     """
+    names = [factor.name for factor in layer.spec.factors]
+    held = [layer._modules.get(name) for name in names]
+    chain = quantized_chain_of(layer.spec, tuple(each.form if each else None for each in held))
+    codes = [each.codes if each else getattr(layer, name) for name, each in zip(names, held, strict=True)]
+    scales = [each.scale if each else None for each in held]
+    if chain.suits(x, codes, scales, layer.bias):
+        return chain(x, codes, scales, layer.bias)
     kept: tuple[Tensor, ...] | None = layer._execution.frozen
     usable = kept is not None and not any(factor.requires_grad for factor in kept)
-    return layer._execution(x, (*(kept if kept is not None and usable else layer.factors), layer.bias))
+    result: Tensor = layer._execution(x, (*(kept if kept is not None and usable else layer.factors), layer.bias))
+    return result
 
 
 def train_scales_(model: nn.Module, train: bool = True) -> nn.Module:

@@ -22,7 +22,6 @@ from structlin.runtime.quantized import (
 )
 from structlin.structures import Dense, LowRank
 
-
 # Tied numbers stay as they are.
 UNTIED = [(structure, *sizes) for structure, *sizes in SMALL if not structure.resolve(*sizes).spec(*sizes).tied]
 NAMED = {name: structure for name, structure in ONE.items() if not structure.resolve(97, 60).spec(97, 60).tied}

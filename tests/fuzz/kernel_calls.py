@@ -22,6 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from cases import CASES, SMALL_SIZES
+from rounded import rounded
 
 from structlin import kernels
 from structlin.layers.linear import StructuredLinear, build
@@ -146,7 +147,24 @@ def wrong(
         alike = value.dtype is dtype and value.shape == expected[name].shape
         if not (alike and error <= TOLERANCE[dtype] * largest):
             return f"{rows} rows: {name} {tuple(value.shape)} is off by {error:.2e} of {largest:.2e}"
-    return ""
+    return wrong_integers(layer, x.detach(), numbers)
+
+
+def wrong_integers(layer: StructuredLinear, x: Tensor, numbers: random.Random) -> str:
+    """Run the layer with factors rounded to integers; say what is wrong."""
+    bits, group = numbers.choice([8, 4]), numbers.choice([5, 32, 128])
+    chain, codes, scales = rounded(copy.deepcopy(layer).float(), bits, group)
+    bias = None if layer.bias is None else layer.bias.detach()
+    with torch.no_grad():
+        y = chain(x, codes, scales, bias).double()
+        expected = chain.plainly(x.double(), codes, scales, None if bias is None else bias.double())
+        weight = chain.plainly(torch.eye(layer.in_features).double(), codes, scales, None)
+    # Outputs may cancel: what random inputs of this norm give on average.
+    typical = x.double().norm() * weight.norm() / layer.in_features**0.5
+    error, size = (y - expected).norm().item(), max(expected.norm().item(), typical.item())
+    if error <= 50 * TOLERANCE[x.dtype] * size + 1e-9:
+        return ""
+    return f"{len(x)} rows, int{bits} in groups of {group}: off by {error:.2e} of {size:.2e}"
 
 
 def reference(wide: StructuredLinear, x: Tensor, dy: Tensor, of: Iterable[str]) -> dict[str, Tensor]:

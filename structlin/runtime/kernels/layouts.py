@@ -80,6 +80,12 @@ def links(spec: Spec, few: bool) -> tuple[tuple[Link, ...], ...]:
     return tuple(_cheaper(eq, few, len(spec.equations) == 1) for eq in spec.equations)
 
 
+def links_of(spec: Spec, absorbed: Sequence[Sequence[Absorption]]) -> tuple[tuple[Link, ...], ...]:
+    """Choose the layouts for single tokens of chains whose directions are given."""
+    alone = len(spec.equations) == 1
+    return tuple(_searched(eq, chain, alone) for eq, chain in zip(spec.equations, absorbed, strict=True))
+
+
 @lru_cache(maxsize=1024)
 def cost(spec: Spec, few: bool) -> Cost:
     """Count the cost of all equations; cheap even where the tables would be huge."""

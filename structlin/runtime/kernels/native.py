@@ -26,7 +26,7 @@ from structlin.runtime.kernels import operators, wheel
 from structlin.runtime.kernels.variants import digest
 from structlin.runtime.machines import processor
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("chain.cpp", "calls.cpp"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("chain.cpp", "calls.cpp", "quantized.cpp"))
 HEADERS = tuple(sorted(Path(__file__).parent.glob("*.h")))
 MODULE = "structlin_chain"  # name of the extension module, if built with Python's headers
 SWITCH = "STRUCTLIN_KERNELS"  # environment variable

@@ -23,10 +23,19 @@ def register() -> torch.library.Library:
     library.impl("chain_differentiable_backward", _differentiable_backward, "CompositeImplicitAutograd")
     torch.library.register_fake("structlin::chain", _chain, lib=library)
     torch.library.register_fake("structlin::chain_backward", _chain_backward, lib=library)
+    if hasattr(torch.ops.structlin, "quantized_chain"):  # not in wheels
+        torch.library.register_fake("structlin::quantized_chain", _quantized_chain, lib=library)
     return library
 
 
 def _chain(x: Tensor, factors: Sequence[Tensor], bias: Tensor | None, program: Tensor, out_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _quantized_chain(
+    x: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], bias: Tensor | None, program: Tensor, forms: Tensor,
+    out_features: int,
+) -> Tensor:  # fmt: skip
     return x.new_empty((*x.shape[:-1], out_features))
 
 

@@ -14,6 +14,8 @@ from structlin.runtime.costs import NATIVE_ROWS
 from structlin.runtime.kernels.layouts import Link, links
 
 SHORTEST_RUN = 4  # floats of the smallest vector: shorter runs of outer indices do not fill one
+Chains = Sequence[Sequence[Link]]  # of each equation
+
 INPUT, OUTPUT, FIRST, SECOND = range(4)  # buffers of activations; intermediates alternate between the last two
 
 
@@ -122,8 +124,12 @@ def _run(*tables: Sequence[int]) -> int:
 
 def stages(spec: Spec, few: bool) -> tuple[Stage, ...]:
     """Write the stages of all equations, for tiles of tokens or for a few."""
+    return _all_stages(spec, links(spec, few))
+
+
+def _all_stages(spec: Spec, chains: Chains) -> tuple[Stage, ...]:
     found: list[Stage] = []
-    for (eq, numbers), chain in zip(spec.split(range(len(spec.factors))), links(spec, few), strict=True):
+    for (eq, numbers), chain in zip(spec.split(range(len(spec.factors))), chains, strict=True):
         found += _stages(eq, chain, numbers[0], bool(found))
     return tuple(found)
 
@@ -131,22 +137,23 @@ def stages(spec: Spec, few: bool) -> tuple[Stage, ...]:
 @lru_cache(maxsize=1024)
 def program(spec: Spec) -> tuple[int, ...]:
     """Write the program for tiles of tokens and, behind it, the one for a few tokens if its layouts differ."""
-    size = len(_program(spec, False, 0))
-    if links(spec, True) == links(spec, False):
-        return _program(spec, False, 0)
-    return (*_program(spec, False, size), *_program(spec, True, 0))
+    few, tiles = links(spec, True), links(spec, False)
+    if few == tiles:
+        return program_of(spec, tiles)
+    size = len(program_of(spec, tiles))
+    return (*program_of(spec, tiles, size), *program_of(spec, few))
 
 
-def _program(spec: Spec, few: bool, other: int) -> tuple[int, ...]:
+def program_of(spec: Spec, chains: Chains, other: int = 0) -> tuple[int, ...]:
     """Write a header, a record for each stage, then the tables; `other` is the position of another program."""
-    chain = stages(spec, few)
+    chain = _all_stages(spec, chains)
     position = len(Header._fields) + len(Record._fields) * len(chain)
     records: list[int] = []
     tables: list[int] = []
     for stage in chain:
         records += stage.record(position + len(tables))
         tables += [offset for table in stage.tables for offset in table]
-    eq, whole = spec.equations[0], links(spec, few)[0]  # only a single equation permutes its input and output
+    eq, whole = spec.equations[0], chains[0]  # only a single equation permutes its input and output
     places: list[int] = []
     for table in (_places(eq, eq.inputs, whole[0].before), _places(eq, eq.outputs, whole[-1].after)):
         places.append(position + len(tables) if table else 0)

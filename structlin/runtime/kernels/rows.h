@@ -80,8 +80,9 @@ constexpr int64_t ROW_PARTS = 5;
 
 int64_t row_floats(const Program& p) { return 3 * int64_t(p.widest()) + 2 * int64_t(p.block()); }
 
-Row row_of(const Program& p, Scratch& memory) {
-  float *values = memory.take(p.widest()), *results = memory.take(p.widest()), *begins = memory.take(p.widest());
+// `more`: entries behind the results.
+Row row_of(const Program& p, Scratch& memory, int more = 0) {
+  float *values = memory.take(p.widest()), *results = memory.take(p.widest() + more), *begins = memory.take(p.widest());
   float *block = memory.take(p.block()), *sums = memory.take(p.block());
   return {values, results, block, sums, reinterpret_cast<int32_t*>(begins)};
 }
@@ -123,22 +124,18 @@ template <class W> void run_row(const Stage& s, const W* w, const float* a, floa
   }
 }
 
-// Runs a stage for one token, on several threads if it is large: each takes a share of the outer indices (whole runs of
-// those that share a block), or of the rows.
-template <class W>
-void run_large_row(const Program& p, const Stage& s, const W* w, const float* a, float* b, const Row& row) {
+// Runs a large stage for one token on several threads: run(part) for each thread's share of the outer indices (whole runs
+// of those that share a block), or of the rows. Returns false, and runs nothing, where one thread is faster.
+template <class F> bool shared_out(const Stage& s, const F& run) {
   const int64_t threads = lib::get_num_threads(), outer = s.outer / std::max(s.shared, 1);
   const int64_t shares = std::max<int64_t>(outer, s.rows / (2 * WIDEST));
-  if (threads < 2 || shares < threads || s.run || int64_t(s.outer) * s.rows * s.columns < MANY)
-    return run_row(s, w, a, b, row);
+  if (threads < 2 || shares < threads || s.run || int64_t(s.outer) * s.rows * s.columns < MANY) return false;
   parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    Scratch memory = scratch<2>(row_floats(p), ROW_PARTS);
-    const Row own = row_of(p, memory);
     const int64_t all = outer >= threads ? outer : s.rows, runs = s.outer / outer;
     const int first = all * begin / threads, count = all * end / threads - first;
-    run_row(outer >= threads ? s.part(first * runs, count * runs, 0, s.rows) : s.part(0, s.outer, first, count), w, a, b,
-            own);
+    run(outer >= threads ? s.part(first * runs, count * runs, 0, s.rows) : s.part(0, s.outer, first, count));
   });
+  return true;
 }
 
 // Copies a token into its layout and pads it with zeros.
@@ -152,8 +149,8 @@ template <class S> void copy_in(const S* x, int features, int rows, const Places
   }
 }
 
-// Runs all stages and the bias for one token; buffers as in run_tile.
-template <class S> void run_token(const Program& p, const Factors<S>& factors, const S* bias, const S* x, S* y) {
+// Runs all stages and the bias for one token, each by run(stage, its input, its output, scratch); buffers as in run_tile.
+template <class S, class F> void run_token_by(const Program& p, const S* bias, const S* x, S* y, const F& run) {
   const int64_t floats = int64_t(p.in_rows()) + p.out_rows() + 2 * int64_t(p.rows()) + row_floats(p);
   Scratch memory = scratch(floats, 4 + ROW_PARTS);
   float* const buffer[4] = {memory.take(p.in_rows()), memory.take(p.out_rows()), memory.take(p.rows()),
@@ -162,10 +159,21 @@ template <class S> void run_token(const Program& p, const Factors<S>& factors, c
   copy_in(x, p.in_features(), p.in_rows(), p.inputs(), buffer[0]);
   for (int k = 0; k < p.stages(); ++k) {
     const Stage s = p.stage(k);
-    run_large_row(p, s, factors[s.factor], buffer[s.source], buffer[s.target], row);
+    run(s, buffer[s.source], buffer[s.target], row);
   }
   const Places at = p.outputs();
   for (int f = 0; f < p.out_features(); ++f) y[f] = buffer[1][at[f]] + (bias ? float(bias[f]) : 0.0f);
+}
+
+template <class S> void run_token(const Program& p, const Factors<S>& factors, const S* bias, const S* x, S* y) {
+  run_token_by(p, bias, x, y, [&](const Stage& s, const float* a, float* b, const Row& row) {
+    const S* w = factors[s.factor];
+    const bool done = shared_out(s, [&](const Stage& part) {
+      Scratch memory = scratch<2>(row_floats(p), ROW_PARTS);
+      run_row(part, w, a, b, row_of(p, memory));
+    });
+    if (!done) run_row(s, w, a, b, row);
+  });
 }
 
 // Backward --------------------------------------------------------------------------------------------------------------

@@ -104,10 +104,10 @@ void write_tile(S* y, int64_t tokens, int features, const Places& at, int64_t T,
   }
 }
 
-// Runs all stages on one tile of L * NV tokens. Buffers: padded input, padded output, two intermediates in turn.
-template <int L, int NV, class S>
-void run_tile(const Program& p, const Factors<float>& factors, const S* bias, const S* x, S* y, int64_t tokens) {
-  constexpr int T = L * NV;
+// Runs all stages on one tile of T tokens, each by run(stage, its input, its output). Buffers: padded input, padded
+// output, two intermediates in turn.
+template <int L, int T, class S, class F>
+void run_tile_by(const Program& p, const S* bias, const S* x, S* y, int64_t tokens, const F& run) {
   const int64_t in = int64_t(p.in_rows()) * T, out = int64_t(p.out_rows()) * T, inner = int64_t(p.rows()) * T;
   Scratch memory = scratch(in + out + 2 * inner, 4);
   float* const buffer[4] = {memory.take(in), memory.take(out), memory.take(inner), memory.take(inner)};
@@ -115,9 +115,16 @@ void run_tile(const Program& p, const Factors<float>& factors, const S* bias, co
   read_tile<L>(x, tokens, p.in_features(), p.in_rows(), p.inputs(), T, buffer[0]);
   for (int k = 0; k < p.stages(); ++k) {
     const Stage s = p.stage(k);
-    run_stage<L, NV>(s, T, factors[s.factor], buffer[s.source], buffer[s.target]);
+    run(s, buffer[s.source], buffer[s.target]);
   }
   write_tile<L>(y, tokens, p.out_features(), p.outputs(), T, buffer[1], bias);
+}
+
+template <int L, int NV, class S>
+void run_tile(const Program& p, const Factors<float>& factors, const S* bias, const S* x, S* y, int64_t tokens) {
+  run_tile_by<L, L * NV>(p, bias, x, y, tokens, [&](const Stage& s, const float* a, float* b) {
+    run_stage<L, NV>(s, L * NV, factors[s.factor], a, b);
+  });
 }
 
 // Backward --------------------------------------------------------------------------------------------------------------
