@@ -9,6 +9,7 @@ compared with `F.linear` and the layer's dense matrix before anything is timed; 
 A suite is stored as results/speed_NAME.jsonl (one line per cell) and .md; trials (`--quick`, `--only`) go to out/.
 Layers run by the native kernel, which is built where needed; with `--kernel off` by torch alone (speed_NAME_torch;
 other devices, dtypes and numbers of threads stand in the name as well).
+The `simple` row of a case is the structure in a few lines of einsum and bmm (`_simple.py`), the fastest form at each cell.
 `--peers` adds rows of other libraries that are installed (tensorly-torch, torchTT, lazylinop, pyfaust, pyfastkron,
 linear_operator). Suites: kronecker, tt, butterfly, compressors, simple, overhead, all, llm (for a GPU: --device cuda).
 """
@@ -25,7 +26,8 @@ from pathlib import Path
 
 import torch
 from _peers import counterparts, versions
-from _speed import INFERENCE, MODES, TRAINING, Effort, Row, Subject, measure
+from _simple import simple_subjects
+from _speed import INFERENCE, MODES, TRAINING, Effort, Row, Subject, fastest, measure
 from torch import nn
 
 from structlin.equation.modes import divisors
@@ -40,7 +42,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))  # scri
 from _results import RESULTS, ROOT, Columns, environment, say, store
 
 TRIALS = ROOT / "out"
-OURS = "structlin"
+OURS, SIMPLE = "structlin", "simple"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Sizes = tuple[int, int]  # (in_features, out_features)
@@ -204,21 +206,23 @@ NOTES = """\
 *time ratio*: layer / dense, below 1 is faster; *lower*, *upper*: its quartiles over the rounds; *FLOP ratio*: of the
 factor-by-factor product; *break-even*: FLOP ratio / time ratio, the FLOP ratio below which a layer with this one's rate
 is faster than dense; *parameters*: kept / dense, without bias; *plan*: how forward runs.
-*inference*: no gradients, layers frozen (`structlin.freeze_`);
+*inference*: no gradients, layers frozen (`structlin.freeze_`); *eval*: no gradients, nothing kept between calls;
 *forward*: with the graph; *training*: forward and backward, input gradient included.
 *saved*: bytes kept for the backward pass beyond input and parameters; *peak*: allocated by torch within a training
 step, gradients included. Before timing, all outputs and input gradients agreed with `F.linear` and the layer's dense
-matrix to 1e-4 (float32) or 3e-2 (bfloat16)."""
+matrix to 1e-4 (float32) or 3e-2 (bfloat16).
+`simple`: a few lines of einsum and bmm as the repository of a paper has them (benchmarks/_simple.py), the fastest of
+the forms at each cell; *plan* names it. It keeps nothing between calls."""
 
 
 # The run ---------------------------------------------------------------------------------------------------------
 
 
-def subjects_of(case: Case, dtype: torch.dtype, device: str, peers: bool) -> dict[str, Subject]:
-    """Our layer, then the other libraries' counterparts, by library."""
+def subjects_of(case: Case, dtype: torch.dtype, device: str, peers: bool) -> dict[str, list[Subject]]:
+    """Our layer, its simple forms, then the other libraries' counterparts, by library."""
     layer = build(case.structure, *case.sizes, dtype=dtype, device=device)
-    ours = {OURS: Subject.of(case.name, layer)}
-    return ours | (counterparts(layer, say) if peers else {})
+    found = {OURS: [Subject.of(case.name, layer)], SIMPLE: list(simple_subjects(layer).values())}
+    return found | ({name: [peer] for name, peer in counterparts(layer, say).items()} if peers else {})
 
 
 def rows_of(case: Case, args: argparse.Namespace, tokens: Sequence[int], effort: Effort) -> Iterator[Row]:
@@ -231,10 +235,12 @@ def rows_of(case: Case, args: argparse.Namespace, tokens: Sequence[int], effort:
         for library, threads, mode, count in cells:
             torch.set_num_threads(threads)
             where = f"  {case.name}, {library}, {dtype}, {threads} threads, {mode}, {count} tokens"
+            found = subjects[library]
             try:
-                row = measure(subjects[library], dense, mode, count, effort)
+                subject = found[0] if len(found) == 1 else fastest(found, mode, count, effort)
+                row = measure(subject, dense, mode, count, effort)
             except (ValueError, RuntimeError) as error:
-                if library == OURS:
+                if library in (OURS, SIMPLE):
                     raise
                 say(f"{where}: left out: {error}")
                 continue

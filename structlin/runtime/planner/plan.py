@@ -87,6 +87,16 @@ class EquationPlan:
         return (*merges, *(step.cost for step in self.steps))
 
     @property
+    def turned(self) -> bool:
+        """Whether the last product, operands exchanged and transposed, gives (tokens, outputs) in order."""
+        return self.steps[-1].swapped and self.result == View(None, (1, 0), None, False)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the last product is one of two matrices that gives (tokens, outputs): it can add a bias as well."""
+        return self.turned or (not self.steps[-1].swapped and self.result == View(None, None, None, False))
+
+    @property
     def flops(self) -> int:
         """FLOPs for the planned number of tokens."""
         return sum(cost.flops for cost in self.counted)

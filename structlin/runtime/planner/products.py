@@ -95,7 +95,10 @@ class Products:
         copied = [(size, self.copy(modes, sum(groups, ()))) for size, copy, modes, groups in sides if copy]
         batch, summed, columns = map(self.numel, right_groups)
         rows = self.numel(left_groups[1])
-        seconds = self.machine.product(batch, rows, summed, columns, self.itemsize)
+        if summed == 1 and TOKENS not in out:  # factors: multiplied entry by entry
+            seconds = self.machine.outer(batch, rows, columns, self.itemsize)
+        else:
+            seconds = self.machine.product(batch, rows, summed, columns, self.itemsize)
         seconds += sum(seconds for _, seconds in copied)
         cost = Cost(
             f"[{' '.join(left)}] * [{' '.join(right)}] -> [{' '.join(out)}]",
