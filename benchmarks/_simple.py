@@ -7,7 +7,6 @@ A form is a function of the input (tokens, padded inputs) and the factors, made 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +77,7 @@ def _einsum(eq: Equation, result: Modes, operands: Sequence[tuple[Modes, Tensor]
 
 
 def left_folded(_: Equation, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """One product per factor: right for all terms, then left with the sum over terms inside; W = sum_t left (x) right."""
+    """One product per factor: right for all terms, then left with the sum over terms inside."""
     (terms, o1, i1), (_, o2, i2) = left.shape, right.shape
     y = x.reshape(-1, i2) @ right.reshape(-1, i2).T  # (n i1, t o2)
     y = y.reshape(-1, i1, terms, o2).transpose(1, 2).reshape(len(x), terms * i1, o2)

@@ -9,7 +9,7 @@ compared with `F.linear` and the layer's dense matrix before anything is timed; 
 A suite is stored as results/speed_NAME.jsonl (one line per cell) and .md; trials (`--quick`, `--only`) go to out/.
 Layers run by the native kernel, which is built where needed; with `--kernel off` by torch alone (speed_NAME_torch;
 other devices, dtypes and numbers of threads stand in the name as well).
-The `simple` row of a case is the structure in a few lines of einsum and bmm (`_simple.py`), the fastest form at each cell.
+A row `simple` is the structure in a few lines of einsum and bmm (`_simple.py`), the fastest form at each cell.
 `--peers` adds rows of other libraries that are installed (tensorly-torch, torchTT, lazylinop, pyfaust, pyfastkron,
 linear_operator). Suites: kronecker, tt, butterfly, compressors, simple, overhead, all, llm (for a GPU: --device cuda).
 """

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from structlin.equation.spec import Spec
 from structlin.runtime import contract
-from structlin.runtime.costs import DENSE_CHUNK, FEWEST, MOST_BLOCKS
+from structlin.runtime.costs import DENSE_CHUNK, FEWEST, MOST_BLOCKS, SMALL
 from structlin.runtime.planner import Plan, find_plan
 
 
@@ -122,9 +122,12 @@ def backward_plan(spec: Spec, plan: Plan) -> Plan:
 
 
 def _allowance(spec: Spec, tokens: int) -> float:
-    """Entries that a backward pass may hold beside the gradients, so that a step takes 1.1 times dense's memory."""
+    """Entries that a backward pass may hold beside the gradients, so that a step takes 1.1 times dense's memory.
+
+    Or a few MiB more, which only one layer of a model holds at a time.
+    """
     sizes = spec.in_features, spec.out_features
-    return 0.1 * tokens * sum(sizes) + 1.1 * sizes[0] * sizes[1] - spec.num_parameters
+    return max(SMALL / 4, 0.1 * tokens * sum(sizes) + 1.1 * sizes[0] * sizes[1] - spec.num_parameters)
 
 
 def _tokens(spec: Spec, plan: Plan, tokens: int) -> int:

@@ -155,15 +155,21 @@ Way = Kernel | KeptDense | KeptOperands | Chunked | Autograd | Recomputed
 
 
 def ways(spec: Spec, key: Key, orders: Sequence[Order] = ("auto",)) -> list[Way]:
-    """List the ways that a layer may run, one per order of its plan, with the predicted seconds of a forward pass."""
+    """List the ways that a layer may run, one per order of its plan, with the predicted seconds of a forward pass.
+
+    In training it is a third of a step's: what is fast forward may be slow backward, so the dense matrix is one more.
+    """
     machine, itemsize = machine_of(key.device), key.dtype.itemsize
     rows = min(key.rows, MOST_ROWS)
     scale = key.rows / rows
     found: list[Way] = []
+    if key.mode == TRAINING:
+        orders = tuple(dict.fromkeys((*orders, "materialise")))
     for order in orders:
         folded = key.mode == FROZEN
         plan = planner.find_plan(spec, rows, itemsize=itemsize, machine=machine, order=order, folded=folded)
-        seconds = plan.seconds * (PLAN_SLOWER if itemsize >= 4 else 1.0) + PLAN_SECONDS
+        seconds = _third(spec, plan, key) if key.mode == TRAINING else plan.seconds
+        seconds = seconds * (PLAN_SLOWER if itemsize >= 4 else 1.0) + PLAN_SECONDS
         if not (folded and plan.materialises):  # that is the dense matrix, kept
             found.append(_planned(spec, plan, scale * seconds, key))
     if key.mode == FROZEN:
@@ -185,6 +191,12 @@ def _planned(spec: Spec, plan: Plan, seconds: float, key: Key) -> Way:
     if _saves_much(spec, plan, key):
         return Recomputed(spec, plan, seconds, backward_plan(spec, plan))
     return Autograd(spec, plan, seconds)
+
+
+def _third(spec: Spec, plan: Plan, key: Key) -> float:
+    """Predict a third of a training step in s; what autograd does not save is computed again."""
+    again = plan.seconds if _saves_much(spec, plan, key) else 0.0
+    return (plan.training + again) / 3
 
 
 def _saves_much(spec: Spec, plan: Plan, key: Key) -> bool:

@@ -65,7 +65,7 @@ class Step:
 class EquationPlan:
     """A contraction of one equation with an input of `tokens` rows; prints itself as a table.
 
-    `flops`, `nbytes` and `seconds` hold for `tokens` rows; merges and steps hold for any number of rows.
+    `flops`, `nbytes`, `seconds` and `training` hold for `tokens` rows; merges and steps hold for any number of rows.
     """
 
     equation: Equation
@@ -79,6 +79,7 @@ class EquationPlan:
     inner: int  # entries per token of all activations between input and output, copies included
     widest: int  # entries per token of the largest of these, or of an output that is copied into order
     seconds: float  # predicted
+    training: float  # predicted, with the gradients of factors and input; autograd saves the activations
 
     @property
     def counted(self) -> tuple[Cost, ...]:
@@ -144,6 +145,11 @@ class Plan:
     def seconds(self) -> float:
         """Predicted time in s."""
         return sum(part.seconds for part in self.parts)
+
+    @property
+    def training(self) -> float:
+        """Predicted time of a training step in s."""
+        return sum(part.training for part in self.parts)
 
     @property
     def materialises(self) -> bool:

@@ -66,6 +66,14 @@ class _Search:
             self.known[lo, hi] = Merged(best.out, seconds, middle, best)
         return self.known[lo, hi]
 
+    def training(self, lo: int, hi: int) -> float:
+        """Predict the time to merge the factors lo..hi-1 and to differentiate that, in s."""
+        merged = self.merged(lo, hi)
+        if merged.product is None:
+            return 0.0
+        halves = self.training(lo, merged.middle) + self.training(merged.middle, hi)
+        return halves + self.products.training(merged.product)
+
     def outside(self, lo: int, hi: int) -> frozenset[str]:
         """Return the modes that the merged factors lo..hi-1 must keep: those that something outside needs."""
         others = (*self.eq.factors[:lo], *self.eq.factors[hi:])
@@ -155,10 +163,13 @@ class _Search:
             modes, shape = product.out, writer.shape_of(product)
         last = inner.pop()  # the output itself, perhaps in another order
         copied = not self.in_order(state)
+        ordered = (TOKENS, *self.eq.outputs)
+        training = 2 * self.products.copy(modes, ordered) * copied
+        training += sum(self.products.training(product) + self.training(lo, hi) for lo, hi, product in state.absorbed)
         result = writer.view(modes, ((), (TOKENS,), self.eq.outputs), copied, shape)
         return EquationPlan(
             self.eq, self.tokens, self.itemsize, self.machine, self.folded, tuple(writer.merges), tuple(steps), result,
-            sum(inner), max([*inner, last * copied]), state.cost,
+            sum(inner), max([*inner, last * copied]), state.cost, training,
         )  # fmt: skip
 
 
