@@ -157,19 +157,19 @@ Way = Kernel | KeptDense | KeptOperands | Chunked | Autograd | Recomputed
 def ways(spec: Spec, key: Key, orders: Sequence[Order] = ("auto",)) -> list[Way]:
     """List the ways that a layer may run, one per order of its plan, with the predicted seconds of a forward pass.
 
-    In training it is a third of a step's: what is fast forward may be slow backward, so the dense matrix is one more.
+    In training it is a third of a step's. What is fast for all rows at once may be slow by chunks, and what is fast
+    forward may be slow backward: so the dense matrix is one more.
     """
     machine, itemsize = machine_of(key.device), key.dtype.itemsize
     rows = min(key.rows, MOST_ROWS)
     scale = key.rows / rows
     found: list[Way] = []
-    if key.mode == TRAINING:
+    if key.mode != FROZEN:
         orders = tuple(dict.fromkeys((*orders, "materialise")))
     for order in orders:
         folded = key.mode == FROZEN
         plan = planner.find_plan(spec, rows, itemsize=itemsize, machine=machine, order=order, folded=folded)
-        seconds = _third(spec, plan, key) if key.mode == TRAINING else plan.seconds
-        seconds = seconds * (PLAN_SLOWER if itemsize >= 4 else 1.0) + PLAN_SECONDS
+        seconds = _seconds(spec, plan, key) * (PLAN_SLOWER if itemsize >= 4 else 1.0) + PLAN_SECONDS
         if not (folded and plan.materialises):  # that is the dense matrix, kept
             found.append(_planned(spec, plan, scale * seconds, key))
     if key.mode == FROZEN:
@@ -193,10 +193,22 @@ def _planned(spec: Spec, plan: Plan, seconds: float, key: Key) -> Way:
     return Autograd(spec, plan, seconds)
 
 
-def _third(spec: Spec, plan: Plan, key: Key) -> float:
-    """Predict a third of a training step in s; what autograd does not save is computed again."""
-    again = plan.seconds if _saves_much(spec, plan, key) else 0.0
-    return (plan.training + again) / 3
+def _seconds(spec: Spec, plan: Plan, key: Key) -> float:
+    """Predict the time of the plan's products in s; in training a third of a step's."""
+    if key.mode == TRAINING and not _saves_much(spec, plan, key):
+        return plan.training / 3
+    chunks = _chunked(spec, plan) / plan.seconds
+    # The backward pass computes again what autograd would have saved.
+    return chunks * ((plan.training + plan.seconds) / 3 if key.mode == TRAINING else plan.seconds)
+
+
+def _chunked(spec: Spec, plan: Plan) -> float:
+    """Predict the time of a plan that goes by chunks of rows in s: few rows run below the full rate."""
+    part = plan.parts[0]
+    if plan.materialises or plan.chunk >= part.tokens:
+        return plan.seconds
+    chunk = planner.find_plan(spec, plan.chunk, itemsize=part.itemsize, machine=part.machine, folded=part.folded)
+    return max(plan.seconds, part.tokens / plan.chunk * chunk.seconds)
 
 
 def _saves_much(spec: Spec, plan: Plan, key: Key) -> bool:
