@@ -12,6 +12,7 @@ plan and first call of a model of 400 layers in a fresh process) and docs/figure
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -34,7 +35,7 @@ from structlin.structures import PHM, Butterfly, Kronecker, LowRank, Monarch, Te
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))  # scripts, not a package
 
-from _figures import draw, legend, panels, style
+from _figures import FIGURES, draw, legend, panels, style
 from _results import RESULTS, environment, say, store
 
 # Hyperparameters fixed, so that the exponents are those of the structure; cost of the fit: n^exponent.
@@ -50,16 +51,18 @@ SIZES, TOKENS, LAYERS = (256, 512, 1024, 2048, 4096), (1, 8, 64, 512, 4096), (1,
 MODEL = 400  # layers
 COLUMNS = {
     "over": ("over", ""), "structure": ("structure", ""), "cost": ("cost", ""), "exponent": ("exponent", ".2f"),
-    "last": ("last", ".2f"), "theory": ("theory", ".2f"), "least": ("least", ".4g"), "most": ("most", ".4g"), "unit": ("unit", ""),
+    "last": ("last", ".2f"), "theory": ("theory", ".2f"), "least": ("least", ".4g"),
+    "most": ("most", ".4g"), "unit": ("unit", ""),
 }  # fmt: skip
 NOTES = """\
 Square layers with bias in plain torch, kernel off, one thread, float32. *over*: what grows; the rest is fixed: 32
-tokens and one layer over n, n = 1024 over tokens, n = 256 over layers. *exponent*: least-squares slope of log(cost) over log(size); *last*:
-between the two largest sizes; *theory*: the slope of the counted
-FLOPs (forward, training), of parameters and activations (memory), or of the known cost of the decomposition (fit); a
+tokens and one layer over n, n = 1024 over tokens, n = 256 over layers. *exponent*: least-squares slope of log(cost)
+over log(size); *last*: between the two largest sizes; *theory*: the slope of the counted FLOPs (forward, training), of
+parameters and activations (memory: the peak of a training step), or of the known cost of the decomposition (fit); a
 plan is made once for a shape, whatever its size. *least*, *most*: the cost at the smallest and the largest size. Times
-are CPU time of the process, medians, for other processes run on this machine. Small layers are bound by the cost of
-operations and large ones by memory, so exponents of times are mostly below theory where layers are small."""
+are medians of the CPU time of the process, for other processes run on this machine. Small layers are bound by the cost
+of operations and large ones by memory, so exponents of times are mostly below theory where layers are small. The
+structures were measured in one run each; the command is that of the last."""
 FIRST_NOTES = f"""\
 A model of {MODEL} layers of 768 x 768, 3072 x 768 and 768 x 3072 in plain torch, in a fresh process, wall-clock time:
 import of structlin beside that of torch before it, all plans (part of the first call), the first call with 8 tokens and
@@ -80,7 +83,7 @@ print(torched - start, imported - torched, call(), call())
 """
 
 
-def seconds(call: Callable[[], object], rounds: int = 7, least: float = 2e-3) -> float:
+def seconds(call: Callable[[], object], rounds: int = 5, least: float = 1e-3) -> float:
     """Median CPU seconds per call over short samples."""
     call()
     samples = []
@@ -174,7 +177,7 @@ def rows_of(name: str, found: dict[tuple[str, str], list[tuple[float, float, flo
     return rows
 
 
-def figure(rows: Sequence[dict[str, Any]]) -> None:
+def figure(rows: Sequence[dict[str, Any]], folder: Path) -> None:
     """Draw time over n (forward, training step, fit), memory over n, and time over tokens."""
     shown = [("n", "forward"), ("n", "training"), ("n", "memory"), ("n", "fit"), ("n", "plan"), ("tokens", "forward")]
     page, axes = panels(3, 2)
@@ -184,7 +187,7 @@ def figure(rows: Sequence[dict[str, Any]]) -> None:
                 axis.loglog(row["sizes"], row["costs"], label=row["structure"], **style(row["structure"]))
                 axis.set(xlabel=over, ylabel=f"{cost}, {row['unit']}")
     legend(page, axes)
-    draw(page, "growth")
+    draw(page, "growth", folder)
 
 
 def first_call() -> list[dict[str, Any]]:
@@ -217,9 +220,13 @@ def main(argv: Sequence[str]) -> int:
     for name in args.structures:
         say(f"  {name}")
         rows += rows_of(name, measured(name, args.sizes, args.most_fit))
+    stored = args.results / "growth.jsonl"
+    if stored.exists():  # structures that are not measured now keep their rows, if they are of this commit
+        old = map(json.loads, stored.read_text(encoding="utf-8").splitlines())
+        rows += [row for row in old if row["structure"] not in args.structures and row["commit"] == about["commit"]]
+    rows.sort(key=lambda row: ["dense", *STRUCTURES].index(row["structure"]))
     store(args.results, "growth", "Growth of costs", NOTES, about, rows, COLUMNS)
-    if args.results == RESULTS:
-        figure(rows)
+    figure(rows, FIGURES if args.results == RESULTS else args.results)
     return 0
 
 
