@@ -10,7 +10,7 @@ from torch import Tensor
 
 from structlin.equation.spec import Spec
 from structlin.runtime import contract
-from structlin.runtime.costs import DENSE_CHUNK, FEWEST, MOST_BLOCKS, SMALL
+from structlin.runtime.costs import DENSE_CHUNK, FEWEST, MOST_BLOCKS
 from structlin.runtime.planner import Plan, find_plan
 
 
@@ -101,7 +101,7 @@ def _gradients(
             spec, x, factors, grad_output, needs_input_grad, needs_factor_grad, _rows(spec, len(x))
         )
     pullback = contract.Pullback(spec, factors, needs_factor_grad, plan)
-    size = _tokens(spec, plan, len(x))
+    size = backward_rows(spec, plan, len(x))
     if len(x) <= size:
         grad_input = pullback(x, grad_output, needs_input_grad)
     else:
@@ -122,16 +122,13 @@ def backward_plan(spec: Spec, plan: Plan) -> Plan:
 
 
 def _allowance(spec: Spec, tokens: int) -> float:
-    """Entries that a backward pass may hold beside the gradients, so that a step takes 1.1 times dense's memory.
-
-    Or a few MiB more, which only one layer of a model holds at a time.
-    """
+    """Entries that a backward pass may hold beside the gradients, so that a step takes 1.1 times dense's memory."""
     sizes = spec.in_features, spec.out_features
-    return max(SMALL / 4, 0.1 * tokens * sum(sizes) + 1.1 * sizes[0] * sizes[1] - spec.num_parameters)
+    return 0.1 * tokens * sum(sizes) + 1.1 * sizes[0] * sizes[1] - spec.num_parameters
 
 
-def _tokens(spec: Spec, plan: Plan, tokens: int) -> int:
-    """Tokens to differentiate at a time: a chunk, or fewer where a chunk would exceed the allowance."""
+def backward_rows(spec: Spec, plan: Plan, tokens: int) -> int:
+    """Return the tokens to differentiate at a time: a chunk, or fewer where a chunk would exceed the allowance."""
     entries = plan.inner + 4 * plan.widest  # per token: activations between input and output, and their gradients
     return int(max(FEWEST, min(plan.chunk, _allowance(spec, tokens) / max(1, entries))))
 

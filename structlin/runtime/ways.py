@@ -19,7 +19,7 @@ from structlin.runtime.costs import DENSE_GAIN, DENSE_SECONDS, PLAN_SECONDS, PLA
 from structlin.runtime.kernels import Chain, chain_of
 from structlin.runtime.machines import machine_of
 from structlin.runtime.planner import Order, Plan
-from structlin.runtime.recompute import at_once, backward_plan, by_chunks, recomputed
+from structlin.runtime.recompute import at_once, backward_plan, backward_rows, by_chunks, recomputed
 
 Mode = Literal["training", "eval", "frozen"]
 # With gradients of anything; without; without, and what is derived from the factors is kept (`structlin.freeze_`).
@@ -197,18 +197,19 @@ def _seconds(spec: Spec, plan: Plan, key: Key) -> float:
     """Predict the time of the plan's products in s; in training a third of a step's."""
     if key.mode == TRAINING and not _saves_much(spec, plan, key):
         return plan.training / 3
-    chunks = _chunked(spec, plan) / plan.seconds
-    # The backward pass computes again what autograd would have saved.
-    return chunks * ((plan.training + plan.seconds) / 3 if key.mode == TRAINING else plan.seconds)
+    if key.mode != TRAINING:
+        return plan.seconds * _slower(spec, plan, plan.chunk)
+    # The backward pass computes again what autograd would have saved, in chunks that hold little.
+    return (plan.training + plan.seconds) / 3 * _slower(spec, plan, backward_rows(spec, plan, plan.parts[0].tokens))
 
 
-def _chunked(spec: Spec, plan: Plan) -> float:
-    """Predict the time of a plan that goes by chunks of rows in s: few rows run below the full rate."""
+def _slower(spec: Spec, plan: Plan, chunk: int) -> float:
+    """Predict the time of a plan that goes by chunks of rows / its time for all at once: few rows run slowly."""
     part = plan.parts[0]
-    if plan.materialises or plan.chunk >= part.tokens:
-        return plan.seconds
-    chunk = planner.find_plan(spec, plan.chunk, itemsize=part.itemsize, machine=part.machine, folded=part.folded)
-    return max(plan.seconds, part.tokens / plan.chunk * chunk.seconds)
+    if plan.materialises or chunk >= part.tokens:
+        return 1.0
+    found = planner.find_plan(spec, chunk, itemsize=part.itemsize, machine=part.machine, folded=part.folded)
+    return max(1.0, part.tokens / chunk * found.seconds / plan.seconds)
 
 
 def _saves_much(spec: Spec, plan: Plan, key: Key) -> bool:
