@@ -158,19 +158,19 @@ def ways(spec: Spec, key: Key, orders: Sequence[Order] = ("auto",)) -> list[Way]
     """List the ways that a layer may run, one per order of its plan, with the predicted seconds of a forward pass.
 
     In training it is a third of a step's. What is fast for all rows at once may be slow by chunks, and what is fast
-    forward may be slow backward: so the dense matrix is one more.
+    forward may be slow backward: so the dense matrix is one more where it gains a tenth; predictions are no finer.
     """
     machine, itemsize = machine_of(key.device), key.dtype.itemsize
     rows = min(key.rows, MOST_ROWS)
     scale = key.rows / rows
     found: list[Way] = []
-    if key.mode != FROZEN:
-        orders = tuple(dict.fromkeys((*orders, "materialise")))
-    for order in orders:
+    extra: tuple[Order, ...] = () if key.mode == FROZEN or "materialise" in orders else ("materialise",)
+    for order in (*orders, *extra):
         folded = key.mode == FROZEN
         plan = planner.find_plan(spec, rows, itemsize=itemsize, machine=machine, order=order, folded=folded)
         seconds = _seconds(spec, plan, key) * (PLAN_SLOWER if itemsize >= 4 else 1.0) + PLAN_SECONDS
-        if not (folded and plan.materialises):  # that is the dense matrix, kept
+        gains = order not in extra or scale * seconds < DENSE_GAIN * min(way.seconds for way in found)
+        if gains and not (folded and plan.materialises):  # that is the dense matrix, kept
             found.append(_planned(spec, plan, scale * seconds, key))
     if key.mode == FROZEN:
         sizes = spec.in_features, spec.out_features
