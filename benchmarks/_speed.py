@@ -62,10 +62,12 @@ class Effort:
     Args:
         rounds: samples of each of the two.
         seconds: least time of a sample.
+        clock: `time.process_time` counts CPU time: other processes on the machine take turns, not time.
     """
 
     rounds: int
     seconds: float = 2e-3
+    clock: Callable[[], float] = time.perf_counter
 
 
 # One call --------------------------------------------------------------------------------------------------------
@@ -142,14 +144,14 @@ def check(subject: Subject, call: Call) -> dict[str, float]:
 # Time ------------------------------------------------------------------------------------------------------------
 
 
-def sample(call: Callable[[], object], calls: int) -> float:
+def sample(call: Callable[[], object], calls: int, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds per call, over so many calls in a row."""
     wait()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(calls):
         call()
     wait()
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
 
 
 def wait() -> None:
@@ -158,16 +160,18 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def calls_per_sample(call: Callable[[], object], seconds: float) -> int:
+def calls_per_sample(call: Callable[[], object], seconds: float, clock: Callable[[], float] = time.perf_counter) -> int:
     """Warm up, and find how many calls take so long."""
-    estimate = min(sample(call, 1) for _ in range(WARM_UP))
+    estimate = max(1e-9, min(sample(call, 1, clock) for _ in range(WARM_UP)))
     return max(1, min(MOST_CALLS, round(seconds / estimate + 0.5)))
 
 
-def median_seconds(calls: Sequence[Callable[[], object]], seconds: float, rounds: int) -> list[float]:
+def median_seconds(
+    calls: Sequence[Callable[[], object]], seconds: float, rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
     """Return the median seconds of each call, sampled in turn."""
-    counts = [calls_per_sample(call, seconds) for call in calls]
-    rows = [[sample(call, count) for call, count in zip(calls, counts, strict=True)] for _ in range(rounds)]
+    counts = [calls_per_sample(call, seconds, clock) for call in calls]
+    rows = [[sample(call, count, clock) for call, count in zip(calls, counts, strict=True)] for _ in range(rounds)]
     return [statistics.median(column) for column in zip(*rows, strict=True)]
 
 
@@ -176,11 +180,11 @@ def interleaved(dense: Callable[[], object], layer: Callable[[], object], effort
 
     The quartiles are those of the ratio within each round.
     """
-    counts = {call: calls_per_sample(call, effort.seconds) for call in (dense, layer)}
+    counts = {call: calls_per_sample(call, effort.seconds, effort.clock) for call in (dense, layer)}
     times: dict[Callable[[], object], list[float]] = {dense: [], layer: []}
     for k in range(effort.rounds):
         for call in (dense, layer) if k % 2 == 0 else (layer, dense):
-            times[call].append(sample(call, counts[call]))
+            times[call].append(sample(call, counts[call], effort.clock))
     medians = {call: statistics.median(values) for call, values in times.items()}
     ratios = [b / a for a, b in zip(times[dense], times[layer], strict=True)]
     lower, _, upper = statistics.quantiles(ratios, n=4)
@@ -251,9 +255,9 @@ def fastest(subjects: Sequence[Subject], mode: str, tokens: int, effort: Effort)
     """Return the subject that takes the least time; few of them are timed more than twice."""
     calls = [Call.new(subject.module, subject.weight, mode, tokens) for subject in subjects]
     with calls[0].grad_mode():
-        first = [min(sample(call.work(), 1) for _ in range(2)) for call in calls]
+        first = [min(sample(call.work(), 1, effort.clock) for _ in range(2)) for call in calls]
         close = [k for k, seconds in enumerate(first) if seconds <= CLOSE * min(first)]
-        medians = median_seconds([calls[k].work() for k in close], effort.seconds, min(effort.rounds, 5))
+        medians = median_seconds([calls[k].work() for k in close], effort.seconds, min(effort.rounds, 5), effort.clock)
     return subjects[min(zip(medians, close, strict=True))[1]]
 
 

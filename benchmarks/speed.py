@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -270,6 +271,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--mode", nargs="+", choices=MODES, default=[INFERENCE, TRAINING])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--rounds", type=int, help="samples of each layer, from 2; 21, or 5 with --quick")
+    parser.add_argument("--cpu-time", action="store_true", help="time of the process, where others share the machine")
     parser.add_argument("--quick", action="store_true", help="a trial: few and short samples, no 512 tokens")
     parser.add_argument("--kernel", choices=("on", "off"), default="on", help="the native kernel")
     parser.add_argument("--peers", action="store_true", help="also other libraries that are installed")
@@ -281,14 +283,18 @@ def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     os.environ[SWITCH] = "build" if args.kernel == "on" else "off"
     trial = args.quick or args.only is not None
-    effort = Effort(args.rounds or 5, 5e-4) if args.quick else Effort(args.rounds or 21)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    effort = Effort(args.rounds or (5 if args.quick else 21), 5e-4 if args.quick else 2e-3, clock)
     about = environment(argv) | {"threads": ", ".join(map(str, args.threads)), "dtype": ", ".join(args.dtype)}
     # Other processes make times long and, with several threads, meaningless: the load at the start is stored.
     if args.device == "cuda":
         about |= {"machine": torch.cuda.get_device_name()}
-    about |= {"native kernel": args.kernel, "load": round(os.getloadavg()[0], 2), "rounds": effort.rounds} | (
-        versions() if args.peers else {}
-    )
+    about |= {
+        "native kernel": args.kernel,
+        "load": round(os.getloadavg()[0], 2),
+        "rounds": effort.rounds,
+        "clock": "CPU time of the process" if args.cpu_time else "wall",
+    } | (versions() if args.peers else {})
     for name in args.suite:
         suite = SUITES[name]
         say(f"suite {name}")
