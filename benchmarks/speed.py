@@ -17,6 +17,7 @@ linear_operator). Suites: kronecker, tt, butterfly, compressors, simple, overhea
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -261,6 +262,15 @@ def stored_as(name: str, args: argparse.Namespace) -> str:
     return "_".join(filter(None, ["speed", name, device, kernel, dtypes, threads]))
 
 
+def kept(path: Path, rows: Sequence[Row], commit: str) -> list[Row]:
+    """Read the stored rows of cases that are not measured anew; all runs of a commit differ by `--only` alone."""
+    if not path.exists():
+        return []
+    measured = {row["case"] for row in rows}
+    stored = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [row for row in stored if row["commit"] == commit and row["case"] not in measured]
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", nargs="+", choices=list(SUITES), default=[name for name in SUITES if name != "llm"])
@@ -271,6 +281,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--mode", nargs="+", choices=MODES, default=[INFERENCE, TRAINING])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--rounds", type=int, help="samples of each layer, from 2; 21, or 5 with --quick")
+    parser.add_argument("--add", action="store_true", help="keep stored rows of other cases, if of this commit")
     parser.add_argument("--cpu-time", action="store_true", help="time of the process, where others share the machine")
     parser.add_argument("--quick", action="store_true", help="a trial: few and short samples, no 512 tokens")
     parser.add_argument("--kernel", choices=("on", "off"), default="on", help="the native kernel")
@@ -301,16 +312,13 @@ def main(argv: Sequence[str]) -> int:
         cases = [case for case in suite.cases() if args.only is None or args.only in case.name]
         tokens = args.tokens or [count for count in suite.tokens if not args.quick or count <= 32]
         rows = [row for case in cases for row in rows_of(case, args, tokens, effort)]
+        folder, stored = args.results or (TRIALS if trial else RESULTS), stored_as(name, args)
+        if args.add:
+            rows = kept(folder / f"{stored}.jsonl", rows, str(about["commit"])) + rows
+            order = [case.name for case in suite.cases()]
+            rows.sort(key=lambda row: order.index(row["case"]))  # stable
         if rows:
-            store(
-                args.results or (TRIALS if trial else RESULTS),
-                stored_as(name, args),
-                suite.title,
-                NOTES,
-                about,
-                rows,
-                COLUMNS,
-            )
+            store(folder, stored, suite.title, NOTES, about, rows, COLUMNS)
         else:
             say(f"  no case of {name} contains {args.only!r}")
     return 0
