@@ -185,6 +185,8 @@ def figure(rows: Sequence[dict[str, Any]], folder: Path) -> None:
         for row in rows:
             if (row["over"], row["cost"]) == (over, cost):
                 axis.loglog(row["sizes"], row["costs"], label=row["structure"], **style(row["structure"]))
+                axis.minorticks_off()
+                axis.set_xticks(row["sizes"], map(str, row["sizes"]))
                 axis.set(xlabel=over, ylabel=f"{cost}, {row['unit']}")
     legend(page, axes)
     draw(page, "growth", folder)
