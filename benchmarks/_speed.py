@@ -24,11 +24,12 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes two lines
 
 Row = dict[str, Any]
 
-INFERENCE, FORWARD, TRAINING = MODES = ("inference", "forward", "training")
+INFERENCE, EVAL, FORWARD, TRAINING = MODES = ("inference", "eval", "forward", "training")
 # Relative error against F.linear with the dense matrix that is allowed in each dtype.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 WARM_UP = 3  # calls
 MOST_CALLS = 10_000  # in a sample
+CLOSE = 1.5  # candidates whose first calls take at most so many times the least are compared in turn
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +62,12 @@ class Effort:
     Args:
         rounds: samples of each of the two.
         seconds: least time of a sample.
+        clock: `time.process_time` counts CPU time: other processes on the machine take turns, not time.
     """
 
     rounds: int
     seconds: float = 2e-3
+    clock: Callable[[], float] = time.perf_counter
 
 
 # One call --------------------------------------------------------------------------------------------------------
@@ -90,15 +93,15 @@ class Call:
     def new(cls, module: nn.Module, weight: Tensor, mode: str, tokens: int) -> Call:
         """Draw an input and an output gradient for a module with this dense matrix (out, in), and set its mode."""
         kind = {"dtype": weight.dtype, "device": weight.device}
-        x = torch.randn(tokens, weight.shape[1], requires_grad=mode != INFERENCE, **kind)
-        module.train(mode != INFERENCE)
+        x = torch.randn(tokens, weight.shape[1], requires_grad=mode not in (INFERENCE, EVAL), **kind)
+        module.train(x.requires_grad)
         if mode == INFERENCE:
             freeze_(module)
         return cls(module, mode, x, torch.randn(tokens, weight.shape[0], **kind))
 
     def grad_mode(self) -> torch.set_grad_enabled:
-        """The context in which the work is done: no gradients in inference."""
-        return torch.set_grad_enabled(self.mode != INFERENCE)
+        """The context in which the work is done: no gradients in inference and eval."""
+        return torch.set_grad_enabled(self.x.requires_grad)
 
     def work(self) -> Callable[[], Any]:
         """What is timed: a forward pass that returns the output, or in training also a backward pass: all gradients."""
@@ -141,14 +144,14 @@ def check(subject: Subject, call: Call) -> dict[str, float]:
 # Time ------------------------------------------------------------------------------------------------------------
 
 
-def sample(call: Callable[[], object], calls: int) -> float:
+def sample(call: Callable[[], object], calls: int, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds per call, over so many calls in a row."""
     wait()
-    start = time.perf_counter()
+    start = clock()
     for _ in range(calls):
         call()
     wait()
-    return (time.perf_counter() - start) / calls
+    return (clock() - start) / calls
 
 
 def wait() -> None:
@@ -157,16 +160,18 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def calls_per_sample(call: Callable[[], object], seconds: float) -> int:
+def calls_per_sample(call: Callable[[], object], seconds: float, clock: Callable[[], float] = time.perf_counter) -> int:
     """Warm up, and find how many calls take so long."""
-    estimate = min(sample(call, 1) for _ in range(WARM_UP))
+    estimate = max(1e-9, min(sample(call, 1, clock) for _ in range(WARM_UP)))
     return max(1, min(MOST_CALLS, round(seconds / estimate + 0.5)))
 
 
-def median_seconds(calls: Sequence[Callable[[], object]], seconds: float, rounds: int) -> list[float]:
+def median_seconds(
+    calls: Sequence[Callable[[], object]], seconds: float, rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> list[float]:
     """Return the median seconds of each call, sampled in turn."""
-    counts = [calls_per_sample(call, seconds) for call in calls]
-    rows = [[sample(call, count) for call, count in zip(calls, counts, strict=True)] for _ in range(rounds)]
+    counts = [calls_per_sample(call, seconds, clock) for call in calls]
+    rows = [[sample(call, count, clock) for call, count in zip(calls, counts, strict=True)] for _ in range(rounds)]
     return [statistics.median(column) for column in zip(*rows, strict=True)]
 
 
@@ -175,11 +180,11 @@ def interleaved(dense: Callable[[], object], layer: Callable[[], object], effort
 
     The quartiles are those of the ratio within each round.
     """
-    counts = {call: calls_per_sample(call, effort.seconds) for call in (dense, layer)}
+    counts = {call: calls_per_sample(call, effort.seconds, effort.clock) for call in (dense, layer)}
     times: dict[Callable[[], object], list[float]] = {dense: [], layer: []}
     for k in range(effort.rounds):
         for call in (dense, layer) if k % 2 == 0 else (layer, dense):
-            times[call].append(sample(call, counts[call]))
+            times[call].append(sample(call, counts[call], effort.clock))
     medians = {call: statistics.median(values) for call, values in times.items()}
     ratios = [b / a for a, b in zip(times[dense], times[layer], strict=True)]
     lower, _, upper = statistics.quantiles(ratios, n=4)
@@ -194,8 +199,8 @@ def interleaved(dense: Callable[[], object], layer: Callable[[], object], effort
 
 
 def saved_bytes(call: Call) -> int | None:
-    """Bytes that the graph keeps for the backward pass beyond the input, parameters and buffers; None in inference."""
-    if call.mode == INFERENCE:
+    """Bytes that the graph keeps for the backward pass beyond the input, parameters and buffers; None without one."""
+    if not call.x.requires_grad:
         return None
     kept: dict[int, int] = {}
 
@@ -242,8 +247,18 @@ def peak_bytes(call: Call) -> int | None:
 
 def plan_text(layer: StructuredLinear, tokens: int, mode: str) -> str:
     """Name the way that runs this many tokens: inference is that of frozen layers."""
-    asked = "frozen" if mode == INFERENCE else "training"
+    asked = {INFERENCE: "frozen", EVAL: "eval"}.get(mode, "training")
     return next(option.way for option in layer.options(tokens) if option.mode == asked and option.chosen)
+
+
+def fastest(subjects: Sequence[Subject], mode: str, tokens: int, effort: Effort) -> Subject:
+    """Return the subject that takes the least time; few of them are timed more than twice."""
+    calls = [Call.new(subject.module, subject.weight, mode, tokens) for subject in subjects]
+    with calls[0].grad_mode():
+        first = [min(sample(call.work(), 1, effort.clock) for _ in range(2)) for call in calls]
+        close = [k for k, seconds in enumerate(first) if seconds <= CLOSE * min(first)]
+        medians = median_seconds([calls[k].work() for k in close], effort.seconds, min(effort.rounds, 5), effort.clock)
+    return subjects[min(zip(medians, close, strict=True))[1]]
 
 
 def measure(subject: Subject, dense: nn.Linear, mode: str, tokens: int, effort: Effort) -> Row:
@@ -258,7 +273,9 @@ def measure(subject: Subject, dense: nn.Linear, mode: str, tokens: int, effort: 
         row |= {f"{name}_saved_bytes": saved_bytes(one), f"{name}_peak_bytes": peak_bytes(one)}
     learned = sum(p.numel() for name, p in subject.module.named_parameters() if name.rpartition(".")[2] != "bias")
     row["parameters_ratio"] = learned / dense.weight.numel()
-    if isinstance(subject.module, StructuredLinear):
+    if not isinstance(subject.module, StructuredLinear):
+        row["plan"] = subject.name
+    else:
         row["flop_ratio"] = subject.module.flops_per_token / (2 * dense.weight.numel())
         row["break_even"] = row["flop_ratio"] / row["ratio"]
         row["plan"] = plan_text(subject.module, tokens, mode)

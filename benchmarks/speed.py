@@ -9,6 +9,7 @@ compared with `F.linear` and the layer's dense matrix before anything is timed; 
 A suite is stored as results/speed_NAME.jsonl (one line per cell) and .md; trials (`--quick`, `--only`) go to out/.
 Layers run by the native kernel, which is built where needed; with `--kernel off` by torch alone (speed_NAME_torch;
 other devices, dtypes and numbers of threads stand in the name as well).
+A row `simple` is the structure in a few lines of einsum and bmm (`_simple.py`), the fastest form at each cell.
 `--peers` adds rows of other libraries that are installed (tensorly-torch, torchTT, lazylinop, pyfaust, pyfastkron,
 linear_operator). Suites: kronecker, tt, butterfly, compressors, simple, overhead, all, llm (for a GPU: --device cuda).
 """
@@ -16,8 +17,10 @@ linear_operator). Suites: kronecker, tt, butterfly, compressors, simple, overhea
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -25,7 +28,8 @@ from pathlib import Path
 
 import torch
 from _peers import counterparts, versions
-from _speed import INFERENCE, MODES, TRAINING, Effort, Row, Subject, measure
+from _simple import simple_subjects
+from _speed import INFERENCE, MODES, TRAINING, Effort, Row, Subject, fastest, measure
 from torch import nn
 
 from structlin.equation.modes import divisors
@@ -40,7 +44,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))  # scri
 from _results import RESULTS, ROOT, Columns, environment, say, store
 
 TRIALS = ROOT / "out"
-OURS = "structlin"
+OURS, SIMPLE = "structlin", "simple"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 Sizes = tuple[int, int]  # (in_features, out_features)
@@ -204,21 +208,23 @@ NOTES = """\
 *time ratio*: layer / dense, below 1 is faster; *lower*, *upper*: its quartiles over the rounds; *FLOP ratio*: of the
 factor-by-factor product; *break-even*: FLOP ratio / time ratio, the FLOP ratio below which a layer with this one's rate
 is faster than dense; *parameters*: kept / dense, without bias; *plan*: how forward runs.
-*inference*: no gradients, layers frozen (`structlin.freeze_`);
+*inference*: no gradients, layers frozen (`structlin.freeze_`); *eval*: no gradients, nothing kept between calls;
 *forward*: with the graph; *training*: forward and backward, input gradient included.
 *saved*: bytes kept for the backward pass beyond input and parameters; *peak*: allocated by torch within a training
 step, gradients included. Before timing, all outputs and input gradients agreed with `F.linear` and the layer's dense
-matrix to 1e-4 (float32) or 3e-2 (bfloat16)."""
+matrix to 1e-4 (float32) or 3e-2 (bfloat16).
+`simple`: a few lines of einsum and bmm as the repository of a paper has them (benchmarks/_simple.py), the fastest of
+the forms at each cell; *plan* names it. It keeps nothing between calls."""
 
 
 # The run ---------------------------------------------------------------------------------------------------------
 
 
-def subjects_of(case: Case, dtype: torch.dtype, device: str, peers: bool) -> dict[str, Subject]:
-    """Our layer, then the other libraries' counterparts, by library."""
+def subjects_of(case: Case, dtype: torch.dtype, device: str, peers: bool) -> dict[str, list[Subject]]:
+    """Our layer, its simple forms, then the other libraries' counterparts, by library."""
     layer = build(case.structure, *case.sizes, dtype=dtype, device=device)
-    ours = {OURS: Subject.of(case.name, layer)}
-    return ours | (counterparts(layer, say) if peers else {})
+    found = {OURS: [Subject.of(case.name, layer)], SIMPLE: list(simple_subjects(layer).values())}
+    return found | ({name: [peer] for name, peer in counterparts(layer, say).items()} if peers else {})
 
 
 def rows_of(case: Case, args: argparse.Namespace, tokens: Sequence[int], effort: Effort) -> Iterator[Row]:
@@ -231,10 +237,12 @@ def rows_of(case: Case, args: argparse.Namespace, tokens: Sequence[int], effort:
         for library, threads, mode, count in cells:
             torch.set_num_threads(threads)
             where = f"  {case.name}, {library}, {dtype}, {threads} threads, {mode}, {count} tokens"
+            found = subjects[library]
             try:
-                row = measure(subjects[library], dense, mode, count, effort)
+                subject = found[0] if len(found) == 1 else fastest(found, mode, count, effort)
+                row = measure(subject, dense, mode, count, effort)
             except (ValueError, RuntimeError) as error:
-                if library == OURS:
+                if library in (OURS, SIMPLE):
                     raise
                 say(f"{where}: left out: {error}")
                 continue
@@ -254,6 +262,15 @@ def stored_as(name: str, args: argparse.Namespace) -> str:
     return "_".join(filter(None, ["speed", name, device, kernel, dtypes, threads]))
 
 
+def kept(path: Path, rows: Sequence[Row], commit: str) -> list[Row]:
+    """Read the stored rows of cases that are not measured anew; all runs of a commit differ by `--only` alone."""
+    if not path.exists():
+        return []
+    measured = {row["case"] for row in rows}
+    stored = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [row for row in stored if row["commit"] == commit and row["case"] not in measured]
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", nargs="+", choices=list(SUITES), default=[name for name in SUITES if name != "llm"])
@@ -264,6 +281,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--mode", nargs="+", choices=MODES, default=[INFERENCE, TRAINING])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--rounds", type=int, help="samples of each layer, from 2; 21, or 5 with --quick")
+    parser.add_argument("--add", action="store_true", help="keep stored rows of other cases, if of this commit")
+    parser.add_argument("--cpu-time", action="store_true", help="time of the process, where others share the machine")
     parser.add_argument("--quick", action="store_true", help="a trial: few and short samples, no 512 tokens")
     parser.add_argument("--kernel", choices=("on", "off"), default="on", help="the native kernel")
     parser.add_argument("--peers", action="store_true", help="also other libraries that are installed")
@@ -275,30 +294,31 @@ def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     os.environ[SWITCH] = "build" if args.kernel == "on" else "off"
     trial = args.quick or args.only is not None
-    effort = Effort(args.rounds or 5, 5e-4) if args.quick else Effort(args.rounds or 21)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    effort = Effort(args.rounds or (5 if args.quick else 21), 5e-4 if args.quick else 2e-3, clock)
     about = environment(argv) | {"threads": ", ".join(map(str, args.threads)), "dtype": ", ".join(args.dtype)}
     # Other processes make times long and, with several threads, meaningless: the load at the start is stored.
     if args.device == "cuda":
         about |= {"machine": torch.cuda.get_device_name()}
-    about |= {"native kernel": args.kernel, "load": round(os.getloadavg()[0], 2), "rounds": effort.rounds} | (
-        versions() if args.peers else {}
-    )
+    about |= {
+        "native kernel": args.kernel,
+        "load": round(os.getloadavg()[0], 2),
+        "rounds": effort.rounds,
+        "clock": "CPU time of the process" if args.cpu_time else "wall",
+    } | (versions() if args.peers else {})
     for name in args.suite:
         suite = SUITES[name]
         say(f"suite {name}")
         cases = [case for case in suite.cases() if args.only is None or args.only in case.name]
         tokens = args.tokens or [count for count in suite.tokens if not args.quick or count <= 32]
         rows = [row for case in cases for row in rows_of(case, args, tokens, effort)]
+        folder, stored = args.results or (TRIALS if trial else RESULTS), stored_as(name, args)
+        if args.add:
+            rows = kept(folder / f"{stored}.jsonl", rows, str(about["commit"])) + rows
+            order = [case.name for case in suite.cases()]
+            rows.sort(key=lambda row: order.index(row["case"]))  # stable
         if rows:
-            store(
-                args.results or (TRIALS if trial else RESULTS),
-                stored_as(name, args),
-                suite.title,
-                NOTES,
-                about,
-                rows,
-                COLUMNS,
-            )
+            store(folder, stored, suite.title, NOTES, about, rows, COLUMNS)
         else:
             say(f"  no case of {name} contains {args.only!r}")
     return 0

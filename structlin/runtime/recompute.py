@@ -16,27 +16,36 @@ from structlin.runtime.planner import Plan, find_plan
 
 def at_once(spec: Spec, operands: contract.Operands, x: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
     """Compute x W^T + bias for x (..., in_features), all rows at once; differentiable."""
-    rows = x if x.ndim == 2 else x.reshape(-1, spec.in_features)
-    y = contract.run(spec, operands, rows, plan)
+    if x.ndim == 2 and bias is not None:
+        return contract.run(spec, operands, x, plan, bias)
+    y = contract.run(spec, operands, x.reshape(-1, spec.in_features), plan)
     return with_bias(y if x.ndim == 2 else y.reshape(*x.shape[:-1], spec.out_features), bias)
 
 
 def by_chunks(spec: Spec, operands: contract.Operands, x: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
     """Compute the same, at most `plan.chunk` rows at a time, without a graph: activations stay in a core's cache."""
     tokens = x.numel() // spec.in_features
-    most = min(plan.chunk, DENSE_CHUNK) if plan.materialises else plan.chunk
-    if tokens <= most:
+    most = _most(spec, plan, tokens)
+    if tokens <= most and (x.ndim == 2 or bias is None):
         return at_once(spec, operands, x, bias, plan)
     out = x.new_empty((*x.shape[:-1], spec.out_features))
+    rows, result = x.reshape(-1, spec.in_features), out.view(-1, spec.out_features)
+    if tokens <= most:
+        contract.run(spec, operands, rows, plan, bias, result)
+        return out
     size = -(-tokens // -(-tokens // most))  # the fewest chunks, as equal as possible
-    pieces = x.reshape(-1, spec.in_features).split(size)
-    for part, piece in zip(out.view(-1, spec.out_features).split(size), pieces, strict=True):
-        y = contract.run(spec, operands, piece, plan)
-        if bias is None:
-            part.copy_(y)
-        else:
-            torch.add(y, bias, out=part)
+    for piece, part in zip(rows.split(size), result.split(size), strict=True):
+        contract.run(spec, operands, piece, plan, bias, part)
     return out
+
+
+def _most(spec: Spec, plan: Plan, tokens: int) -> int:
+    """Return the rows of a chunk, at most."""
+    if not plan.materialises:
+        return plan.chunk
+    if all(contract.in_order(spec, part) for part in plan.parts):
+        return max(1, tokens)  # the products write to the result itself
+    return min(plan.chunk, DENSE_CHUNK)
 
 
 def with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
@@ -92,7 +101,7 @@ def _gradients(
             spec, x, factors, grad_output, needs_input_grad, needs_factor_grad, _rows(spec, len(x))
         )
     pullback = contract.Pullback(spec, factors, needs_factor_grad, plan)
-    size = _tokens(spec, plan, len(x))
+    size = backward_rows(spec, plan, len(x))
     if len(x) <= size:
         grad_input = pullback(x, grad_output, needs_input_grad)
     else:
@@ -118,8 +127,8 @@ def _allowance(spec: Spec, tokens: int) -> float:
     return 0.1 * tokens * sum(sizes) + 1.1 * sizes[0] * sizes[1] - spec.num_parameters
 
 
-def _tokens(spec: Spec, plan: Plan, tokens: int) -> int:
-    """Tokens to differentiate at a time: a chunk, or fewer where a chunk would exceed the allowance."""
+def backward_rows(spec: Spec, plan: Plan, tokens: int) -> int:
+    """Return the tokens to differentiate at a time: a chunk, or fewer where a chunk would exceed the allowance."""
     entries = plan.inner + 4 * plan.widest  # per token: activations between input and output, and their gradients
     return int(max(FEWEST, min(plan.chunk, _allowance(spec, tokens) / max(1, entries))))
 

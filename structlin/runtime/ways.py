@@ -29,7 +29,7 @@ from structlin.runtime.costs import (
 from structlin.runtime.kernels import Chain, chain_of, launches
 from structlin.runtime.machines import machine_of
 from structlin.runtime.planner import Order, Plan
-from structlin.runtime.recompute import at_once, backward_plan, by_chunks, recomputed, with_bias
+from structlin.runtime.recompute import at_once, backward_plan, backward_rows, by_chunks, recomputed, with_bias
 
 Mode = Literal["training", "eval", "frozen"]
 # With gradients of anything; without; without, and what is derived from the factors is kept (`structlin.freeze_`).
@@ -199,17 +199,23 @@ Way = Kernel | Launches | KeptDense | KeptOperands | Chunked | Autograd | Recomp
 
 
 def ways(spec: Spec, key: Key, orders: Sequence[Order] = ("auto",)) -> list[Way]:
-    """List the ways that a layer may run, one per order of its plan, with the predicted seconds of a forward pass."""
+    """List the ways that a layer may run, one per order of its plan, with the predicted seconds of a forward pass.
+
+    In training it is a third of a step's. What is fast for all rows at once may be slow by chunks, and what is fast
+    forward may be slow backward: so the dense matrix is one more where it gains a tenth; predictions are no finer.
+    """
     machine, itemsize = machine_of(key.device), key.dtype.itemsize
     rows = min(key.rows, MOST_ROWS)
     scale = key.rows / rows
     writing = WRITING * spec.written  # of tied factors, in each call
     found: list[Way] = []
-    for order in orders:
+    extra: tuple[Order, ...] = () if key.mode == FROZEN or "materialise" in orders else ("materialise",)
+    for order in (*orders, *extra):
         folded = key.mode == FROZEN
         plan = planner.find_plan(spec, rows, itemsize=itemsize, machine=machine, order=order, folded=folded)
-        seconds = plan.seconds * (PLAN_SLOWER if itemsize >= 4 else 1.0) + PLAN_SECONDS
-        if not (folded and plan.materialises):  # that is the dense matrix, kept
+        seconds = _seconds(spec, plan, key) * (PLAN_SLOWER if itemsize >= 4 else 1.0) + PLAN_SECONDS
+        gains = order not in extra or scale * seconds < DENSE_GAIN * min(way.seconds for way in found)
+        if gains and not (folded and plan.materialises):  # that is the dense matrix, kept
             found.append(_planned(spec, plan, scale * seconds + (0.0 if folded else writing), key))
     if key.mode == FROZEN:
         sizes = spec.in_features, spec.out_features
@@ -236,6 +242,25 @@ def _planned(spec: Spec, plan: Plan, seconds: float, key: Key) -> Way:
     if _saves_much(spec, plan, key):
         return Recomputed(spec, plan, seconds, backward_plan(spec, plan))
     return Autograd(spec, plan, seconds)
+
+
+def _seconds(spec: Spec, plan: Plan, key: Key) -> float:
+    """Predict the time of the plan's products in s; in training a third of a step's."""
+    if key.mode == TRAINING and not _saves_much(spec, plan, key):
+        return plan.training / 3
+    if key.mode != TRAINING:
+        return plan.seconds * _slower(spec, plan, plan.chunk)
+    # The backward pass computes again what autograd would have saved, in chunks that hold little.
+    return (plan.training + plan.seconds) / 3 * _slower(spec, plan, backward_rows(spec, plan, plan.parts[0].tokens))
+
+
+def _slower(spec: Spec, plan: Plan, chunk: int) -> float:
+    """Predict the time of a plan that goes by chunks of rows / its time for all at once: few rows run slowly."""
+    part = plan.parts[0]
+    if plan.materialises or chunk >= part.tokens:
+        return 1.0
+    found = planner.find_plan(spec, chunk, itemsize=part.itemsize, machine=part.machine, folded=part.folded)
+    return max(1.0, part.tokens / chunk * found.seconds / plan.seconds)
 
 
 def _saves_much(spec: Spec, plan: Plan, key: Key) -> bool:

@@ -39,7 +39,7 @@ class Altered(nn.Module):
         return self.output * self.layer(x + (self.gradient - 1) * (x - x.detach()))
 
 
-@pytest.mark.parametrize("mode", ["inference", "forward", "training"])
+@pytest.mark.parametrize("mode", ["inference", "eval", "forward", "training"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_right_layer_is_measured(speed, mode, dtype):
     layer = KroneckerLinear(24, 12, terms=2, dtype=dtype)
@@ -51,8 +51,9 @@ def test_right_layer_is_measured(speed, mode, dtype):
     assert row["ratio"] == row["layer_us"] / row["dense_us"]
     assert row["parameters_ratio"] == layer.spec.ratio
     factored = f"autograd: {layer.plan(4).summary}"
-    assert row["plan"] == ("kept dense matrix" if mode == "inference" else factored)
-    assert layer.training == (mode != "inference")
+    ways = {"inference": "kept dense matrix", "eval": factored.replace("autograd", "chunks of rows")}
+    assert row["plan"] == ways.get(mode, factored)
+    assert layer.training == (mode not in ways)
 
 
 @pytest.mark.parametrize("mode", ["inference", "forward", "training"])
@@ -138,21 +139,25 @@ def test_script(tmp_path):
     assert "no case of butterfly contains 'lowrank at 0.5'" in done.stderr
     lines = (results / "speed_overhead_torch.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    assert [row["mode"] for row in rows] == ["inference", "training"]
+    assert [(row["library"], row["mode"]) for row in rows] == [
+        (library, mode) for library in ("structlin", "simple") for mode in ("inference", "training")
+    ]
+    assert {row["plan"] for row in rows if row["library"] == "simple"} == {"last_first"}
     for row in rows:
         assert {"command", "date", "machine", "threads", "dtype", "torch", "structlin", "commit"} <= set(row)
         assert (row["case"], row["structure"], row["tokens"], row["samples"]) == (
             "lowrank at 0.5, 64 x 64", "lowrank(rank=16)", 1, 3,
         )  # fmt: skip
         assert (row["cell_threads"], row["cell_dtype"]) == (1, "float32")
-        assert row["flop_ratio"] == row["parameters_ratio"] == 0.5
+        assert row["parameters_ratio"] == row.get("flop_ratio", 0.5) == 0.5
+        assert ("flop_ratio" in row) == (row["library"] == "structlin")
         assert row["ratio"] > 0
-        assert row["break_even"] == pytest.approx(0.5 / row["ratio"])
+        assert row.get("break_even", 0.5 / row["ratio"]) == pytest.approx(0.5 / row["ratio"])
     table = (results / "speed_overhead_torch.md").read_text(encoding="utf-8")
     assert sum(line.startswith("|") for line in table.splitlines()) == len(rows) + 2
     assert not (results / "speed_butterfly_torch.md").exists()
     subprocess.run([sys.executable, str(BENCHMARKS / "speed_report.py"), "--results", str(results)], check=True)
     short = (results / "speed_overhead_torch_ratios.md").read_text(encoding="utf-8")
-    assert "| out x in                | FLOPs | parameters | inference, 1 | training, 1 |" in short
+    assert "| out x in                |   library | FLOPs | parameters | inference, 1 | training, 1 |" in short
     assert f"{rows[0]['ratio']:.2f} | " in short
     assert f"{rows[1]['ratio']:.2f} |\n" in short

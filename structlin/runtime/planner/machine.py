@@ -44,6 +44,12 @@ class Machine:
         rate = self.half_flops or self.flops if half else self.flops * 4 / itemsize
         return max(flops * slower / rate, nbytes / self._bandwidth(nbytes)) + self.op + half * self.half_op
 
+    def outer(self, batch: int, rows: int, columns: int, itemsize: int) -> float:
+        """Predict the time of outer products, (batch, rows, 1) x (batch, 1, columns) entry by entry, in s."""
+        nbytes = max(itemsize, 4) * batch * (rows + columns + rows * columns)
+        seconds = nbytes / min(self._bandwidth(nbytes), self.transpose_bandwidth or math.inf)
+        return max(seconds, 2.0 * batch * rows * columns / self.flops) + self.op
+
     def copy(self, entries: float, itemsize: int, *, run: int = 1, axes: int = 3) -> float:
         """Predict the time of a copy in s: `run` entries stay neighbours, `axes` axes change places."""
         rate = self.copy_bandwidth or self.bandwidth

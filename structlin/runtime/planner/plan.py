@@ -65,7 +65,7 @@ class Step:
 class EquationPlan:
     """A contraction of one equation with an input of `tokens` rows; prints itself as a table.
 
-    `flops`, `nbytes` and `seconds` hold for `tokens` rows; merges and steps hold for any number of rows.
+    `flops`, `nbytes`, `seconds` and `training` hold for `tokens` rows; merges and steps hold for any number of rows.
     """
 
     equation: Equation
@@ -79,12 +79,23 @@ class EquationPlan:
     inner: int  # entries per token of all activations between input and output, copies included
     widest: int  # entries per token of the largest of these, or of an output that is copied into order
     seconds: float  # predicted
+    training: float  # predicted, with the gradients of factors and input; autograd saves the activations
 
     @property
     def counted(self) -> tuple[Cost, ...]:
         """Costs of the products that run for each input."""
         merges = () if self.folded else tuple(merge.cost for merge in self.merges)
         return (*merges, *(step.cost for step in self.steps))
+
+    @property
+    def turned(self) -> bool:
+        """Whether the last product, operands exchanged and transposed, gives (tokens, outputs) in order."""
+        return self.steps[-1].swapped and self.result == View(None, (1, 0), None, False)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the last product is one of two matrices that gives (tokens, outputs): it can add a bias as well."""
+        return self.turned or (not self.steps[-1].swapped and self.result == View(None, None, None, False))
 
     @property
     def flops(self) -> int:
@@ -134,6 +145,11 @@ class Plan:
     def seconds(self) -> float:
         """Predicted time in s."""
         return sum(part.seconds for part in self.parts)
+
+    @property
+    def training(self) -> float:
+        """Predicted time of a training step in s."""
+        return sum(part.training for part in self.parts)
 
     @property
     def materialises(self) -> bool:

@@ -82,6 +82,17 @@ class Products:
                 swapped=True, broadcast=True,
             )  # fmt: skip
 
+    def training(self, product: Product) -> float:
+        """Predict the time of a product with its gradients in s: three products, and layout copies there and back."""
+        batch, summed, columns = map(self.numel, product.right_groups)
+        rows = self.numel(product.left_groups[1])
+        once = self.machine.product(batch, rows, summed, columns, self.itemsize)
+        left = self.machine.product(batch, rows, columns, summed, self.itemsize)
+        right = self.machine.product(batch, summed, rows, columns, self.itemsize)
+        if product.broadcast:  # the gradient of the one matrix is one product
+            left = self.machine.product(1, rows, batch * columns, summed, self.itemsize)
+        return left + right + once + 2 * max(0.0, product.seconds - once)
+
     def product(
         self, left: Modes, right: Modes, left_groups: Groups, right_groups: Groups, out: Modes,
         *, swapped: bool = False, broadcast: bool = False,
@@ -95,7 +106,10 @@ class Products:
         copied = [(size, self.copy(modes, sum(groups, ()))) for size, copy, modes, groups in sides if copy]
         batch, summed, columns = map(self.numel, right_groups)
         rows = self.numel(left_groups[1])
-        seconds = self.machine.product(batch, rows, summed, columns, self.itemsize)
+        if summed == 1 and TOKENS not in out:  # factors: multiplied entry by entry
+            seconds = self.machine.outer(batch, rows, columns, self.itemsize)
+        else:
+            seconds = self.machine.product(batch, rows, summed, columns, self.itemsize)
         seconds += sum(seconds for _, seconds in copied)
         cost = Cost(
             f"[{' '.join(left)}] * [{' '.join(right)}] -> [{' '.join(out)}]",

@@ -66,6 +66,14 @@ class _Search:
             self.known[lo, hi] = Merged(best.out, seconds, middle, best)
         return self.known[lo, hi]
 
+    def training(self, lo: int, hi: int) -> float:
+        """Predict the time to merge the factors lo..hi-1 and to differentiate that, in s."""
+        merged = self.merged(lo, hi)
+        if merged.product is None:
+            return 0.0
+        halves = self.training(lo, merged.middle) + self.training(merged.middle, hi)
+        return halves + self.products.training(merged.product)
+
     def outside(self, lo: int, hi: int) -> frozenset[str]:
         """Return the modes that the merged factors lo..hi-1 must keep: those that something outside needs."""
         others = (*self.eq.factors[:lo], *self.eq.factors[hi:])
@@ -92,7 +100,10 @@ class _Search:
                     batch, rows, columns, summed = map(
                         self.products.numel, contraction(held[lo, middle], held[middle, hi], held[lo, hi])
                     )
-                    seconds = self.machine.product(batch, rows, summed, columns, self.itemsize)
+                    if summed == 1:
+                        seconds = self.machine.outer(batch, rows, columns, self.itemsize)
+                    else:
+                        seconds = self.machine.product(batch, rows, summed, columns, self.itemsize)
                     options.append((cost[lo, middle] + cost[middle, hi] + seconds, middle))
                 cost[lo, hi], split[lo, hi] = min(options)
         return split
@@ -126,8 +137,17 @@ class _Search:
     def finished(self, state: _State) -> _State:
         """Add the cost of copying the result into (tokens, outputs) order."""
         ordered = (TOKENS, *self.eq.outputs)
-        copy = 0.0 if state.modes == ordered else self.products.copy(state.modes, ordered)
+        copy = 0.0 if self.in_order(state) else self.products.copy(state.modes, ordered)
         return replace(state, cost=state.cost + copy)
+
+    def in_order(self, state: _State) -> bool:
+        """Return whether the last product gives the output without a copy.
+
+        A matrix product gives its transpose as well, by exchanging the operands: (W x^T)^T = x W^T.
+        """
+        outputs, (_, _, last) = self.eq.outputs, state.absorbed[-1]
+        turned = state.modes == (*outputs, TOKENS) and not last.right_groups[0]
+        return state.modes == (TOKENS, *outputs) or turned
 
     def plan(self, state: _State) -> EquationPlan:
         """Write a finished state as a plan."""
@@ -141,12 +161,15 @@ class _Search:
             before, after = (self.products.numel(some) // max(1, self.tokens) for some in (modes, product.out))
             inner += [before, after] if steps[-1].view.copy else [after]
             modes, shape = product.out, writer.shape_of(product)
-        ordered = (TOKENS, *self.eq.outputs)
         last = inner.pop()  # the output itself, perhaps in another order
-        result = writer.view(modes, ((), (TOKENS,), self.eq.outputs), modes != ordered, shape)
+        copied = not self.in_order(state)
+        ordered = (TOKENS, *self.eq.outputs)
+        training = 2 * self.products.copy(modes, ordered) * copied
+        training += sum(self.products.training(product) + self.training(lo, hi) for lo, hi, product in state.absorbed)
+        result = writer.view(modes, ((), (TOKENS,), self.eq.outputs), copied, shape)
         return EquationPlan(
             self.eq, self.tokens, self.itemsize, self.machine, self.folded, tuple(writer.merges), tuple(steps), result,
-            sum(inner), max([*inner, 0 if modes == ordered else last]), state.cost,
+            sum(inner), max([*inner, last * copied]), state.cost, training,
         )  # fmt: skip
 
 
