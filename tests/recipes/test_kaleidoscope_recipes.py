@@ -113,11 +113,16 @@ def test_decoding_step_by_step_is_the_forward_pass(recipe):
     translator = recipe("_translator")
     torch.manual_seed(0)
     model = translator.Translator(40, 64, 128, 2, torch.nn.Linear).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)  # tokens depend on all that stands before them
     source = [5, 9, 7, translator.END]
-    found = model.translate(source, 6)
+    found = model.translate(source, 12)
+    assert len(set(found)) > 3
     with torch.inference_mode():
         logits = model(torch.tensor([source]), torch.tensor([[translator.BEGIN, *found[:-1]]]))
+        fewer = model(torch.tensor([source]), torch.tensor([[translator.BEGIN, *found[:5]]]))
     assert logits.argmax(-1)[0].tolist() == found
+    torch.testing.assert_close(logits[:, :6], fewer)  # no token sees those after it
 
 
 def test_the_invented_language_is_translated_word_by_word(recipe):
