@@ -163,7 +163,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--channels", type=int, nargs="+", default=[16, 32, 64], help="powers of two from 16")
     parser.add_argument("--units", type=int, default=3)
     parser.add_argument("--images", type=int, default=4000, help="training images of MNIST")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -231,7 +231,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--inner", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=1, help="of the decoder")
     parser.add_argument("--k-width", type=int, default=1, help="the power of B B* in the K-matrices")
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of training")
