@@ -147,10 +147,10 @@ def picture(rows: Sequence[dict[str, Any]], name: str, folder: Path) -> None:
             axis.plot(x, y, label=mixing, **style(look))
             axis.vlines(x, [100 * r["lowest"] for r in chosen], [100 * r["highest"] for r in chosen],
                         color=style(look)["color"], linewidth=0.8)  # fmt: skip
-        axis.set_xscale("log", base=2 if key == "channels" else 10)
         axis.set_xlabel(label)
-        axis.set_ylabel("test accuracy, % (mean, range over seeds)")
+        axis.set_ylabel("test accuracy, %")
     widths = sorted({row["channels"] for row in rows})
+    axes[0, 0].set_xscale("log", base=2)
     axes[0, 0].set_xticks(widths, [str(width) for width in widths])
     legend(figure, axes)
     draw(figure, name, folder)
