@@ -179,7 +179,7 @@ def test_compress_minilm_takes_all_structures_only_on_request(monkeypatch):
 def test_learn_permutation(tmp_path):
     done = run(
         "learn_permutation.py", "--seeds", "1", "--steps", "300", "--starts", "1", "--epochs", "4",
-        "--results", tmp_path / "results",
+        "--results", tmp_path / "results", "--figures", tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     rows = {(row["network"], row["pixels"]): row for row in stored(tmp_path / "results", "permuted_digits")}
