@@ -53,8 +53,9 @@ import structlin
 from structlin.structures import families, family
 
 ALL = ("lowrank", *sorted(families().keys() - {"lowrank"}))  # the baseline first
-# By default: those that are fitted in seconds, because they have a closed form, and the strongest.
-DEFAULT = [*(name for name in ALL if not family(name).refine_steps), "lowrank+kmatrix"]
+# By default: those that are fitted in seconds, because they have a closed form, and the strongest; no tied patterns.
+PATTERNS = {"circulant", "toeplitz", "diagonal", "sparse"}
+DEFAULT = [*(name for name in ALL if not family(name).refine_steps and name not in PATTERNS), "lowrank+kmatrix"]
 MOST_STEPS = 100  # of refinement by default: with a structure's own number, up to 500, `all` would take hours
 COLUMNS = {
     "structure": ("structure", ""),

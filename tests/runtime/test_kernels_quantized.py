@@ -10,7 +10,9 @@ import torch
 from cases import CASES, switch_on
 from rounded import rounded
 
+from structlin import LowRankLinear, quantize_
 from structlin.layers.linear import build
+from structlin.runtime.kernels import QuantizedChain
 from structlin.structures import PHM, Blast, Kronecker, LowRank, Monarch
 from structlin.testing import assert_close
 
@@ -197,3 +199,20 @@ def test_the_fake_kernel_knows_the_shape():
     stored = [code.to("meta") for code in codes], [scale.to("meta") for scale in scales]
     y = torch.ops.structlin.quantized_chain(x, *stored, bias.to("meta"), program.to("meta"), forms.to("meta"), 130)
     assert y.shape == (2, 3, 130)
+
+
+@pytest.mark.parametrize("to", ["int8", "int4"])
+def test_a_quantised_layer_runs_by_the_kernel_where_no_gradient_is_asked_for(to, monkeypatch):
+    layer = LowRankLinear(96, 130, rank=40)
+    quantize_(layer, to)
+    x = torch.randn(3, 96)
+    plainly = layer(x).detach()  # its bias asks for a gradient
+    seen = []
+    monkeypatch.setattr(QuantizedChain, "__call__", lambda self, *given: seen.append(given) or plainly)
+    assert layer(x) is not plainly
+    with torch.no_grad():
+        assert layer(x) is plainly
+    monkeypatch.undo()
+    with torch.no_grad():
+        assert_close(layer(x), plainly, to, TOLERANCE)
+    assert len(seen) == 1
