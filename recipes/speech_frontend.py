@@ -32,8 +32,7 @@ from _speech import RATE, Spoken, recordings, synthetic
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
-from structlin import KMatrix, LowRankLinear, exact, param_groups
-from structlin.layers.patterns import CirculantLinear, SparseLinear
+from structlin import CirculantLinear, KMatrix, LowRankLinear, SparseLinear, exact, param_groups
 
 FRAME, HOP = 256, 128  # samples
 CHANNELS = FRAME // 2

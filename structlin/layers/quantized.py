@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from structlin.equation.unfolding import Unfolding
 from structlin.runtime.kernels import quantized_chain_of
@@ -67,10 +68,12 @@ class QuantizedFactor(nn.Module):
 def forward_quantized(layer: Any, x: Tensor) -> Tensor:
     """Apply a `StructuredLinear` with quantised factors: the one place that decides how.
 
-    The native kernel reads the integers as they are; it runs calls that ask for no gradient. In plain torch the factors
-    are computed in every call, and contracted as others are; a layer that is frozen (`structlin.freeze_`) keeps them as
-    floats, unless their scales are trained.
+    The native kernel reads the integers as they are; it runs calls that ask for no gradient and are not compiled. In
+    plain torch the factors are computed in every call, and contracted as others are; a layer that is frozen
+    (`structlin.freeze_`) keeps them as floats, unless their scales are trained.
     """
+    if is_compiling():  # the kernel's tables are not traced
+        return _plainly(layer, x)
     names = [factor.name for factor in layer.spec.factors]
     held = [layer._modules.get(name) for name in names]
     chain = quantized_chain_of(layer.spec, tuple(each.form if each else None for each in held))
@@ -78,6 +81,10 @@ def forward_quantized(layer: Any, x: Tensor) -> Tensor:
     scales = [each.scale if each else None for each in held]
     if chain.suits(x, codes, scales, layer.bias):
         return chain(x, codes, scales, layer.bias)
+    return _plainly(layer, x)
+
+
+def _plainly(layer: Any, x: Tensor) -> Tensor:
     kept: tuple[Tensor, ...] | None = layer._execution.frozen
     usable = kept is not None and not any(factor.requires_grad for factor in kept)
     result: Tensor = layer._execution(x, (*(kept if kept is not None and usable else layer.factors), layer.bias))

@@ -73,6 +73,7 @@ class Execution:
 
     def __init__(self, spec: Spec, choice: Plan | Order = "auto", autotune: bool = False) -> None:
         self.spec, self.choice, self.autotune = spec, choice, autotune
+        spec.tied  # noqa: B018  (kept from now on: torch.compile does not trace the lock of a cached property)
         self._chain = chain_of(spec)
         self._compiled: Plan  # for torch.compile, see `_prepare`
         self._natively: bool

@@ -109,7 +109,7 @@ def _built(layer: StructuredLinear, structure: Structure, factors: Sequence[Tens
 def _holder(eq: Equation, modes: Modes, structure: Structure) -> int:
     """Find the factor that holds all modes of one side."""
     for k, factor in enumerate(eq.factors):
-        if factor.learned and set(modes) <= set(factor.modes):
+        if factor.learned and factor.tie is None and set(modes) <= set(factor.modes):
             return k
     raise ValueError(
         f"{structure} has no factor with all modes {' '.join(modes)}, so that scaled rows or columns leave the "

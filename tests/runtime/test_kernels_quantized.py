@@ -17,6 +17,7 @@ from structlin.structures import PHM, Blast, Kronecker, LowRank, Monarch
 from structlin.testing import assert_close
 
 SIZES = [(16, 20), (33, 48), (64, 64), (17, 5), (1, 7), (96, 130)]
+TIED = {"circulant", "toeplitz", "diagonal", "sparse"}  # are not quantised
 FORMS = [(8, 128), (4, 128), (4, 32), (4, 5)]  # bits, group
 # Activations are rounded to 16 bits once per factor: by at most max |a| / 65024, here up to 2e-5 of their norm.
 TOLERANCE = 2e-4
@@ -46,7 +47,7 @@ def agrees(chain, codes, scales, bias, x, what="", tolerance=TOLERANCE):
 
 
 @pytest.mark.parametrize(("bits", "group"), FORMS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sorted(CASES.keys() - TIED))
 def test_forward(name, bits, group):
     for in_features, out_features in SIZES:
         for structure in CASES[name].at(in_features, out_features):

@@ -105,4 +105,7 @@ def test_activation_checkpoints(kernel, reentrant, monkeypatch):
         y.square().sum().backward()
         found.append([x.grad.clone(), *(p.grad.clone() for p in model.parameters())])
     for plain, recomputed in zip(*found, strict=True):
-        assert torch.equal(plain, recomputed)
+        if reentrant:  # runs forward without gradients first, where another plan may be faster
+            torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-5 * plain.abs().max().item())
+        else:
+            assert torch.equal(plain, recomputed)
