@@ -39,7 +39,7 @@ def block(name: str) -> str:
         return headline()
     lines = (RESULTS / f"{name}.md").read_text(encoding="utf-8").splitlines()
     table = [line for line in lines if line.startswith("|")]
-    facts = dict(line[2:].split(": ", 1) for line in lines if line.startswith("- "))
+    facts = dict(line[2:].split(": ", 1) for line in lines if line.startswith("- ") and ": " in line)
     today = f" (today the same run is {facts['command today']})" if "command today" in facts else ""
     threads = f"{facts['threads']} thread{'' if facts['threads'] == '1' else 's'}"
     source = f"{facts['command']}{today} on {facts['machine']}, {threads}, {facts['dtype']}, {facts['date']}."
