@@ -17,6 +17,7 @@ from structlin.layers.linear import build
 from structlin.runtime.kernels import gpu, launches
 from structlin.runtime.ways import EVAL, TRAINING, Key, Launches, ways
 
+NAMES = sorted(name for name in ONE if not ONE[name].resolve(16, 20).spec(16, 20).tied)  # tied factors run otherwise
 SIZES = ((16, 20), (24, 24), (35, 18))
 
 
@@ -26,7 +27,7 @@ def gradients(y, leaves):
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-@pytest.mark.parametrize("name", sorted(ONE))
+@pytest.mark.parametrize("name", NAMES)
 def test_outputs_and_gradients_are_those_of_plain_torch(name, sizes):
     torch.manual_seed(0)
     layer, x = build(ONE[name], *sizes), torch.randn(2, 5, sizes[0], requires_grad=True)

@@ -55,6 +55,8 @@ def test_triton_kernels(dtype, name):
     gpu = pytest.importorskip("structlin.runtime.kernels.gpu")
     for structure in CASES[name].at(96, 130):
         layer = build(structure, 96, 130, device="cuda", dtype=dtype)
+        if layer.spec.tied:
+            continue  # runs by other ways
         x = torch.randn(600, 96, device="cuda", dtype=dtype, requires_grad=True)
         y = gpu.chain(layer.spec, x, layer.factors, layer.bias)
         leaves, slope = [x, *layer.parameters()], torch.randn_like(y)
