@@ -15,11 +15,11 @@ from structlin.runtime.planner import Plan, find_plan
 
 
 def at_once(spec: Spec, operands: contract.Operands, x: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
-    """Compute x W^T + bias for x (..., in_features), all rows at once; differentiable."""
+    """Compute x W^T + bias for x (..., in_features), all rows at once, contiguous as nn.Linear's; differentiable."""
     if x.ndim == 2 and bias is not None:
-        return contract.run(spec, operands, x, plan, bias)
+        return contract.run(spec, operands, x, plan, bias).contiguous()
     y = contract.run(spec, operands, x.reshape(-1, spec.in_features), plan)
-    return with_bias(y if x.ndim == 2 else y.reshape(*x.shape[:-1], spec.out_features), bias)
+    return with_bias(y if x.ndim == 2 else y.reshape(*x.shape[:-1], spec.out_features), bias).contiguous()
 
 
 def by_chunks(spec: Spec, operands: contract.Operands, x: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:

@@ -321,3 +321,17 @@ def test_compiled_layers_of_the_same_shapes_keep_their_plans():
         assert {tuple(factor.shape) for factor in layer.factors} == {(4, 4, 4)}
         compiled = torch.compile(layer, fullgraph=True, backend="eager")
         assert_close(compiled(x), x @ layer.to_dense().T, str(structure), 1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_are_contiguous(name, monkeypatch):
+    """As those of nn.Linear are: callers view() them."""
+    monkeypatch.setenv("STRUCTLIN_KERNELS", "off")
+    monkeypatch.setattr(execution.kernels, "available", lambda: False)
+    for structure in CASES[name].at(16, 20):
+        for bias in (True, False):
+            layer = build(structure, 16, 20, bias)
+            for shape in ((1, 16), (2, 5, 16), (40, 16), (600, 16)):
+                for learns in (True, False):
+                    with torch.set_grad_enabled(learns):
+                        assert layer(torch.randn(shape)).is_contiguous()
