@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES
+from cases import CASES, ONE
 
 from structlin.layers.linear import build
 from structlin.runtime import contract, execution, machines, planner
@@ -328,7 +328,7 @@ def test_outputs_are_contiguous(name, monkeypatch):
     """As those of nn.Linear are: callers view() them."""
     monkeypatch.setenv("STRUCTLIN_KERNELS", "off")
     monkeypatch.setattr(execution.kernels, "available", lambda: False)
-    for structure in CASES[name].at(16, 20):
+    for structure in (ONE[name], *CASES[name].at(16, 20)):
         for bias in (True, False):
             layer = build(structure, 16, 20, bias)
             for shape in ((1, 16), (2, 5, 16), (40, 16), (600, 16)):
