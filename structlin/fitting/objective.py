@@ -29,7 +29,7 @@ class Objective:
 
     weight: Tensor  # the target W, (out_features, in_features), with entries near 1
     inputs: Tensor | None = None  # (rows, in_features) with inputs^T conj(inputs) = G
-    outputs: Tensor | None = None  # (out_features, out_features) with outputs outputs^H = conj(H), invertible
+    outputs: Tensor | None = None  # (out, out) with outputs outputs^H = conj(H), invertible; (out,) for a diagonal H
     gram: Tensor | None = None  # conj(G), (in_features, in_features), in place of `inputs`
 
     @property
@@ -51,7 +51,7 @@ class Objective:
         """Compute the root of the squared error that a difference of weights (out, in) is."""
         if self.gram is None:
             return norm(self._image(difference))
-        columns = self._columns(difference)
+        columns = self.weighted(difference.mT)
         square = inner(columns, self._image(difference))
         if square < 0 and square < -SLACK * norm(columns) ** 2:
             raise ValueError(f"gram {_INDEFINITE}")
@@ -69,7 +69,8 @@ class Objective:
         if self.gram is not None:
             found = found * self.gram.diagonal().real.clamp_min(0)
         if self.outputs is not None:
-            found = found * torch.linalg.vector_norm(self.outputs, dim=1, keepdim=True).square()
+            roots = self.outputs if self.outputs.ndim == 1 else torch.linalg.vector_norm(self.outputs, dim=1)
+            found = found * roots.square().unsqueeze(1)
         return found.to(self.weight.dtype)
 
     def gradient(self, difference: Tensor) -> Tensor:
@@ -79,7 +80,9 @@ class Objective:
             back = image if self.inputs is None else (self.inputs.mH @ image.to(self.inputs.dtype)).to(image.dtype)
         else:
             back = self._image(difference)
-        return (back if self.outputs is None else back @ self.outputs.mH).mT
+        if self.outputs is None:
+            return back.mT
+        return (back * self.outputs if self.outputs.ndim == 1 else back @ self.outputs.mH).mT
 
     def basis(self, difference: Tensor, rank: int) -> Tensor:
         """Compute the orthonormal basis (out, rank) of outputs on which a difference (out, in) is the largest."""
@@ -106,6 +109,9 @@ class Objective:
         """
         if self.outputs is None:
             left, right = basis.conj(), basis.mT @ difference
+        elif self.outputs.ndim == 1:
+            roots = self.outputs.unsqueeze(1)
+            left, right = basis.conj() / roots, (roots * basis).mT @ difference
         else:
             left, right = torch.linalg.solve(self.outputs.mT, basis.conj()), (self.outputs @ basis).mT @ difference
         large, small = torch.linalg.vector_norm(right, dim=1), torch.linalg.vector_norm(left, dim=0)
@@ -117,19 +123,22 @@ class Objective:
         others = (None if each is None else each.to(dtype) for each in (self.inputs, self.outputs, self.gram))
         return Objective(self.weight.to(dtype), *others)
 
-    def _columns(self, difference: Tensor) -> Tensor:
-        return difference.mT if self.outputs is None else difference.mT @ self.outputs  # (in, out)
+    def weighted(self, rows: Tensor) -> Tensor:
+        """Multiply rows of outputs (n, out) by the root of H."""
+        if self.outputs is None:
+            return rows
+        return rows * self.outputs if self.outputs.ndim == 1 else rows @ self.outputs
 
     def _image(self, difference: Tensor) -> Tensor:
         return self.targets if difference is self.weight else self._product(difference)
 
     def _product(self, difference: Tensor) -> Tensor:
         """Multiply the columns of a difference by `inputs` or `gram`: (rows, out)."""
-        columns, factor = self._columns(difference), self.inputs if self.gram is None else self.gram
+        columns, factor = self.weighted(difference.mT), self.inputs if self.gram is None else self.gram
         return columns if factor is None else (factor @ columns.to(factor.dtype)).to(columns.dtype)
 
     def _energy(self, difference: Tensor) -> Tensor:
-        energy = self._columns(difference).mH @ self._image(difference)  # (out, out)
+        energy = self.weighted(difference.mT).mH @ self._image(difference)  # (out, out)
         return energy.to(linalg.working_dtype(energy))
 
 
@@ -197,9 +206,11 @@ def make_objective(
             inputs = gram.root.to(digits)
     if output_gram is not None:
         _check("output_gram", output_gram, [(out_features, out_features), (out_features,)])
-        metric = (torch.diag(output_gram) if output_gram.ndim == 1 else output_gram).to(exact)
-        mean = metric.diagonal().real.mean()
-        if mean > 0:
+        metric = output_gram.to(exact)
+        mean = (metric if metric.ndim == 1 else metric.diagonal()).real.mean()
+        if mean > 0 and metric.ndim == 1:
+            outputs = (metric / mean + RIDGE).sqrt()
+        elif mean > 0:
             outputs = _invertible_root(metric / mean + RIDGE * torch.eye(out_features).to(exact))
     return Objective(exact, inputs, outputs, matrix), scale
 

@@ -204,14 +204,13 @@ class Refinement:
         """Residual of the factors being optimised: (rows, out_features), with `_gram` (in_features, out_features)."""
         objective = self.objective
         if self._plan is None:
-            difference = self._difference(self._work).mT
-            return difference if objective.outputs is None else difference @ objective.outputs
+            return objective.weighted(self._difference(self._work).mT)
         assert objective.inputs is not None
         if self._chain is not None:
             rows = self._chain(objective.inputs, self._work, None)
         else:
             rows = apply(self._rest, self._work, objective.inputs, self._plan)
-        return objective.targets - (rows if objective.outputs is None else rows @ objective.outputs)
+        return objective.targets - objective.weighted(rows)
 
     def _loss(self, remainder: Tensor, move: bool) -> tuple[float, Tensor]:
         """Return the squared norm outside the low-rank summand, and half its gradient for the remainder.
