@@ -43,15 +43,16 @@ OFF: dict[str, Any] = {
 METRIC = OFF | {"output_metric": True}
 BEHIND = METRIC | {"sequential": True}
 DIVIDED = BEHIND | {"allocation": "auto"}
-ALL = "+ refinement (defaults)"
+UNITS, ALL = "+ hidden units", "+ refinement (defaults)"
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "whitened SVD": ("lowrank", OFF),
     "auto": ("auto", OFF),
     "+ output metric": ("auto", METRIC),
     "+ sequential": ("auto", BEHIND),
     "+ allocation": ("auto", DIVIDED),
+    UNITS: ("auto", DIVIDED | {"hidden_units": True}),
     ALL: ("auto", {}),
-    "with hidden units": ("auto", {"hidden_units": True}),
+    "without hidden units": ("auto", {"hidden_units": False}),
     "refinement without the metric": ("auto", {"output_metric": False}),
     "refinement, uniform": ("auto", {"allocation": "uniform"}),
     "low rank, all stages": ("lowrank", {}),
@@ -60,8 +61,8 @@ HEALED = "+ heal, 2 min"
 ALONE = "heal in place of refinement"
 WINDOW = 256
 NOTES = """\
-Each row switches one stage on more than the row above, down to the defaults; rows below that leave one out, use low
-rank alone, or take hidden units out of MLPs. *heal in place of refinement* trains the whole model from end to end, not
+Each row switches one stage on more than the row above, down to the defaults; rows below that leave one out, or use low
+rank alone. *heal in place of refinement* trains the whole model from end to end, not
 blocks, for as long as the refinement of the blocks took in the row of all stages. *on*: text of the kind that
 calibration saw; *off*: other text.
 *kept*: parameters / dense parameters of all linear weights but the output layer. Seconds include the checks on
@@ -164,7 +165,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--calibrate", choices=("docstrings", "stsb"), default="docstrings")
-    parser.add_argument("--stages", nargs="+", choices=[*STAGES, HEALED, ALONE], default=list(STAGES)[:7])
+    parser.add_argument("--stages", nargs="+", choices=[*STAGES, HEALED, ALONE], default=list(STAGES)[:8])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     for stage in {HEALED, ALONE}.intersection(args.stages):
@@ -195,7 +196,7 @@ def main(argv: Sequence[str]) -> int:
                 start -= refined[2]
             else:
                 model = copy.deepcopy(dense)
-                structure, settings = STAGES["+ allocation" if stage == ALONE else stage]
+                structure, settings = STAGES[UNITS if stage == ALONE else stage]
                 report = structlin.compress_model(
                     model, structure, ratio=ratio, seed=args.seed, calibration=batches, progress=False, **options,
                     **settings,

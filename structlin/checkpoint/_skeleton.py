@@ -18,7 +18,6 @@ from structlin.checkpoint.tensors import Stored, cast
 from structlin.layers.expert_linear import StructuredExpertLinear
 from structlin.layers.factored import Factored
 from structlin.layers.linear import build
-from structlin.structures import Dense
 
 Modules = Mapping[str, nn.Module]  # by every dotted name, shared ones under each of theirs
 T = TypeVar("T")
@@ -83,6 +82,7 @@ def tree_of(old: Modules, checkpoint: Checkpoint) -> tuple[dict[str, nn.Module],
     new: dict[str, nn.Module] = {}
     devices: dict[nn.Module, torch.device] = {}
     placed: dict[str, nn.Module] = {}  # by the name in the skeleton
+    lost: list[tuple[str, list[int], list[int]]] = []  # name and sizes of layers that hidden units went from
     for name, first in names.items():
         holder, path, adapter = spots[name]
         module = old[holder]
@@ -91,7 +91,10 @@ def tree_of(old: Modules, checkpoint: Checkpoint) -> tuple[dict[str, nn.Module],
             opened[module] = adapter.open(module).train(module.training)
             opened[module].origin = Origin(adapter, shell_of(module))  # type: ignore[assignment]
         leaf = opened[module].get_submodule(path) if path else module if adapter is None else adapter.open(module)
-        _check_sizes(name, leaf, layers[first], adapter)
+        _check_leaf(name, leaf, layers[first], adapter)
+        if (found := _sizes(leaf)) != (expected := _sizes(layers[first])):
+            _check_fewer(name, found, expected, adapter)
+            lost.append((name, found, expected))
         if first not in new:
             new[first] = _fitting(name, leaf, layers[first])
             devices[new[first]] = next(tensor.device for tensor in (*leaf.parameters(), *leaf.buffers()))
@@ -101,6 +104,7 @@ def tree_of(old: Modules, checkpoint: Checkpoint) -> tuple[dict[str, nn.Module],
             owner, _, attribute = path.rpartition(".")
             opened[module].get_submodule(owner)._modules[attribute] = new[first]
         placed[holder] = opened[module] if path else new[first]
+    _check_units(lost)
     tree: dict[str, nn.Module] = {
         path: module for path, module in old.items() if not any(path[:k] in placed for k in (*_dots(path), 0))
     }
@@ -149,15 +153,23 @@ def _sizes(leaf: Any) -> list[int]:
     return [leaf.out_features, leaf.in_features]
 
 
-def _check_sizes(name: str, leaf: Any, layer: Layer, adapter: Adapter | None) -> None:
-    """Compare a leaf of the skeleton with its layer: a dense one may have lost inputs or outputs.
-
-    The bias of a table is that of the tied output layer.
-    """
-    found, expected = _sizes(leaf), _sizes(layer)
-    fewer = isinstance(layer.structure, Dense) and adapter is not None and adapter.narrows
-    if found != expected and not (fewer and all(map(int.__ge__, found, expected))):
+def _check_fewer(name: str, found: list[int], expected: list[int], adapter: Adapter | None) -> None:
+    """Refuse a leaf of another size than its layer, unless that has lost outputs or inputs with hidden units."""
+    narrows = adapter is not None and adapter.narrows and any(map(int.__eq__, found, expected))
+    if not (narrows and all(map(int.__ge__, found, expected))):
         raise CheckpointError(f"layer {name!r}: the skeleton's weight is {found}, the checkpoint's {expected}")
+
+
+def _check_units(lost: list[tuple[str, list[int], list[int]]]) -> None:
+    """Refuse layers that have lost outputs that no other has lost as inputs, or inputs that none has as outputs."""
+    sides = [{e[axis] for _, f, e in lost if f[axis] != e[axis]} for axis in (0, 1)]
+    for name, found, expected in lost:
+        if sides[0] != sides[1]:
+            raise CheckpointError(f"layer {name!r}: the skeleton's weight is {found}, the checkpoint's {expected}")
+
+
+def _check_leaf(name: str, leaf: Any, layer: Layer, adapter: Adapter | None) -> None:
+    """Compare a leaf of the skeleton with its layer; the bias of a table is that of the tied output layer."""
     if getattr(leaf, "num_experts", None) != layer.experts:
         count = getattr(leaf, "num_experts", None)
         raise CheckpointError(f"layer {name!r}: {count} experts in the skeleton, {layer.experts} in the checkpoint")

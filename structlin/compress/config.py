@@ -82,8 +82,8 @@ class Compression:
         skip_last: leave the output layer dense unless a rule names it.
         refine: refinement steps of each fit; None takes the structure's default.
         hidden_units: where "auto" chooses, the batches are given and an MLP keeps at most 70 % of its parameters,
-            remove hidden units and keep its maps dense, only smaller (see `units.narrow`): half of the time, and worse
-            on text unlike the calibration's.
+            remove hidden units, and fit structures to the smaller maps or keep these dense, whichever moves the block
+            less (see `units.narrow`).
         output_metric: weigh errors at a layer's outputs by what they do to the model's outputs, where batches are given
             and gradients reach the layers (see `calibrate.sampled_loss`).
         sequential: fit each layer to the inputs that the compressed layers before it produce, a quarter of the way
@@ -118,7 +118,7 @@ class Compression:
     tied: str = "skip"
     skip_last: bool = True
     refine: int | None = None
-    hidden_units: bool = False
+    hidden_units: bool = True
     output_metric: bool = True
     sequential: bool | None = None
     block_epochs: int | None = None

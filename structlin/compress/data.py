@@ -16,6 +16,8 @@ from structlin.fitting.objective import InputGram
 
 MOST_HELD_BACK = 8  # batches
 
+Aim = tuple[Tensor, InputGram | None]  # what a fit approximates, and the Gram of its inputs
+
 
 @dataclass(frozen=True)
 class Data:

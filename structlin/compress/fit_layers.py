@@ -14,12 +14,12 @@ from torch import Tensor
 from structlin.compress.blocks import Part
 from structlin.compress.commit import count_hooks, replacements
 from structlin.compress.config import Choice, Compression
-from structlin.compress.data import Data
-from structlin.compress.patched import Patched
+from structlin.compress.data import Aim, Data
+from structlin.compress.patched import Patched, moves
 from structlin.compress.plan import Fitted, PlanEntry, Wanted, dense_entry, fingerprint
-from structlin.compress.processes import spread
+from structlin.compress.processes import shared, spread
 from structlin.compress.report import LayerReport, Outcome
-from structlin.compress.sequential import Aim, shifted
+from structlin.compress.sequential import shifted
 from structlin.compress.targets import Target
 from structlin.compress.units import Mlp, find_mlps, narrow
 from structlin.compress.workers import each
@@ -31,6 +31,7 @@ from structlin.layers.linear import from_fit
 from structlin.runtime.contract import to_dense
 from structlin.structures import Sum
 
+JUDGES = 8  # passes that tell which way of narrowing an MLP moves its block less
 SMALL = 2**16  # entries of a weight whose race costs little, as often as it is run
 
 
@@ -185,8 +186,9 @@ def fit_part(
         wanted = {t.name: purse.choice(t, choices[t.name], len(group)) for t in group}
         mlp = mlps.get(group[0].name)
         if mlp is not None:
-            aims = shifted([mlp.down], part.passes, data.shrinkage) if shift else {}
-            fits = narrow(mlp, mlp.count(wanted), data, aims.get(mlp.down.name))
+            aims = shifted(mlp.targets, part.passes, data.shrinkage) if shift else {}
+            options = narrow(mlp, wanted, data, aims, config.budget)
+            built = _best([_built(group, fits, data) for fits in options], part, patched)
             advance(len(group), mlp.down.name)
         else:
             behind = [t for t in group if shift and _is_fitted(wanted[t.name]) and t.name in grams]
@@ -194,14 +196,28 @@ def fit_part(
             work = partial(
                 _fit_some, wanted=wanted, behind=behind, part=part, data=data, config=config, advance=advance
             )
-            fits = spread(work, group, costs)
-        pairs = zip(group, fits, strict=True)
-        built = [build_layer(target, found.to(target.linear.weight.device), data) for target, found in pairs]
+            built = _built(group, spread(work, group, costs), data)
         purse.settle(built)
         for outcome in built if mlp else screen(built):
             patched.swaps.update(outcome.modules)
             result.append(outcome)
     return result
+
+
+def _built(group: Sequence[Target], fits: Sequence[Fitted], data: Data) -> list[Outcome]:
+    pairs = zip(group, fits, strict=True)
+    return [build_layer(target, found.to(target.linear.weight.device), data) for target, found in pairs]
+
+
+def _best(options: Sequence[list[Outcome]], part: Part, patched: Patched) -> list[Outcome]:
+    """Return the option with which the part's outputs move least, on some of its batches."""
+
+    def moved(number: int) -> float:
+        for outcome in options[number]:
+            patched.swaps.update(outcome.modules)
+        return sum(moves(each).item() for each in part.passes[:JUDGES])
+
+    return options[shared(lambda: min(range(len(options)), key=moved))] if len(options) > 1 else options[0]
 
 
 def _fit_some(

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from structlin.batches import Forward, copied, device_of, evaluating, run, to_device
+from structlin.batches import Forward, copied, device_of, divergence, evaluating, pick, run, squared_error, to_device
 from structlin.compress.observe import replaced
 
 Run = Callable[[], Any]
@@ -84,6 +84,20 @@ class Pass:
     dense: Callable[[], Any]
     drifted: Callable[[], Any]
     keep: Tensor | None
+
+
+def moves(each: Pass) -> Tensor:
+    """Return how far the compressed part's output in a pass is from the dense one's."""
+    kind, wanted = pick(each.dense())
+    return distance(pick(each.drifted())[1], wanted, kind, each)
+
+
+def distance(found: Tensor, wanted: Tensor, kind: str, each: Pass) -> Tensor:
+    """Compare outputs of a part where they count: by the divergence of logits, else the relative squared error."""
+    keep = each.keep
+    if keep is not None and keep.shape == wanted.shape[:-1]:
+        found, wanted = found[keep.to(found.device)], wanted[keep.to(wanted.device)]
+    return divergence(found, wanted) if kind == "logits" and wanted.shape[-1] > 1 else squared_error(found, wanted)
 
 
 def model_runs(model: nn.Module, batches: Sequence[Any], forward: Forward | None) -> list[Run]:

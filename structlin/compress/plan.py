@@ -21,7 +21,6 @@ from structlin.compress.tables import shape, table
 from structlin.compress.targets import Target
 from structlin.equation.structure import Structure, show, to_record
 from structlin.fitting.fit import Fit
-from structlin.structures import Dense
 
 VERSION = 2
 # Fields of an entry in JSON, and what they may be.
@@ -79,7 +78,8 @@ class PlanEntry:
         """The structure with its sizes, as tables show it; None where the layer stays dense."""
         if self.structure is None:
             return None
-        return show(self.structure) if self.sizes is None else f"{self.structure.name} {self.sizes[1]}x{self.sizes[0]}"
+        shown = show(self.structure)
+        return shown if self.sizes is None else f"{shown.removesuffix('()')} {self.sizes[1]}x{self.sizes[0]}"
 
     @property
     def parameters_before(self) -> int:
@@ -298,23 +298,21 @@ def _read(layer: Mapping[str, Any]) -> PlanEntry:
         if not all(type(alias) is str for alias in fields["aliases"]):
             raise TypeError(f"aliases={fields['aliases']}; use names")
         structure, made = fields["structure"], fields["sizes"]
-        if structure is not None:
-            structure = bounded.read_structure(structure, max(*sizes, SMALL)).resolve(*sizes)
-        reason = fields["reason"] or (None if structure else "left dense in the plan")
         made = None if made is None else _smaller(made, sizes, structure)
+        if structure is not None:
+            structure = bounded.read_structure(structure, max(*sizes, SMALL)).resolve(*(made or sizes))
+        reason = fields["reason"] or (None if structure else "left dense in the plan")
         more = fields["refine"], fields["count"]
         return PlanEntry(fields["name"], tuple(fields["aliases"]), *sizes, structure, reason, *more, sizes=made)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 
 
-def _smaller(made: list[Any], sizes: tuple[int, int], structure: Structure | None) -> tuple[int, int]:
+def _smaller(made: list[Any], sizes: tuple[int, int], structure: Any) -> tuple[int, int]:
     inside, outside = made
     fits = 1 <= inside <= sizes[0] and 1 <= outside <= sizes[1] and {type(inside), type(outside)} == {int}
-    if not (isinstance(structure, Dense) and fits):
-        raise ValueError(
-            f"sizes={made} beside structure {structure} of (in, out) {sizes}; use 'dense' and smaller ones"
-        )
+    if structure is None or not fits:
+        raise ValueError(f"sizes={made} of (in, out) {sizes}, structure {structure}; use smaller ones, of a structure")
     return inside, outside
 
 

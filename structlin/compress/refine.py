@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from structlin.batches import divergence, pick, squared_error
+from structlin.batches import pick
 from structlin.compress.blocks import LIMIT, Part, Shelf
-from structlin.compress.patched import Pass, Patched
+from structlin.compress.patched import Patched, distance
 from structlin.compress.processes import follow, shared, together
 from structlin.compress.report import BlockReport
 from structlin.heal.options import HealOptions
@@ -89,7 +89,7 @@ def refine(
 
     def loss(number: int) -> Tensor:
         each = part.passes[number]
-        return _distance(pick(each.drifted())[1], wanted[number], kind, each)
+        return distance(pick(each.drifted())[1], wanted[number], kind, each)
 
     # With few batches the same ones judge: the best weights on them are kept.
     judges = range(given)[HELD_BACK // 2 :: HELD_BACK] or range(given)
@@ -123,10 +123,3 @@ def _copies(part: Part, swaps: Mapping[nn.Module, nn.Module]) -> dict[nn.Paramet
         for p in module._parameters.values()
         if p is not None and p.ndim == 1 and p.is_floating_point() and p in part.own
     }
-
-
-def _distance(found: Tensor, wanted: Tensor, kind: str, each: Pass) -> Tensor:
-    keep = each.keep
-    if keep is not None and keep.shape == wanted.shape[:-1]:
-        found, wanted = found[keep.to(found.device)], wanted[keep.to(wanted.device)]
-    return divergence(found, wanted) if kind == "logits" and wanted.shape[-1] > 1 else squared_error(found, wanted)

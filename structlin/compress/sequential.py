@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from structlin.compress.data import Aim
 from structlin.compress.observe import run_until
 from structlin.compress.patched import Pass
 from structlin.compress.processes import dealt, summed
@@ -19,8 +20,6 @@ from structlin.fitting.objective import InputGram
 # Share of the way from the weight itself to the regression towards the dense outputs, as GPTAQ and PIFA publish it: all
 # of the way overfits the calibration text.
 TOWARDS = 0.25
-
-Aim = tuple[Tensor, InputGram | None]  # what a fit approximates, and the Gram of its inputs
 
 
 def shifted(

@@ -13,19 +13,23 @@ from torch import Tensor, nn
 
 from structlin.batches import pick
 from structlin.compress.config import AUTO, Choice
-from structlin.compress.data import Data
+from structlin.compress.data import Aim, Data
 from structlin.compress.observe import hooked, replaced
 from structlin.compress.patched import Pass
 from structlin.compress.plan import Fitted, PlanEntry, Wanted, dense_entry
-from structlin.compress.processes import shared
+from structlin.compress.processes import shared, spread
 from structlin.compress.targets import Target
-from structlin.fitting.fit import Fit, relative_error
+from structlin.fitting.budget import Budget, NoMemberError
+from structlin.fitting.fit import Fit, fit, relative_error
 from structlin.fitting.objective import InputGram
+from structlin.runtime.contract import to_dense
 from structlin.structures import Dense
 
-# Share of an MLP's parameters up to which it loses units. Above it structures of its maps are better: the language
-# model of benchmarks/results/ladder_stories.md has a perplexity of 4.69 at .75, and 4.90 where units go.
+# Share of an MLP's parameters up to which it loses units. Above it structures of the whole maps are better.
 MOST = 0.7
+# Units and entries of their maps make up for a budget: of a share s of the parameters, s^SPLIT of the units stay, and
+# structures keep the rest, s^(1 - SPLIT), of their maps.
+SPLIT = 0.5
 STEPS = 128  # in which units are removed: of many, several go at once
 MULTIPLE = 8  # of units that stay, where there are many: kernels of matrix products like it
 RIDGE = 1e-6  # of the Gram, whose mean eigenvalue is about 1: it may be singular
@@ -56,10 +60,10 @@ class Mlp:
 
     def pays(self, wanted: Mapping[str, Wanted]) -> bool:
         """Whether units are to go: a plan says so, or the maps get at most MOST of their parameters."""
-        return isinstance(wanted[self.down.name], PlanEntry) or self._share(wanted) <= MOST
+        return isinstance(wanted[self.down.name], PlanEntry) or self.share(wanted) <= MOST
 
-    def count(self, wanted: Mapping[str, Wanted]) -> int:
-        """Return how many units stay: as many as a plan says, or as the ratios of its maps pay for."""
+    def count(self, wanted: Mapping[str, Wanted], split: float = SPLIT) -> int:
+        """Return how many units stay: as many as a plan says, or a power of the share that its maps may keep."""
         choice = wanted[self.down.name]
         if isinstance(choice, PlanEntry):
             assert choice.sizes is not None
@@ -69,10 +73,11 @@ class Mlp:
                     f"layer {self.down.name!r}: the plan leaves it {choice.sizes[0]} units, others {units}"
                 )
             return choice.sizes[0]
-        found = int(self.units * self._share(wanted) + 1e-6)
+        found = int(self.units * self.share(wanted) ** split + 1e-6)
         return max(found - found % MULTIPLE if found >= 8 * MULTIPLE else found, 1)
 
-    def _share(self, wanted: Mapping[str, Wanted]) -> float:
+    def share(self, wanted: Mapping[str, Wanted]) -> float:
+        """Return the share of their parameters that the maps may keep together."""
         sizes = {target.name: target.linear.weight.numel() for target in self.targets}
         ratios = {name: c.ratio if isinstance(c := wanted[name], Choice) else 1.0 for name in sizes}
         return sum(min(ratios[name] or 1.0, 1.0) * size for name, size in sizes.items()) / sum(sizes.values())
@@ -179,52 +184,89 @@ def _narrowed(linear: Any, weight: Tensor, rows: Tensor | None) -> nn.Linear:
 # Choosing ------------------------------------------------------------------------------------------------------------
 
 
-def narrow(mlp: Mlp, count: int, data: Data, aim: tuple[Tensor, InputGram | None] | None = None) -> list[Fitted]:
-    """Choose the units of an MLP that stay, and make up for the others in its last map.
+def narrow(
+    mlp: Mlp, wanted: Mapping[str, Wanted], data: Data, aims: Mapping[str, Aim], budget: Budget = "parameters"
+) -> list[list[Fitted]]:
+    """Choose the units of an MLP that stay, make up for the others in its last map, and fit structures to its maps.
 
     With the Gram G of the units and the metric H of the outputs, the unit goes that costs least,
     (D^T H D)_kk / (G^-1)_kk, the others making up for it, and so on (optimal brain surgeon); D' = D G_:s G_ss^-1 of the
-    units s that stay then has the least error. The other maps keep their rows as they are.
+    units s that stay then has the least error.
 
-    Time: 3 n^3 for n units. Memory: 24 n^2 B. Source: Hassibi & Stork 1993; MoDeGPT, for the choice by calibration.
+    Time: 3 n^3 for n units, and the fits, which are dealt to the ranks. Memory: 24 n^2 B. Source: Hassibi & Stork 1993;
+    MoDeGPT, for the choice by calibration.
 
     Args:
         mlp: its maps.
-        count: units that stay.
+        wanted: what they get together, by name.
         data: with the Grams.
-        aim: what D is to be instead, and the Gram instead, behind compressed layers (see `shifted`).
+        aims: what maps are to be instead, and the Grams instead, behind compressed layers (see `shifted`), by name.
+        budget: what ratios count.
     Returns:
-        What was found for each map.
+        What was found for each map, with structures and with fewer units whose maps stay dense, if no plan says which;
+        the latter alone where maps are too small for structures.
     """
-    start = time.perf_counter()
+    if isinstance(wanted[mlp.down.name], PlanEntry):
+        return [_narrowing(mlp, wanted, mlp.count(wanted), data, aims, budget)]
+    found = [_narrowing(mlp, dict.fromkeys(wanted, "dense"), mlp.count(wanted, 1.0), data, aims, budget)]
+    try:
+        return [_narrowing(mlp, wanted, mlp.count(wanted), data, aims, budget), *found]
+    except NoMemberError:
+        return found
+
+
+def _narrowing(
+    mlp: Mlp, wanted: Mapping[str, Wanted], count: int, data: Data, aims: Mapping[str, Aim], budget: Budget
+) -> list[Fitted]:
     down = mlp.down.linear
-    own, metric = data.grams(mlp.down.name, aim is None)
-    wanted, known = aim or (down.weight.detach(), own)
+    exact, known, metric = _problem(mlp.down, data, aims)
     assert known is not None
-    gram, exact = known.matrix.to(torch.float64, copy=True), wanted.double()
+    gram, exact = known.matrix.to(torch.float64, copy=True), exact.double()
     gram.diagonal().add_(RIDGE)
     stay = shared(partial(_staying, exact, gram, metric, count)).to(gram.device)
     solved = torch.linalg.solve(gram[stay][:, stay], gram[stay] @ exact.mT).mT.to(down.weight.dtype)
-    seconds = time.perf_counter() - start
-    found = []
-    for target in mlp.targets:
+    ratio = mlp.share(wanted) * mlp.units / count
+
+    def fitted(target: Target) -> Fitted:
+        start = time.perf_counter()
         linear, full = target.linear, torch.zeros_like(target.linear.weight)
         if target is mlp.down:
             smaller = _narrowed(linear, solved, None)
-            full[:, stay] = solved
-            output_error = _output_error(exact, full.double(), gram)
+            found = _fit(wanted[target.name], solved, ratio, InputGram(known.matrix[stay][:, stay]), metric, budget)
+            full[:, stay] = to_dense(found.spec, found.factors)
+            found = replace(found, output_error=_output_error(exact, full.double(), gram))
         else:
+            weight, rows, outputs = _problem(target, data, aims)
             smaller = _narrowed(linear, linear.weight[stay], stay)
-            full[stay] = linear.weight[stay]
-            output_error = None
+            if outputs is not None:
+                outputs = outputs[stay] if outputs.ndim == 1 else outputs[stay][:, stay]
+            found = _fit(wanted[target.name], weight[stay].to(linear.weight.dtype), ratio, rows, outputs, budget)
+            full[stay] = to_dense(found.spec, found.factors)
+        found = replace(found, error=relative_error(linear.weight.detach(), full))
         sizes = smaller.in_features, smaller.out_features
-        fit = Fit(
-            Dense(), Dense().spec(*sizes), (smaller.weight.detach(),), relative_error(linear.weight.detach(), full),
-            output_error,
-        )  # fmt: skip
-        entry = replace(dense_entry(target, None), structure=Dense(), sizes=sizes)
-        found.append(Fitted(entry, [fit], seconds / len(mlp.targets), smaller))
-    return found
+        entry = replace(dense_entry(target, None), structure=found.structure, sizes=sizes)
+        return Fitted(entry, [found], time.perf_counter() - start, smaller)
+
+    return spread(lambda mine: [fitted(t) for t in mine], mlp.targets, [t.linear.weight.numel() for t in mlp.targets])
+
+
+def _problem(target: Target, data: Data, aims: Mapping[str, Aim]) -> tuple[Tensor, InputGram | None, Tensor | None]:
+    """Return the weight to approximate, the Gram of its inputs and the metric of its outputs."""
+    aim = aims.get(target.name)
+    gram, metric = data.grams(target.name, aim is None)
+    return (target.linear.weight.detach(), gram, metric) if aim is None else (*aim, metric)
+
+
+def _fit(
+    choice: Wanted, weight: Tensor, ratio: float, gram: InputGram | None, metric: Tensor | None, budget: Budget
+) -> Fit:
+    if isinstance(choice, str):
+        return Fit(Dense(), Dense().spec(weight.shape[1], weight.shape[0]), (weight,), 0.0)
+    assert choice.structure is not None
+    norms: dict[str, Any] = {"gram": gram, "output_gram": metric, "refine": choice.refine}
+    if isinstance(choice, PlanEntry):
+        return fit(weight, choice.structure, **norms)
+    return fit(weight, choice.structure, ratio=ratio, budget=budget, **norms)
 
 
 def _staying(weight: Tensor, gram: Tensor, metric: Tensor | None, count: int) -> Tensor:
