@@ -74,6 +74,11 @@ def test_activations_literals():
     plan = find_plan(spec, 8, order="backward")
     assert [step.view.copy for step in plan.parts[0].steps] == [False, False, False]
     assert (plan.inner, plan.widest) == (48 + 24, 48)
+    # Backward, a product holds what is saved so far, the gradient that it is given (of outputs: none) and that of what
+    # it reads, 30 = x, 48 or 24 per token; and the gradient of its factor.
+    assert plan.saved == 48 + 24
+    assert plan.parts[0].held == ((0 + 48 + 30, 40), (48 + 24 + 48, 72), (48 + 24 + 0 + 24, 30))
+    assert plan.held(8) == 8 * (48 + 24 + 48) + 72 + 30
 
 
 @pytest.mark.parametrize(("structure", "in_features", "out_features"), SMALL)
