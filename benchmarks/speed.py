@@ -11,7 +11,8 @@ Layers run by the native kernel, which is built where needed; with `--kernel off
 other devices, dtypes and numbers of threads stand in the name as well).
 A row `simple` is the structure in a few lines of einsum and bmm (`_simple.py`), the fastest form at each cell.
 `--peers` adds rows of other libraries that are installed (tensorly-torch, torchTT, lazylinop, pyfaust, pyfastkron,
-linear_operator). Suites: kronecker, tt, butterfly, compressors, simple, overhead, all, llm (for a GPU: --device cuda).
+linear_operator). Suites: kronecker, tt, butterfly, compressors, simple, overhead, all, bfloat16 (--dtype bfloat16),
+llm (for a GPU: --device cuda).
 """
 
 from __future__ import annotations
@@ -141,6 +142,13 @@ def sized_cases(names: Sequence[str], shapes: Sequence[Sizes], ratios: Sequence[
                     yield Case(f"{name} at {ratio}", sizes, first)
 
 
+def half_cases(shapes: Sequence[Sizes]) -> Iterator[Case]:
+    for sizes in shapes:
+        yield from sized_cases(("lowrank", "monarch"), [sizes], (0.5,))
+        yield Case("kronecker, 4 terms", sizes, Kronecker(terms=4))
+        yield Case("lowrank + kmatrix, width 2", sizes, lowrank_beside(Kaleidoscope(width=2), sizes, 0.5))
+
+
 @dataclass(frozen=True)
 class Suite:
     """Cases that are stored as one table.
@@ -171,6 +179,10 @@ SUITES = {
         lambda: sized_cases(sorted(families()), [(64, 64)], (0.5,)),
         (1,),
     ),
+    "bfloat16": Suite(
+        "Half precision: four structures beside nn.Linear of the same dtype",
+        lambda: half_cases(((768, 768), (768, 3072), (4096, 4096))),
+    ),
     "llm": Suite(
         "Sizes of language models, for a GPU",
         lambda: [*sized_cases(("lowrank", "monarch"), LLM, (0.5,)), *compressor_cases(LLM)],
@@ -181,6 +193,8 @@ SUITES = {
         lambda: sized_cases(sorted(families()), [(384, 384), (768, 768), (768, 3072)], (0.5, 0.25)),
     ),
 }
+
+APART = ("bfloat16", "llm")  # run on request: for another dtype, for a GPU
 
 COLUMNS: Columns = {
     "case, out x in": ("case", ""),
@@ -257,7 +271,7 @@ def stored_as(name: str, args: argparse.Namespace) -> str:
     """Name of a suite's table, with what is not as by default."""
     kernel = "torch" if args.kernel == "off" else ""
     threads = "" if args.threads == [1] else f"{'_'.join(map(str, args.threads))}threads"
-    dtypes = "" if args.dtype == ["float32"] else "_".join(args.dtype)
+    dtypes = "" if args.dtype in (["float32"], [name]) else "_".join(args.dtype)
     device = "" if args.device == "cpu" else args.device
     return "_".join(filter(None, ["speed", name, device, kernel, dtypes, threads]))
 
@@ -273,7 +287,9 @@ def kept(path: Path, rows: Sequence[Row], commit: str) -> list[Row]:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", nargs="+", choices=list(SUITES), default=[name for name in SUITES if name != "llm"])
+    parser.add_argument(
+        "--suite", nargs="+", choices=list(SUITES), default=[name for name in SUITES if name not in APART]
+    )
     parser.add_argument("--only", metavar="SUBSTRING", help="only cases whose name (as shown) contains it")
     parser.add_argument("--tokens", nargs="+", type=int, help="rows of the input; each suite has its own otherwise")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=["float32"])

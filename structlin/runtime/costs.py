@@ -13,7 +13,7 @@ from typing import Any
 
 # One AVX-512 core. `structlin.measure_machine` replaces this record by one of the user's machine.
 CPU: dict[str, Any] = {
-    "name": "cpu, 1 thread", "flops": 96e9, "bandwidth": 60e9, "op": 3e-6, "half_flops": 430e9, "half_op": 12e-6,
+    "name": "cpu, 1 thread", "flops": 96e9, "bandwidth": 60e9, "op": 3e-6, "half_flops": 205e9, "half_op": 12e-6,
     "far_bandwidth": 22e9, "cache": 24 << 20, "core_cache": 512 << 10, "copy_bandwidth": 7e9,
     "transpose_bandwidth": 17e9,
 }  # fmt: skip
@@ -37,8 +37,8 @@ NATIVE_FEW: dict[str, Any] = {
 
 LINE = 64  # B of a cache line: copies that keep runs of a line together cost what reading does
 
-# Two-byte dtypes: 1 to 16 rows take the same time; stacks of strided matrices are copied first, 2.5 times as slow.
-HALF_ROWS, HALF_STACK = 16, 2.5
+# Two-byte dtypes (AVX-512 BF16, oneDNN): 1 to 3 rows, and 1 to 16 columns, take the same time; stacks are a bit slower.
+HALF_ROWS, HALF_COLUMNS, HALF_STACK = 3, 16, 1.15
 
 # Slowdown of thin products against their FLOPs, fitted to products timed with torch 2.13 and MKL.
 TINY, TINY_STACK = 400, 44.0  # a stack of products with fewer multiplications each goes through a scalar loop

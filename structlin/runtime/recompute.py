@@ -106,6 +106,7 @@ def _gradients(
         grad_input = pullback(x, grad_output, needs_input_grad)
     else:
         grad_input = torch.empty_like(x) if needs_input_grad else None
+        size = -(-len(x) // -(-len(x) // size))  # the fewest chunks, as equal as possible
         for start in range(0, len(x), size):
             chunk = slice(start, start + size)
             found = pullback(x[chunk], grad_output[chunk], needs_input_grad)
@@ -121,7 +122,7 @@ def backward_plan(spec: Spec, plan: Plan) -> Plan:
     return dense if dense.materialises and 2 * dense.seconds < 3 * plan.seconds else plan
 
 
-def _allowance(spec: Spec, tokens: int) -> float:
+def allowance(spec: Spec, tokens: int) -> float:
     """Entries that a backward pass may hold beside the gradients, so that a step takes 1.1 times dense's memory."""
     sizes = spec.in_features, spec.out_features
     return 0.1 * tokens * sum(sizes) + 1.1 * sizes[0] * sizes[1] - spec.num_parameters
@@ -129,11 +130,13 @@ def _allowance(spec: Spec, tokens: int) -> float:
 
 def backward_rows(spec: Spec, plan: Plan, tokens: int) -> int:
     """Return the tokens to differentiate at a time: a chunk, or fewer where a chunk would exceed the allowance."""
-    entries = plan.inner + 4 * plan.widest  # per token: activations between input and output, and their gradients
-    return int(max(FEWEST, min(plan.chunk, _allowance(spec, tokens) / max(1, entries))))
+    shared = any(step.shared for part in plan.parts for step in part.steps)  # their gradients are products of copies
+    held = max(entries for part in plan.parts for entries, _ in part.held)
+    entries = held + len(plan.parts) * spec.in_features + 2 * plan.widest * shared  # each part has a gradient of x
+    return int(max(FEWEST, min(plan.chunk, allowance(spec, tokens) / max(1, entries))))
 
 
 def _rows(spec: Spec, tokens: int) -> int:
     """Rows of the dense matrix to build at a time."""
-    entries = 4 * spec.in_features  # per row: the matrix, its gradient, and a copy of each
-    return int(max(spec.out_features / MOST_BLOCKS, _allowance(spec, tokens) / entries, 1))
+    entries = 3 * spec.in_features  # per row: the matrix or its gradient, and a copy and a product in another order
+    return int(max(spec.out_features / MOST_BLOCKS, allowance(spec, tokens) / entries, 1))

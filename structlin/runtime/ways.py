@@ -29,7 +29,15 @@ from structlin.runtime.costs import (
 from structlin.runtime.kernels import Chain, chain_of, launches
 from structlin.runtime.machines import machine_of
 from structlin.runtime.planner import Order, Plan
-from structlin.runtime.recompute import at_once, backward_plan, backward_rows, by_chunks, recomputed, with_bias
+from structlin.runtime.recompute import (
+    allowance,
+    at_once,
+    backward_plan,
+    backward_rows,
+    by_chunks,
+    recomputed,
+    with_bias,
+)
 
 Mode = Literal["training", "eval", "frozen"]
 # With gradients of anything; without; without, and what is derived from the factors is kept (`structlin.freeze_`).
@@ -264,11 +272,11 @@ def _slower(spec: Spec, plan: Plan, chunk: int) -> float:
 
 
 def _saves_much(spec: Spec, plan: Plan, key: Key) -> bool:
-    """Return whether autograd would hold more for the backward pass than a dense layer's memory."""
+    """Return whether autograd would hold more for the backward pass than a step may take."""
     dense = spec.in_features * spec.out_features
-    # Saved, and in flight: a gradient and its copy. A dense matrix is built and differentiated through copies.
-    most = key.rows * (plan.inner + 2 * plan.widest) + 4 * dense * plan.materialises
-    return most * key.dtype.itemsize >= SMALL and most > dense + key.rows * spec.in_features
+    most = plan.held(key.rows) + 4 * dense * plan.materialises  # that is differentiated through copies
+    room = allowance(spec, key.rows) + spec.num_parameters + key.rows * spec.in_features  # gradients are counted
+    return most * key.dtype.itemsize >= SMALL and most > room
 
 
 def predicted(found: Sequence[Way]) -> Way:

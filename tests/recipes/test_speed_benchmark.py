@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from structlin import KMatrix, KroneckerLinear, LowRankLinear
 from structlin.layers.linear import build
-from structlin.structures import PHM, Kaleidoscope, Kronecker, LowRank
+from structlin.structures import PHM, Kaleidoscope, Kronecker, LowRank, Monarch, Sum
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
@@ -94,7 +94,10 @@ def test_bytes(speed):
     assert speed.peak_bytes(inference) is None
 
 
-@pytest.mark.parametrize("structure", [PHM(n=2), PHM(n=4), Kronecker(terms=16), Kaleidoscope(width=4)])
+STEPS = [PHM(n=2), PHM(n=4), Kronecker(terms=4), Kronecker(terms=16), Kaleidoscope(width=4), Monarch(blocks=4)]
+
+
+@pytest.mark.parametrize("structure", [*STEPS, Sum(parts=(LowRank(rank=64), Kaleidoscope(width=2)))])
 @pytest.mark.parametrize("features", [512, 768])
 def test_a_step_takes_little_more_memory_than_dense(structure, features, speed):
     """In plain torch, at 512 tokens, once the buffers that are kept between calls are there."""

@@ -11,7 +11,7 @@ from structlin import KroneckerLinear, LowRankLinear, PHMLinear
 from structlin.equation.spec import Spec, equation
 from structlin.runtime import costs, planner
 from structlin.runtime.planner import CPU, ORDERS, Machine, Plan, bucket, flops_per_token, merge_plan, thinness
-from structlin.runtime.planner.products import blocks
+from structlin.runtime.planner.products import blocks, needs_copy
 from structlin.structures import Butterfly, Kaleidoscope, Kronecker, LowRank, Monarch, TensorTrain
 
 find_plan = partial(planner.find_plan, machine=CPU)
@@ -74,6 +74,11 @@ def test_activations_literals():
     plan = find_plan(spec, 8, order="backward")
     assert [step.view.copy for step in plan.parts[0].steps] == [False, False, False]
     assert (plan.inner, plan.widest) == (48 + 24, 48)
+    # Backward, a product holds what is saved so far, the gradient that it is given (of outputs: none) and that of what
+    # it reads, 30 = x, 48 or 24 per token; and the gradient of its factor.
+    assert plan.saved == 48 + 24
+    assert plan.parts[0].held == ((0 + 48 + 30, 40), (48 + 24 + 48, 72), (48 + 24 + 0 + 24, 30))
+    assert plan.held(8) == 8 * (48 + 24 + 48) + 72 + 30
 
 
 @pytest.mark.parametrize(("structure", "in_features", "out_features"), SMALL)
@@ -257,6 +262,27 @@ def test_a_machine_predicts():
     assert machine.copy(2, itemsize=4, run=16, axes=2) == 16 / 10 + 1
     tiles = Machine("m", flops=1.0, bandwidth=math.inf, op=0.0, tile=64)
     assert tiles.product(1, 1, 10, 65, itemsize=4) == 2 * 64 * 10 * 128
+
+
+def test_thin_products_in_two_byte_dtypes():
+    """On a CPU: few rows and few columns take no less time, a column as long as a row, bytes as long as float32's."""
+    compute = Machine("m", flops=1.0, half_flops=2.0, bandwidth=math.inf, op=0.0)
+    one, three, twelve = (compute.product(1, rows, 64, 64, itemsize=2) for rows in (1, 3, 12))
+    assert one == three < twelve
+    assert compute.product(1, 64, 64, 2, itemsize=2) == compute.product(1, 64, 64, 16, itemsize=2)
+    assert compute.product(1, 64, 64, 1, itemsize=2) == one
+    memory = Machine("m", flops=math.inf, bandwidth=1.0, op=0.0)
+    assert memory.product(1, 8, 64, 64, itemsize=2) == memory.product(1, 8, 64, 64, itemsize=4)
+    gpu = Machine("m", flops=math.inf, bandwidth=1.0, op=0.0, tile=64)
+    assert 2 * gpu.product(1, 8, 64, 64, itemsize=2) == gpu.product(1, 8, 64, 64, itemsize=4)
+
+
+def test_stacks_that_are_copied_first():
+    """The batch is the innermost axis; or, in two-byte dtypes, stands between transposed rows and columns."""
+    groups = (("b",), ("r",), ("c",))
+    copied = {half: {m for m in itertools.permutations("brc") if needs_copy(m, groups, half)} for half in (False, True)}
+    assert copied == {False: {tuple("rcb"), tuple("crb")}, True: {tuple("rcb"), tuple("crb"), tuple("cbr")}}
+    assert not needs_copy(("c", "r"), ((), ("r",), ("c",)), half=True)
 
 
 @pytest.mark.parametrize(

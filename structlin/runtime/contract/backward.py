@@ -117,6 +117,7 @@ def _pull(
             result_shape = (*right.shape[:-2], left.shape[-2], right.shape[-1])
         else:
             value = product(left, right, step.shared)
+    del value, left, right  # memory is counted here: backward_rows chooses the rows by it
     gradient = _unread(grad_output, plan.result, result_shape)
     for step, operand, total in zip(reversed(plan.steps), reversed(operands), reversed(sums), strict=True):
         stack, gradient = stacks.pop(), _straight(gradient)
@@ -128,6 +129,7 @@ def _pull(
                 _add(total, *((gradient, stack.mH) if step.swapped else (stack.mH, gradient)))
         if not stacks and not needs_input_grad:
             return None
+        del stack
         left, right = (operand.mH, gradient) if step.swapped else (gradient, operand.mH)
         gradient = _unread(product(left, right, step.shared), step.view, shapes.pop())
     return gradient

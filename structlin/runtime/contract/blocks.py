@@ -91,7 +91,8 @@ def _add_block(
     if grad_input is not None:
         grad_input.addmm_(grad_output, weight.detach().conj())
     if learned:
-        grad_weight = grad_output.mT @ x.conj()  # (rows, in_features)
+        # The gradient takes the memory of the block, which no product before it has saved: so blocks may be larger.
+        grad_weight = torch.mm(grad_output.mT, x.conj(), out=weight.detach())  # (rows, in_features)
         found = torch.autograd.grad(weight, [leaves[k] for k in learned], grad_weight)
         for total, gradient in zip(block.cut(sums), found, strict=True):
             total.add_(gradient)

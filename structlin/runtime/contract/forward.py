@@ -80,7 +80,9 @@ def to_dense(spec: Spec, factors: Sequence[Tensor]) -> Tensor:
         merges, view = _merges(eq)
         last = merged(merges, part)[-1]
         last = last if merges else last.clone()  # a single factor: what is written into W goes to a temporary
-        dense = read(last, view)[: spec.out_features, : spec.in_features]
+        dense = read(last, view)
+        if (eq.padded_out, eq.padded_in) != (spec.out_features, spec.in_features):  # else backward would copy for it
+            dense = dense[: spec.out_features, : spec.in_features]
         total = dense if total is None else total + dense
     assert total is not None
     return total

@@ -34,15 +34,17 @@ class Machine:
         """
         nbytes = itemsize * batch * (rows * summed + summed * columns + rows * columns)
         half = itemsize < 4
+        moved, slower = float(nbytes), 1.0
         if self.tile:
-            flops = 2.0 * batch * _up(rows, self.tile) * summed * _up(columns, self.tile)
-            slower = 1.0
+            rows, columns = _up(rows, self.tile), _up(columns, self.tile)
         else:
-            rows = _up(rows, costs.HALF_ROWS) if half else rows
+            if half:
+                moved *= 4 / itemsize  # the conversion makes two-byte entries as slow as float32
+                rows, columns = _at_least(batch, rows, columns)
             slower = thinness(batch, rows, summed, columns) * (costs.HALF_STACK if half and batch > 1 else 1)
-            flops = 2.0 * batch * rows * summed * columns
+        flops = 2.0 * batch * rows * summed * columns
         rate = self.half_flops or self.flops if half else self.flops * 4 / itemsize
-        return max(flops * slower / rate, nbytes / self._bandwidth(nbytes)) + self.op + half * self.half_op
+        return max(flops * slower / rate, moved / self._bandwidth(nbytes)) + self.op + half * self.half_op
 
     def outer(self, batch: int, rows: int, columns: int, itemsize: int) -> float:
         """Predict the time of outer products, (batch, rows, 1) x (batch, 1, columns) entry by entry, in s."""
@@ -65,6 +67,13 @@ class Machine:
 
 def _up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
+
+
+def _at_least(batch: int, rows: int, columns: int) -> tuple[int, int]:
+    """Return the rows and columns of a product in a two-byte dtype that takes as long and is not thin."""
+    if batch == columns == 1:  # as fast as a single row
+        rows, columns = columns, rows
+    return max(rows, costs.HALF_ROWS), max(columns, costs.HALF_COLUMNS)
 
 
 def thinness(batch: int, rows: int, summed: int, columns: int) -> float:

@@ -78,6 +78,9 @@ class EquationPlan:
     result: View  # how to read the last product as (tokens, outputs)
     inner: int  # entries per token of all activations between input and output, copies included
     widest: int  # entries per token of the largest of these, or of an output that is copied into order
+    saved: int  # entries per token of the activations that products read, which a backward pass needs; input left out
+    held: tuple[tuple[int, int], ...]  # for each product, when it is differentiated: entries per token of what is still
+    # saved and of the gradients around it; entries of its operand's gradient
     seconds: float  # predicted
     training: float  # predicted, with the gradients of factors and input; autograd saves the activations
 
@@ -96,6 +99,11 @@ class EquationPlan:
     def in_order(self) -> bool:
         """Whether the last product is one of two matrices that gives (tokens, outputs): it can add a bias as well."""
         return self.turned or (not self.steps[-1].swapped and self.result == View(None, None, None, False))
+
+    @property
+    def operands(self) -> int:
+        """Entries of all operands that are multiplied with activations."""
+        return sum(operand for _, operand in self.held)
 
     @property
     def flops(self) -> int:
@@ -171,6 +179,21 @@ class Plan:
     def widest(self) -> int:
         """Entries per token of the largest activations of any equation."""
         return max(part.widest for part in self.parts)
+
+    @property
+    def saved(self) -> int:
+        """Entries per token that autograd saves for the backward pass, over all equations."""
+        return sum(part.saved for part in self.parts)
+
+    def held(self, tokens: int) -> int:
+        """Count the entries that autograd holds at most in a backward pass, outputs and their gradients left out."""
+        most = 0
+        for part in self.parts:
+            known = sum(other.operands for other in self.parts if other is not part)
+            for entries, operand in reversed(part.held):
+                known += operand
+                most = max(most, tokens * (entries + self.saved - part.saved) + known)
+        return most
 
     @property
     def folds(self) -> tuple[object, ...]:

@@ -98,7 +98,8 @@ class Products:
         *, swapped: bool = False, broadcast: bool = False,
     ) -> Product:  # fmt: skip
         """Count and time one way."""
-        copies = _needs_copy(left, left_groups), _needs_copy(right, right_groups)
+        half = self.itemsize < 4
+        copies = needs_copy(left, left_groups, half), needs_copy(right, right_groups, half)
         if self.folded and TOKENS in out:  # only the operand with tokens is copied for each input
             copies = copies[0] and TOKENS in left, copies[1] and TOKENS in right
         sizes = self.numel(left), self.numel(right)
@@ -131,10 +132,13 @@ def blocks(modes: Modes, order: Modes) -> list[Modes]:
     return found
 
 
-def _needs_copy(modes: Modes, groups: Groups) -> bool:
+def needs_copy(modes: Modes, groups: Groups, half: bool) -> bool:
     """Return whether reading a tensor with these modes as a (batch, rows, columns) stack copies it."""
     position = {mode: k for k, mode in enumerate(modes)}
     # Each group has to be one axis with one stride.
     runs = all(position[b] == position[a] + 1 for group in groups for a, b in pairwise(group))
-    # torch.bmm falls to a slow loop where the batch is the innermost axis: copy first.
-    return not runs or (bool(modes) and modes[-1] in groups[0])
+    if not runs or not modes or not groups[0]:
+        return not runs
+    # torch.bmm falls to a slow loop where the batch is the innermost axis: copy first. In two-byte dtypes it makes
+    # such a copy itself, for each product, where the batch stands between transposed rows and columns.
+    return modes[-1] in groups[0] or (half and modes[0] in groups[2] and modes[-1] in groups[1])

@@ -154,12 +154,17 @@ class _Search:
         writer = Writer(self.eq, self.merged)
         steps: list[Step] = []
         inner: list[int] = []  # entries per token
+        saved = 0
+        held: list[tuple[int, int]] = []
         modes: Modes = (TOKENS, *self.eq.inputs)
         shape: Shape = (-1, self.eq.padded_in)
         for lo, hi, product in state.absorbed:
             steps.append(writer.step(lo, hi, product, shape))
             before, after = (self.products.numel(some) // max(1, self.tokens) for some in (modes, product.out))
             inner += [before, after] if steps[-1].view.copy else [after]
+            saved += before if steps[-1].view.copy or len(steps) > 1 else 0  # the input itself is there anyway
+            external = len(steps) == len(state.absorbed) and self.in_order(state)  # the gradient of the output
+            held.append((saved + before + (0 if external else after), self.products.numel(self.merged(lo, hi).modes)))
             modes, shape = product.out, writer.shape_of(product)
         last = inner.pop()  # the output itself, perhaps in another order
         copied = not self.in_order(state)
@@ -169,7 +174,7 @@ class _Search:
         result = writer.view(modes, ((), (TOKENS,), self.eq.outputs), copied, shape)
         return EquationPlan(
             self.eq, self.tokens, self.itemsize, self.machine, self.folded, tuple(writer.merges), tuple(steps), result,
-            sum(inner), max([*inner, last * copied]), state.cost, training,
+            sum(inner), max([*inner, last * copied]), saved, tuple(held), state.cost, training,
         )  # fmt: skip
 
 
