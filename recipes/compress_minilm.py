@@ -217,6 +217,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--stsb", type=Path, help="STS-B file, for example sts-dev.csv")
     parser.add_argument("--rounds", type=int, default=5, help="timings per row, of which the median counts")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--name", default="minilm_compression", help="of the stored table")
     parser.add_argument("--results", type=Path, default=ROOT / "out", help="folder of the table")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "minilm", help="folder of the saved model")
     parser.add_argument("--load", type=Path, help="only load the model saved there and compare its embeddings")
@@ -284,7 +285,7 @@ def main(argv: Sequence[str]) -> int:
             best = row["cosine"], model, f"{name} at ratio {ratio}"
 
     title = f"{about['model']} compressed, neither calibrated nor fine-tuned"
-    store(args.results, "minilm_compression", title, NOTES, about, rows, COLUMNS)
+    store(args.results, args.name, title, NOTES, about, rows, COLUMNS)
     if best is None:
         sys.exit(f"no structure at the middle ratio {middle}: nothing to save")
     print(f"saving {best[2]} (the best cosine at the middle ratio) to {args.out}")
