@@ -262,6 +262,7 @@ def main(argv: Sequence[str]) -> int:
     if args.load is not None:
         return load_and_compare(args)
 
+    title = f"{about['model']} compressed, neither calibrated nor fine-tuned"
     dense = transformers.AutoModel.from_pretrained(args.model, dtype=torch.float32).eval()
     judge = Judge(dense, transformers.AutoTokenizer.from_pretrained(args.model), args)
     rows = [{"structure": "dense", **judge(copy.deepcopy(dense))}]  # a copy, so that its speed shows the noise
@@ -278,14 +279,13 @@ def main(argv: Sequence[str]) -> int:
         row = {"structure": name, "ratio": ratio, **summary, **judge(model)}
         rows.append(row)
         rows[0]["parameters_linears"] = max(rows[0].get("parameters_linears", 0), row["parameters_dense"])
+        store(args.results, args.name, title, NOTES, about, rows, COLUMNS)  # now: some fits take an hour
         what = f"{row['layers']} layers fitted in {row['seconds']:.1f} s, {row['mib']:.1f} MiB"
         quality = f"error {row['error_mean']:.3f}, cosine {row['cosine']:.4f}"
         say(f"    {what}, {quality}, {row['sentences_per_second']:.0f} sentences/s ({row['speed']:.2f} of dense)")
         if ratio == middle and (best is None or row["cosine"] > best[0]):
             best = row["cosine"], model, f"{name} at ratio {ratio}"
 
-    title = f"{about['model']} compressed, neither calibrated nor fine-tuned"
-    store(args.results, args.name, title, NOTES, about, rows, COLUMNS)
     if best is None:
         sys.exit(f"no structure at the middle ratio {middle}: nothing to save")
     print(f"saving {best[2]} (the best cosine at the middle ratio) to {args.out}")
