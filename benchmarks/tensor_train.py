@@ -3,9 +3,10 @@
     pip install torchTT tntorch tensorly && python benchmarks/tensor_train.py
 
 Random tensors of `d` modes of size `n` and rank `r`, matrices of `d` modes n x n, in float64 on one thread. *ours*:
-median milliseconds of alternated calls; the other columns are that of a library, and of the same operation on full
-tensors where they have at most 2^22 entries, as multiples of ours. *difference*: largest relative difference (Frobenius
-norm of the full tensors, or of the entries at 1,000 random places of large ones) between our result and the others'.
+median milliseconds of processor time of alternated calls; the other columns are that of a library, and of the same
+operation on full tensors where they have at most 2^22 entries, as multiples of ours. *difference*: largest relative
+difference (Frobenius norm of the full tensors, or of the entries at 1,000 random places of large ones) between our
+result and the others'.
 *round* is of a sum of two, back to the ranks of the sum at 1e-10 (`+` itself not counted). A library that is not
 installed, or has no such operation, is left out.
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -164,7 +166,7 @@ def measure(d: int, n: int, r: int, libraries: Mapping[str, Callable[..., dict[s
     for operation, call in mine.items():
         theirs = {name: calls[operation] for name, calls in others.items() if operation in calls}
         apart = [difference(call(), other()) for other in theirs.values()]
-        base, *seconds = median_seconds([call, *theirs.values()], LEAST, ROUNDS)
+        base, *seconds = median_seconds([call, *theirs.values()], LEAST, ROUNDS, time.process_time)
         ratios = {name: each / base for name, each in zip(theirs, seconds, strict=True)}
         rows.append({"operation": operation, "d": d, "n": n, "r": r, "ours": 1e3 * base,
                      "difference": max(apart, default=None)} | ratios)  # fmt: skip
@@ -176,7 +178,8 @@ def growth() -> list[dict[str, Any]]:
     found = []
     for d, n, r in sizes:
         calls = ours(drawn(d, n, r, 1), drawn(d, n, r, 2), as_matrix(d, n, r // 4), None)
-        found.append(dict(zip(GROWTH, median_seconds([calls[name] for name in GROWTH], LEAST, ROUNDS), strict=True)))
+        seconds = median_seconds([calls[name] for name in GROWTH], LEAST, ROUNDS, time.process_time)
+        found.append(dict(zip(GROWTH, seconds, strict=True)))
     base, *doubled = found
     return [
         {"operation": name, "ours": 1e3 * base[name]}
