@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from _digits import digits
 from _figures import draw, legend, panels, style
-from _results import RESULTS, environment, say, store
+from _findings import conclude, options
+from _results import environment, say
 from compress_cnn import read as read_mnist
 from matplotlib import ticker
 from torch import nn
@@ -61,8 +62,7 @@ Where this differs from Yang, Krompass & Tresp 2017: {task} instead of videos of
 the map of the inputs only (57,600 numbers, up to 59 million weights), ours that of the hidden state too, where most
 weights are here; few epochs.
 
-Finding of the source: with a few thousand weights TT-LSTM and TT-GRU are better than dense ones of millions.
-{finding}"""
+Finding of the source: with a few thousand weights TT-LSTM and TT-GRU are better than dense ones of millions."""
 
 
 Rule = Callable[[nn.Module, float], list[dict[str, Any]]]
@@ -232,7 +232,7 @@ def rows_of_rules(rows: Sequence[dict[str, Any]]) -> str:
     return next(row["network"] for row in rows if row["structure"] == "tt")
 
 
-def picture(rows: Sequence[dict[str, Any]], name: str) -> None:
+def picture(rows: Sequence[dict[str, Any]], name: str, folder: Path) -> None:
     """Draw accuracy by weights, each network at its best, and accuracy by rate for each rule."""
     figure, axes = panels(2)
     sizes, rates = axes[0]
@@ -270,7 +270,7 @@ def picture(rows: Sequence[dict[str, Any]], name: str) -> None:
     rates.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
     rates.xaxis.set_minor_formatter(ticker.NullFormatter())
     legend(figure, axes)
-    draw(figure, name)
+    draw(figure, name, folder)
 
 
 def spread(rows: Sequence[dict[str, Any]]) -> list[list[float]]:
@@ -279,17 +279,13 @@ def spread(rows: Sequence[dict[str, Any]]) -> list[list[float]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--data", type=Path, help="folder of MNIST or zip file of recordings; without it, small digits")
     parser.add_argument("--images", type=int, default=4000, help="to train on")
     parser.add_argument("--hidden", type=int, choices=HIDDEN, default=256)
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2, 3e-2])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="a look at few digits in seconds, without figure")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     if args.quick:
         args.images, args.hidden, args.epochs, args.rates, args.seeds = 256, 128, 4, [1e-2], 2
@@ -300,16 +296,15 @@ def main(argv: Sequence[str]) -> int:
     if args.data is not None and args.data.suffix == ".zip":
         tag, task = "spoken", "log spectrograms of spoken digits"
     rows = measure(training, test, args)
-    found = finding(rows)
     steps, features = training[0][0].shape
     notes = NOTES.format(
         train=len(training), test=len(test), steps=steps if tag != "spoken" else "several", features=features,
-        epochs=args.epochs, seeds=args.seeds, hidden=args.hidden, task=task, finding=found,
+        epochs=args.epochs, seeds=args.seeds, hidden=args.hidden, task=task,
     )  # fmt: skip
-    store(args.results, f"tt_rnn_{tag}", "Recurrent networks in tensor trains", notes, about, rows, COLUMNS)
-    print(found)
+    title = "Recurrent networks in tensor trains"
+    conclude(args.results, f"tt_rnn_{tag}", title, notes, finding(rows), about, rows, COLUMNS)
     if not args.quick:
-        picture(rows, f"tt_rnn_{tag}")
+        picture(rows, f"tt_rnn_{tag}", args.figures)
     return 0
 
 
