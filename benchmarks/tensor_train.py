@@ -3,14 +3,15 @@
     pip install torchTT tntorch tensorly && python benchmarks/tensor_train.py
 
 Random tensors of `d` modes of size `n` and rank `r`, matrices of `d` modes n x n, in float64 on one thread. *ours*:
-median milliseconds of alternated calls; the other columns are that of a library, and of the same operation on full
-tensors where they have at most 2^22 entries, as multiples of ours. *difference*: largest relative difference (Frobenius
-norm of the full tensors, or of the entries at 1,000 random places of large ones) between our result and the others'.
+median milliseconds of processor time of alternated calls; the other columns are that of a library, and of the same
+operation on full tensors where they have at most 2^22 entries (`--entries`), as multiples of ours. *difference*:
+largest relative difference (Frobenius norm of the full tensors, or of the entries at 1,000 random places of large ones)
+between our result and the others'.
 *round* is of a sum of two, back to the ranks of the sum at 1e-10 (`+` itself not counted). A library that is not
 installed, or has no such operation, is left out.
 
 *growth*: the time of our operation at d, n, r = 8, 16, 12, and the factor by which it grows when one of them doubles;
-in brackets that of the leading term of its cost. Stores results/tensor_train.jsonl, .md, and tensor_train_growth.*.
+in brackets that of the leading term of its cost. Stores results/<name>.jsonl, .md, and <name>_growth.*.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +32,6 @@ from structlin.tensor_train import TT, TTMatrix
 
 CASES = [(3, 16, 4), (4, 10, 8), (6, 10, 8), (6, 32, 16), (10, 4, 8), (10, 16, 12), (20, 2, 16), (40, 8, 8)]
 BASE = (8, 16, 12)
-FULL = 2**22  # entries of the largest full tensor
 LEAST, ROUNDS = 1e-2, 7  # seconds of a sample; samples
 COLUMNS = {
     "operation": ("operation", ""), "d": ("d", ""), "n": ("n", ""), "r": ("r", ""), "ours, ms": ("ours", ".3f"),
@@ -155,16 +156,18 @@ def difference(found: Any, wanted: Any) -> float:
     return ((found - wanted).norm() / wanted.norm()).item()
 
 
-def measure(d: int, n: int, r: int, libraries: Mapping[str, Callable[..., dict[str, Call]]]) -> list[dict[str, Any]]:
+def measure(
+    d: int, n: int, r: int, libraries: Mapping[str, Callable[..., dict[str, Call]]], entries: int
+) -> list[dict[str, Any]]:  # fmt: skip
     a, b, m = drawn(d, n, r, 1), drawn(d, n, r, 2), as_matrix(d, n, r)
-    dense = a.full() if n**d <= FULL else None
+    dense = a.full() if n**d <= entries else None
     mine = ours(a, b, m, dense)
     others = {name: make(a, b, m, dense) for name, make in libraries.items()}
     rows = []
     for operation, call in mine.items():
         theirs = {name: calls[operation] for name, calls in others.items() if operation in calls}
         apart = [difference(call(), other()) for other in theirs.values()]
-        base, *seconds = median_seconds([call, *theirs.values()], LEAST, ROUNDS)
+        base, *seconds = median_seconds([call, *theirs.values()], LEAST, ROUNDS, time.process_time)
         ratios = {name: each / base for name, each in zip(theirs, seconds, strict=True)}
         rows.append({"operation": operation, "d": d, "n": n, "r": r, "ours": 1e3 * base,
                      "difference": max(apart, default=None)} | ratios)  # fmt: skip
@@ -176,7 +179,8 @@ def growth() -> list[dict[str, Any]]:
     found = []
     for d, n, r in sizes:
         calls = ours(drawn(d, n, r, 1), drawn(d, n, r, 2), as_matrix(d, n, r // 4), None)
-        found.append(dict(zip(GROWTH, median_seconds([calls[name] for name in GROWTH], LEAST, ROUNDS), strict=True)))
+        seconds = median_seconds([calls[name] for name in GROWTH], LEAST, ROUNDS, time.process_time)
+        found.append(dict(zip(GROWTH, seconds, strict=True)))
     base, *doubled = found
     return [
         {"operation": name, "ours": 1e3 * base[name]}
@@ -190,7 +194,9 @@ def growth() -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args(argv)
+    parser.add_argument("--entries", type=int, default=2**22, help="of the largest full tensor")
+    parser.add_argument("--name", default="tensor_train", help="of the stored tables")
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)
     about, libraries = environment(argv), {"full": full}
     for name in ("torchtt", "tntorch", "tensorly"):
@@ -202,11 +208,11 @@ def main(argv: Sequence[str]) -> int:
     rows = []
     for case in CASES:
         say(str(case))
-        rows += measure(*case, libraries)
+        rows += measure(*case, libraries, args.entries)
     notes = __doc__.partition("tensor_train.py\n\n")[2].strip()
-    store(RESULTS, "tensor_train", "Algebra of tensor trains", notes, about, rows, COLUMNS)
+    store(RESULTS, args.name, "Algebra of tensor trains", notes, about, rows, COLUMNS)
     head = {"operation": ("operation", ""), "ours, ms": ("ours", ".3f")} | {f"2 {k}": (k, "") for k in "dnr"}
-    store(RESULTS, "tensor_train_growth", "Growth of the costs", notes, about, growth(), head)
+    store(RESULTS, f"{args.name}_growth", "Growth of the costs", notes, about, growth(), head)
     return 0
 
 

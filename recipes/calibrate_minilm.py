@@ -33,11 +33,12 @@ import structlin
 
 # Independent fits to the inputs of the dense model.
 PLAIN: dict[str, Any] = {"output_metric": False, "sequential": False, "block_epochs": 0, "allocation": "uniform"}
+ALONE = ("cp", "tucker", "glt", "kronchain", "circulant", "toeplitz", "diagonal", "sparse")
 METHODS: dict[str, dict[str, Any]] = {
     "SVD": {"structure": "lowrank", "calibration": None},
     "whitened SVD": PLAIN | {"structure": "lowrank"},
     "auto, plain": PLAIN | {"structure": "auto"},
-    **{f"{name}, plain": PLAIN | {"structure": name} for name in ("cp", "tucker", "glt", "kronchain")},
+    **{f"{name}, plain": PLAIN | {"structure": name} for name in ALONE},
     "low rank": {"structure": "lowrank"},
     "auto": {"structure": "auto"},
 }

@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 from _digits import Data, accuracy, train
-from _figures import FIGURES, draw, legend, panels, style
-from _results import RESULTS, environment, say, store
+from _figures import draw, legend, panels, style
+from _findings import conclude, options
+from _results import environment, say
 from learn_permutation import load
 from torch import Tensor, nn
 
@@ -157,17 +158,12 @@ def picture(rows: Sequence[dict[str, Any]], name: str, folder: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--data", type=Path, help="folder of MNIST; scikit-learn's digits without it")
-    parser.add_argument("--quick", action="store_true", help="tiny, for a test: draws no figure")
     parser.add_argument("--channels", type=int, nargs="+", default=[16, 32, 64], help="powers of two from 16")
     parser.add_argument("--units", type=int, default=3)
     parser.add_argument("--images", type=int, default=4000, help="training images of MNIST")
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--figures", type=Path, default=FIGURES)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     about = environment(argv)
@@ -180,8 +176,7 @@ def main(argv: Sequence[str]) -> int:
         epochs=args.epochs, seeds=args.seeds,
     ), findings(rows)  # fmt: skip
     name = f"shuffle_{'digits' if args.data is None else 'mnist'}"
-    store(args.results, name, "Channel shuffle against K-matrix", f"{notes}\n\n{verdict}", about, rows, COLUMNS)
-    print(verdict)
+    conclude(args.results, name, "Channel shuffle against K-matrix", notes, verdict, about, rows, COLUMNS)
     if not args.quick:
         picture(rows, name, args.figures)
     return 0

@@ -217,6 +217,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--stsb", type=Path, help="STS-B file, for example sts-dev.csv")
     parser.add_argument("--rounds", type=int, default=5, help="timings per row, of which the median counts")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--name", default="minilm_compression", help="of the stored table")
     parser.add_argument("--results", type=Path, default=ROOT / "out", help="folder of the table")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "minilm", help="folder of the saved model")
     parser.add_argument("--load", type=Path, help="only load the model saved there and compare its embeddings")
@@ -261,6 +262,7 @@ def main(argv: Sequence[str]) -> int:
     if args.load is not None:
         return load_and_compare(args)
 
+    title = f"{about['model']} compressed, neither calibrated nor fine-tuned"
     dense = transformers.AutoModel.from_pretrained(args.model, dtype=torch.float32).eval()
     judge = Judge(dense, transformers.AutoTokenizer.from_pretrained(args.model), args)
     rows = [{"structure": "dense", **judge(copy.deepcopy(dense))}]  # a copy, so that its speed shows the noise
@@ -277,14 +279,13 @@ def main(argv: Sequence[str]) -> int:
         row = {"structure": name, "ratio": ratio, **summary, **judge(model)}
         rows.append(row)
         rows[0]["parameters_linears"] = max(rows[0].get("parameters_linears", 0), row["parameters_dense"])
+        store(args.results, args.name, title, NOTES, about, rows, COLUMNS)  # now: some fits take an hour
         what = f"{row['layers']} layers fitted in {row['seconds']:.1f} s, {row['mib']:.1f} MiB"
         quality = f"error {row['error_mean']:.3f}, cosine {row['cosine']:.4f}"
         say(f"    {what}, {quality}, {row['sentences_per_second']:.0f} sentences/s ({row['speed']:.2f} of dense)")
         if ratio == middle and (best is None or row["cosine"] > best[0]):
             best = row["cosine"], model, f"{name} at ratio {ratio}"
 
-    title = f"{about['model']} compressed, neither calibrated nor fine-tuned"
-    store(args.results, "minilm_compression", title, NOTES, about, rows, COLUMNS)
     if best is None:
         sys.exit(f"no structure at the middle ratio {middle}: nothing to save")
     print(f"saving {best[2]} (the best cosine at the middle ratio) to {args.out}")

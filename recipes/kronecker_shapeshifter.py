@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 from _digits import Data, accuracy, train
-from _figures import FIGURES, draw, legend, panels, style
-from _findings import settle
-from _results import RESULTS, ROOT, environment, say, store
+from _figures import draw, legend, panels, style
+from _findings import conclude, options, settle
+from _results import ROOT, environment, say
 from tensorizing import load, within
 from torch import Tensor, nn
 
@@ -72,17 +72,13 @@ weight approximated, not trained further; *from scratch*: of one trained with su
 
 For a square matrix Shapeshifter by reshaping is low rank, and by reshaping and rearranging (`order="kron"`) it is the
 Kronecker sum; *shapeshifter* is the former, the reading of the course project. We do not know the source's data and
-classifier; the size, the structures and the three panels are its own.
-
-{findings}"""
+classifier; the size, the structures and the three panels are its own."""
 
 
 TIME_NOTES = """\
 A forward pass of 1 and of 64 images through the frozen layer, {n} x {n}: processor time as a share of `nn.Linear`'s,
 median of {rounds} alternated samples, with the quartiles of the ratio. *plan*: how the layer chose to run; one that
-expects to be slower than dense keeps its dense matrix.
-
-{findings}"""
+expects to be slower than dense keeps its dense matrix."""
 
 
 # What is compared ------------------------------------------------------------------------------------------------
@@ -285,11 +281,10 @@ def experiment(args: argparse.Namespace, kinds: Sequence[Structure | None], name
     training, test = load(args.mnist, args.images, 32 if args.mnist else 8)
     rows = run(args, kinds, training, test)
     data = "MNIST" if args.mnist else "scikit-learn's digits"
-    notes = NOTES.format(n=args.n, seeds=args.seeds, epochs=args.epochs, findings=findings(rows),
+    notes = NOTES.format(n=args.n, seeds=args.seeds, epochs=args.epochs,
                          data=f"{data} ({len(training[1])} training and {len(test[1])} test images)")  # fmt: skip
     title = "Kronecker sums and Shapeshifter"
-    store(args.results, f"kronecker_shapeshifter_{name}", title, notes, about, rows, COLUMNS)
-    print(findings(rows))
+    conclude(args.results, f"kronecker_shapeshifter_{name}", title, notes, findings(rows), about, rows, COLUMNS)
     return rows
 
 
@@ -301,25 +296,20 @@ def stored(args: argparse.Namespace, name: str) -> list[Row]:
 def timing(args: argparse.Namespace, kinds: Sequence[Structure | None], about: Row) -> list[Row]:
     """Time all layers and store the table."""
     rows = [described(structure, args.n) | time_of(structure, args.n, args.rounds) for structure in kinds]
-    notes = TIME_NOTES.format(n=args.n, rounds=args.rounds, findings=time_findings(rows))
-    store(args.results, "kronecker_time", "Time of a layer by its terms", notes, about, rows, TIME_COLUMNS)
-    print(time_findings(rows))
+    notes = TIME_NOTES.format(n=args.n, rounds=args.rounds)
+    title = "Time of a layer by its terms"
+    conclude(args.results, "kronecker_time", title, notes, time_findings(rows), about, rows, TIME_COLUMNS)
     return rows
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--mnist", type=Path, help="folder of MNIST; scikit-learn's digits without it")
     parser.add_argument("--images", type=int, default=3000, help="training images of MNIST")
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate of all networks")
     parser.add_argument("--rounds", type=int, default=15, help="samples of each time")
     parser.add_argument("--times", action="store_true", help="measure times only, and draw with the stored errors")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="60 x 60, seconds")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--figures", type=Path, default=FIGURES)
     args = parser.parse_args(argv)
     args.n, args.terms, args.orders = (60, (1, 4), (2,)) if args.quick else (1050, TICKS[:-1], (25, 15, 7, 2))
     if args.quick:

@@ -26,8 +26,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _digits import Data, accuracy, digits, train
-from _figures import FIGURES, draw, panels, style
-from _results import RESULTS, environment, say, store
+from _figures import draw, panels, style
+from _findings import conclude, options
+from _results import environment, say
 from compress_cnn import read
 from torch import Tensor, nn
 
@@ -217,17 +218,12 @@ def picture(
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--data", type=Path, help="folder of MNIST; scikit-learn's digits without it")
-    parser.add_argument("--quick", action="store_true", help="tiny, for a test: draws no figure")
     parser.add_argument("--images", type=int, default=4000, help="training images of MNIST")
     parser.add_argument("--steps", type=int, default=2000, help="of the learned permutation")
     parser.add_argument("--starts", type=int, default=4, help="of which the best is taken")
     parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--figures", type=Path, default=FIGURES)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     about = environment(argv)
@@ -238,8 +234,7 @@ def main(argv: Sequence[str]) -> int:
     notes = NOTES.format(train=len(training[1]), test=len(test[1]), side=training[0].shape[-1])
     name = "permuted_" + ("digits" if args.data is None else "mnist")
     verdict = findings(rows)
-    store(args.results, name, "Permuted images", f"{notes}\n\n{verdict}", about, rows, COLUMNS)
-    print(verdict)
+    conclude(args.results, name, "Permuted images", notes, verdict, about, rows, COLUMNS)
     if not args.quick:
         picture(rows, test[0][0].flatten(), shuffle, order, name, args.figures)
     return 0

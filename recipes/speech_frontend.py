@@ -26,8 +26,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from _figures import FIGURES, draw, panels, style
-from _results import RESULTS, environment, say, store
+from _figures import draw, panels, style
+from _findings import conclude, options
+from _results import environment, say
 from _speech import RATE, Spoken, recordings, synthetic
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
@@ -256,15 +257,10 @@ def picture(rows: Sequence[dict[str, Any]], name: str, folder: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--data", type=Path, help="folder or zip file of FSDD; synthesised digits without it")
-    parser.add_argument("--quick", action="store_true", help="tiny, for a test: draws no figure")
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--hidden", type=int, default=64, help="size of the LSTM")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--figures", type=Path, default=FIGURES)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     about = environment(argv)
@@ -278,8 +274,7 @@ def main(argv: Sequence[str]) -> int:
         data=kind, train=len(training), test=len(test), epochs=args.epochs, seeds=args.seeds, hidden=args.hidden
     )
     name, verdict = f"speech_{'synthetic' if args.data is None else 'fsdd'}", findings(rows)
-    store(args.results, name, "Front ends for raw audio", f"{notes}\n\n{verdict}", about, rows, COLUMNS)
-    print(verdict)
+    conclude(args.results, name, "Front ends for raw audio", notes, verdict, about, rows, COLUMNS)
     if not args.quick:
         picture(rows, name, args.figures)
     return 0

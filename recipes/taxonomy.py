@@ -26,7 +26,8 @@ from typing import Any
 import torch
 import transformers
 from _figures import draw, legend, panels, style
-from _results import RESULTS, environment, say, store
+from _findings import conclude, options
+from _results import environment, say
 from _text import docstrings, next_token_loss, read, windows
 from torch import Tensor, nn
 
@@ -52,9 +53,7 @@ model / of the dense one; *dimension*: of the sets of structured matrices / of t
 {seeds} {what}, with the lowest and the highest.
 
 Where this differs from Xu, Sharmin & Mandic 2024: the source defines the terms and sorts published methods by them;
-the measurements are ours.
-
-{finding}"""
+the measurements are ours."""
 
 
 # The model -------------------------------------------------------------------------------------------------------
@@ -192,7 +191,7 @@ def finding(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def picture(rows: Sequence[dict[str, Any]], name: str) -> None:
+def picture(rows: Sequence[dict[str, Any]], name: str, folder: Path) -> None:
     """Draw both losses by size, with the fronts."""
     figure, axes = panels(2)
     for axis, loss, title in zip(
@@ -211,21 +210,17 @@ def picture(rows: Sequence[dict[str, Any]], name: str) -> None:
                   solid_capstyle="round", label="Pareto front", zorder=0)  # fmt: skip
         axis.set(xlabel="eta, parameters kept of the model", ylabel=title)
     legend(figure, axes)
-    draw(figure, name)
+    draw(figure, name, folder)
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--model", help="folder or hub id of a causal language model; without it, one is trained")
     parser.add_argument("--data", type=Path, help="folder of tokenised stories; without it, docstrings")
     parser.add_argument("--structures", nargs="+", default=list(NAMES))
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.75, 0.5, 0.25])
     parser.add_argument("--steps", type=int, default=400, help="of training the small model")
     parser.add_argument("--refine", type=int, help="steps of refinement of a layer (default: the structure's own)")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="a look at a tiny model in seconds, without figure")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     if args.quick:
         args.structures, args.ratios, args.steps, args.seeds = ["lowrank", "tt", "lowrank+blast"], [0.5], 30, 2
@@ -236,16 +231,12 @@ def main(argv: Sequence[str]) -> int:
     warnings.filterwarnings("ignore", "nothing was compressed")  # a structure that is never so small has no row
     about = environment(argv)
     model, rows = measure(args)
-    found = finding(rows)
     what = "models, trained from different seeds" if args.model is None else "samples of calibration text"
-    notes = NOTES.format(
-        model=model, calibration=CALIBRATION * BATCH, length=LENGTH, seeds=args.seeds, what=what, finding=found
-    )
+    notes = NOTES.format(model=model, calibration=CALIBRATION * BATCH, length=LENGTH, seeds=args.seeds, what=what)
     name = "taxonomy" if args.model is None else f"taxonomy_{Path(args.model).name.lower().replace('-', '_')}"
-    store(args.results, name, "One language model through the taxonomy", notes, about, rows, COLUMNS)
-    print(found)
+    conclude(args.results, name, "One language model through the taxonomy", notes, finding(rows), about, rows, COLUMNS)
     if not args.quick:
-        picture(rows, name)
+        picture(rows, name, args.figures)
     return 0
 
 

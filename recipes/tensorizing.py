@@ -27,9 +27,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _digits import Data, accuracy, digits, train
-from _figures import FIGURES, draw, legend, panels, style
-from _findings import settle
-from _results import RESULTS, ROOT, environment, say, store
+from _figures import draw, legend, panels, style
+from _findings import conclude, options, settle
+from _results import ROOT, environment, say, store
 from compress_cnn import read
 from torch import nn
 
@@ -68,16 +68,12 @@ NOTES = """\
 {data}: {train} training and {test} test images, {side} x {side}, one hidden layer of {n}, ReLU, AdamW, {epochs} epochs.
 Mean, lowest and highest test error of {seeds} seeds; *parameters*: of the first layer without its bias. The largest
 uniform rank within each size. Learning rate: for each shape, of {rates} the best on every fifth training image at its
-largest size. The source trains on all of MNIST, by stochastic gradient descent.
-
-{findings}"""
+largest size. The source trains on all of MNIST, by stochastic gradient descent."""
 VGG_NOTES = """\
 {data}: {train} training and {test} test images, random projection to {inputs:,} features, ReLU (in place of VGG's
 convolutions on ImageNet), the layer, ReLU, ten classes; AdamW, mean, lowest and highest of {seeds} seeds. Modes and
 ranks of the source; *compression*: dense parameters / parameters, without bias. The dense layer has fewer epochs, for
-its time, and its learning rate is not searched.
-
-{findings}"""
+its time, and its learning rate is not searched."""
 
 
 # Data and networks -----------------------------------------------------------------------------------------------
@@ -296,7 +292,7 @@ def picture(name: str, rows: Sequence[Row], vgg: Sequence[Row], args: argparse.N
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--mnist", type=Path, help="folder of MNIST; scikit-learn's digits without it")
     parser.add_argument("--images", type=int, default=6000, help="training images of MNIST")
     parser.add_argument("--sizes", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192], help="parameters")
@@ -306,11 +302,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--vgg-epochs", type=int, default=5)
     parser.add_argument("--dense-epochs", type=int, default=2, help="of the large dense layer, two seconds a step")
     parser.add_argument("--rounds", type=int, default=9, help="of the timing")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="tiny layers, seconds")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--figures", type=Path, default=FIGURES)
     args = parser.parse_args(argv)
     args.balanced, args.extreme, args.modes = BALANCED, EXTREME, (vgg_layer.IN_MODES, vgg_layer.OUT_MODES)
     if args.quick:
@@ -331,13 +322,13 @@ def main(argv: Sequence[str]) -> int:
     facts = {"data": data, "test": len(test[1]), "epochs": args.epochs, "seeds": args.seeds,
              "rates": ", ".join(map(str, RATES)), "n": training[0].shape[1],
              "side": math.isqrt(training[0].shape[1])}  # fmt: skip
-    notes = NOTES.format(train=len(training[1]), findings=claims, **facts)
-    store(args.results, f"tensorizing_{name}", "A first layer as a tensor train", notes, about, rows, COLUMNS)
-    print(claims)
+    notes = NOTES.format(train=len(training[1]), **facts)
+    title = "A first layer as a tensor train"
+    conclude(args.results, f"tensorizing_{name}", title, notes, claims, about, rows, COLUMNS)
     if vgg:
-        notes = VGG_NOTES.format(train=len(some[1]), findings=vgg_findings(vgg), inputs=vgg[0]["inputs"], **facts)
-        store(args.results, f"tensorizing_vgg_{name}", "A layer of VGG's size", notes, about, vgg, VGG_COLUMNS)
-        print(vgg_findings(vgg))
+        notes = VGG_NOTES.format(train=len(some[1]), inputs=vgg[0]["inputs"], **facts)
+        title = "A layer of VGG's size"
+        conclude(args.results, f"tensorizing_vgg_{name}", title, notes, vgg_findings(vgg), about, vgg, VGG_COLUMNS)
     if vgg and args.mnist is None:  # the data do not matter
         title = "Time and memory of a layer of VGG's size"
         store(args.results, "tensorizing_time", title, vgg_layer.NOTES, about, times(args), vgg_layer.COLUMNS)

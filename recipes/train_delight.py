@@ -24,7 +24,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _figures import draw, legend, panels, style
-from _results import RESULTS, environment, say, store
+from _findings import conclude, options
+from _results import environment, say
 from _text import next_token_loss, perplexity, read, windows
 from matplotlib import ticker
 from torch import Tensor, nn
@@ -48,8 +49,7 @@ Perplexity of held-out text by {unit}: mean over {seeds} seeds, with the lowest 
 Where this differs from Mehta et al. 2021: networks of ten thousands of parameters instead of 99 million, {text} instead
 of WikiText-103, seconds instead of days, learned positions, no adaptive embeddings.
 
-Finding of the source: DeLighT is as good as a transformer with 2 to 3 times its parameters. Here, at equal parameters:
-{finding}"""
+Finding of the source: DeLighT is as good as a transformer with 2 to 3 times its parameters. At equal parameters:"""
 
 
 class TransformerBlock(nn.Module):
@@ -180,7 +180,7 @@ def verdict(holds: bool) -> str:
     return "confirmed" if holds else "refuted"
 
 
-def picture(rows: Sequence[dict[str, Any]], unit: str, name: str) -> None:
+def picture(rows: Sequence[dict[str, Any]], unit: str, name: str, folder: Path) -> None:
     """Draw perplexity by steps at the largest size, and by parameters after all steps."""
     figure, axes = panels(2)
     (steps, sizes), largest, end = axes[0], max(row["size"] for row in rows), max(row["steps"] for row in rows)
@@ -200,19 +200,15 @@ def picture(rows: Sequence[dict[str, Any]], unit: str, name: str) -> None:
     sizes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x / 1000:.0f} k"))
     sizes.xaxis.set_minor_formatter(ticker.NullFormatter())
     legend(figure, axes)
-    draw(figure, name)
+    draw(figure, name, folder)
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--data", type=Path, help="folder of tokenised stories; without it, docstrings")
     parser.add_argument("--widths", nargs="+", type=int, default=[24, 32, 48], help="of the transformers")
     parser.add_argument("--rates", nargs="+", type=float, default=[2e-3, 4e-3], help="peak learning rates to try")
     parser.add_argument("--steps", type=int, default=420)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="a look at the smallest sizes in seconds, without figure")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     args, count = parser.parse_args(argv), 256
     if args.quick:
         args.widths, args.rates, args.steps, args.seeds, count = [16, 24], [4e-3, 8e-3], 12, 2, 32
@@ -221,16 +217,15 @@ def main(argv: Sequence[str]) -> int:
     ids, held, vocabulary = read(args.data, args.quick)
     rows = measure(ids, windows(held, count, LENGTH), vocabulary, args)
     unit, text = ("character", "docstrings") if args.data is None else ("token of 512", "TinyStories")
-    found = finding(rows)
     rates = ", ".join(f"{rate:.0e}" for rate in args.rates)
     notes = NOTES.format(
-        unit=unit, text=text, seeds=args.seeds, rates=rates, tokens=BATCH * LENGTH, finding=found
+        unit=unit, text=text, seeds=args.seeds, rates=rates, tokens=BATCH * LENGTH
     )  # fmt: skip
     name = "train_delight" if args.data is None else "train_delight_stories"
-    store(args.results, name, "DeLighT and transformers at equal parameters", notes, about, rows, COLUMNS)
-    print(found)
+    title = "DeLighT and transformers at equal parameters"
+    conclude(args.results, name, title, notes, finding(rows), about, rows, COLUMNS)
     if not args.quick:
-        picture(rows, unit, name)
+        picture(rows, unit, name, args.figures)
     return 0
 
 

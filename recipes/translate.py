@@ -26,9 +26,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _figures import FIGURES, draw, panels, style
+from _figures import draw, panels, style
+from _findings import conclude, options
 from _languages import BEGIN, END, PAD, Pairs, invented, multi30k, subwords
-from _results import RESULTS, environment, say, store
+from _results import environment, say
 from _translator import LONGEST, Translator
 from sacrebleu import corpus_bleu
 from tokenizers import Tokenizer
@@ -224,9 +225,8 @@ def picture(rows: Sequence[dict[str, Any]], name: str, folder: Path) -> None:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--data", type=Path, help="folder of Multi30k; a language invented by the recipe without it")
-    parser.add_argument("--quick", action="store_true", help="tiny, for a test: draws no figure")
     parser.add_argument("--sentences-to-train", type=int, help="the first so many pairs; all by default")
     parser.add_argument("--vocabulary", type=int, help="of subwords; 3000, or 600 for the invented language")
     parser.add_argument("--width", type=int, default=256)
@@ -237,11 +237,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of training")
-    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--sentences", type=int, default=200, help="that are timed")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--figures", type=Path, default=FIGURES)
+    parser.set_defaults(seeds=1)
     args = parser.parse_args(argv)
     if args.quick:
         args.width, args.inner, args.epochs, args.sentences = 64, 128, 2, 5
@@ -265,10 +262,8 @@ def main(argv: Sequence[str]) -> int:
         seeds="one seed" if args.seeds == 1 else f"{args.seeds} seeds",
     )  # fmt: skip
     name = f"translate_{'invented' if args.data is None else 'multi30k'}"
-    store(
-        args.results, name, "Translation with K-matrices in the decoder", f"{notes}\n\n{verdict}", about, rows, COLUMNS
-    )
-    print(verdict)
+    title = "Translation with K-matrices in the decoder"
+    conclude(args.results, name, title, notes, verdict, about, rows, COLUMNS)
     if not args.quick:
         picture(rows, name, args.figures)
     return 0

@@ -6,10 +6,10 @@
     python recipes/tt_rnn.py --data recordings.zip         # spoken digits, as in train_lstm.py
 
 An LSTM and a GRU of 256 hidden units each read a sequence; the mean of their outputs goes into ten classes. Both maps,
-of the inputs and of the hidden state, are structured, and the first core of a tensor train holds the gates. Three rules
-give the factors their learning rates: one rate for all, `structlin.param_groups`, and a rule by modes; an LSTM runs by
-each rule at several rates, and so does a dense one; other networks take the best of these. Stores
-benchmarks/results/tt_rnn_<data>.jsonl and .md (one line per network, rule and rate), draws a figure of that name.
+of the inputs and of the hidden state, are structured, and the first core of a tensor train holds the gates. Four rules
+give the factors their learning rates: one rate for all, `structlin.param_groups`, the same without its cap, and a rule
+by modes; an LSTM runs by each rule at several rates, and so does a dense one; other networks take the best of these.
+Stores benchmarks/results/tt_rnn_<data>.jsonl and .md (one line per network, rule and rate), draws a figure of the name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from _digits import digits
 from _figures import draw, legend, panels, style
-from _results import RESULTS, environment, say, store
+from _findings import conclude, options
+from _results import environment, say
 from compress_cnn import read as read_mnist
 from matplotlib import ticker
 from torch import nn
@@ -39,6 +40,7 @@ from structlin.equation.geometry import applied
 from structlin.structures import LowRank, TensorTrain
 
 DECAY = 0.01
+TINY = 1e-6  # a rate at which `param_groups` caps nothing
 INPUTS = {8: (2, 2, 2), 28: (2, 2, 7), 1024: (8, 16, 8)}  # modes of a step's features
 HIDDEN = {128: (8, 4, 4), 256: (8, 8, 4), 512: (8, 8, 8)}  # modes of the hidden state
 CELLS = {"LSTM": (4, nn.LSTM, StructuredLSTM), "GRU": (3, nn.GRU, StructuredGRU)}
@@ -51,17 +53,16 @@ NOTES = """\
 {train:,} sequences of {steps} steps of {features} numbers for training and {test} for testing, {epochs} epochs of
 AdamW; accuracies: means over {seeds} seeds, of the test with the lowest and the highest. *weights*: of both maps of the
 recurrent layer; its biases (two for each gate) and the ten classes ({hidden} weights each) are dense. *rate*: of dense
-weights; *rule*: what the factors get, the same (`adam`), that of `structlin.param_groups`, or rate (rms_f / rms_dense)
-sqrt(min(in, out) / min(in_f, out_f)) / number of factors (`modes`; in_f and out_f are what a factor sums over and what
-it makes). A rate and rule are chosen by the test accuracy of an LSTM, alike for every structure. *training*: median of
-a run.
+weights; *rule*: what the factors get, the same (`adam`), that of `structlin.param_groups`, that without the cap on a
+step (`uncapped`), or rate (rms_f / rms_dense) sqrt(min(in, out) / min(in_f, out_f)) / number of factors (`modes`; in_f
+and out_f are what a factor sums over and what it makes). A rate and rule are chosen by the test accuracy of an LSTM,
+alike for every structure. *training*: median of a run.
 
 Where this differs from Yang, Krompass & Tresp 2017: {task} instead of videos of 160 x 120 pixels; theirs structures
 the map of the inputs only (57,600 numbers, up to 59 million weights), ours that of the hidden state too, where most
 weights are here; few epochs.
 
-Finding of the source: with a few thousand weights TT-LSTM and TT-GRU are better than dense ones of millions.
-{finding}"""
+Finding of the source: with a few thousand weights TT-LSTM and TT-GRU are better than dense ones of millions."""
 
 
 Rule = Callable[[nn.Module, float], list[dict[str, Any]]]
@@ -80,6 +81,11 @@ def by_groups(model: nn.Module, rate: float) -> list[dict[str, Any]]:
     return param_groups(model, rate, weight_decay=DECAY)
 
 
+def uncapped(model: nn.Module, rate: float) -> list[dict[str, Any]]:
+    """Scale up what `param_groups` gives for a rate so small that no step is capped."""
+    return [group | {"lr": group["lr"] * rate / TINY} for group in param_groups(model, TINY, weight_decay=DECAY)]
+
+
 def by_modes(model: nn.Module, rate: float) -> list[dict[str, Any]]:
     """Scale the rate of each factor by its entries, relative to a dense weight's, and by its smaller side."""
     rates = dict.fromkeys(model.parameters(), rate)
@@ -96,7 +102,7 @@ def by_modes(model: nn.Module, rate: float) -> list[dict[str, Any]]:
     return [{"params": [parameter], "lr": each, "weight_decay": DECAY} for parameter, each in rates.items()]
 
 
-RULES: dict[str, Rule] = {"adam": one_rate, "param_groups": by_groups, "modes": by_modes}
+RULES: dict[str, Rule] = {"adam": one_rate, "param_groups": by_groups, "uncapped": uncapped, "modes": by_modes}
 
 
 # Networks --------------------------------------------------------------------------------------------------------
@@ -130,10 +136,10 @@ def networks(args: argparse.Namespace) -> list[tuple[str, str, int]]:
 
 
 def distinct(model: nn.Module) -> list[str]:
-    """List the rules that give different rates: those by groups and by modes agree where no core is wide."""
+    """List the rules that give different rates: those by groups and by modes agree, uncapped, where no core is wide."""
     groups, modes = (
-        {id(parameter): group["lr"] for group in RULES[rule](model, 1.0) for parameter in group["params"]}
-        for rule in ("param_groups", "modes")
+        {id(parameter): group["lr"] for group in RULES[rule](model, TINY) for parameter in group["params"]}
+        for rule in ("uncapped", "modes")
     )
     same = all(math.isclose(rate, modes[key], rel_tol=1e-4) for key, rate in groups.items())
     return [rule for rule in RULES if rule != "modes" or not same]
@@ -204,15 +210,20 @@ def finding(rows: Sequence[dict[str, Any]]) -> str:
         )
     tried = [row for row in rows if row["network"] == rows_of_rules(rows)]
     one = best(tried, rule="adam")["accuracy"]
-    for rule in ("param_groups", "modes"):
+    for rule in ("param_groups", "uncapped", "modes"):
         if not any(row["rule"] == rule for row in tried):
-            lines.append(f"- `{rule}` gives the rates of `param_groups` here.")
+            lines.append(f"- `{rule}` gives the rates of `uncapped` here.")
             continue
         found = best(tried, rule=rule)["accuracy"]
         lines.append(
             f"- {tried[0]['network']} with `{rule}`: {found:.4f} at its best rate, {one:.4f} with one rate for all: it "
             f"{'helps' if found > one else 'does not help'}."
         )
+    rate = max(row["rate"] for row in tried)
+    capped, free = (best(tried, rule=rule, rate=rate)["accuracy"] for rule in ("param_groups", "uncapped"))
+    lines.append(
+        f"- At the highest rate, {rate:g}, `param_groups` reaches {capped:.4f}, and {free:.4f} without its cap."
+    )
     return "\n".join(lines)
 
 
@@ -221,7 +232,7 @@ def rows_of_rules(rows: Sequence[dict[str, Any]]) -> str:
     return next(row["network"] for row in rows if row["structure"] == "tt")
 
 
-def picture(rows: Sequence[dict[str, Any]], name: str) -> None:
+def picture(rows: Sequence[dict[str, Any]], name: str, folder: Path) -> None:
     """Draw accuracy by weights, each network at its best, and accuracy by rate for each rule."""
     figure, axes = panels(2)
     sizes, rates = axes[0]
@@ -234,14 +245,14 @@ def picture(rows: Sequence[dict[str, Any]], name: str) -> None:
                 look |= {"marker": look["marker"] or "o"}
                 sizes.errorbar([row["weights"] for row in chosen], [row["accuracy"] for row in chosen], spread(chosen),
                                label=f"{kind}, {cell}", capsize=2, **look)  # fmt: skip
-    lines = {"adam": ":", "param_groups": "-", "modes": "--"}
+    lines = {"adam": ":", "param_groups": "-", "uncapped": "-.", "modes": "--"}
     tried, dense = rows_of_rules(rows), rows[0]["network"]
     for k, (label, network, rule) in enumerate(
         [("dense", dense, "adam"), *((f"tt, {rule}", tried, rule) for rule in RULES)]
     ):
         chosen = [row for row in rows if (row["network"], row["rule"]) == (network, rule)]
         look = style("dense" if network == dense else "tt")
-        look |= {} if network == dense else {"linestyle": lines[rule], "marker": "sD^"[k - 1]}
+        look |= {} if network == dense else {"linestyle": lines[rule], "marker": "sDv^"[k - 1]}
         if not chosen:
             continue
         x = [row["rate"] * 1.03 ** (k - 1) for row in chosen]  # side by side
@@ -259,7 +270,7 @@ def picture(rows: Sequence[dict[str, Any]], name: str) -> None:
     rates.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:g}"))
     rates.xaxis.set_minor_formatter(ticker.NullFormatter())
     legend(figure, axes)
-    draw(figure, name)
+    draw(figure, name, folder)
 
 
 def spread(rows: Sequence[dict[str, Any]]) -> list[list[float]]:
@@ -268,17 +279,13 @@ def spread(rows: Sequence[dict[str, Any]]) -> list[list[float]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__)
     parser.add_argument("--data", type=Path, help="folder of MNIST or zip file of recordings; without it, small digits")
     parser.add_argument("--images", type=int, default=4000, help="to train on")
     parser.add_argument("--hidden", type=int, choices=HIDDEN, default=256)
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2, 3e-2])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="a look at few digits in seconds, without figure")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     if args.quick:
         args.images, args.hidden, args.epochs, args.rates, args.seeds = 256, 128, 4, [1e-2], 2
@@ -289,16 +296,15 @@ def main(argv: Sequence[str]) -> int:
     if args.data is not None and args.data.suffix == ".zip":
         tag, task = "spoken", "log spectrograms of spoken digits"
     rows = measure(training, test, args)
-    found = finding(rows)
     steps, features = training[0][0].shape
     notes = NOTES.format(
         train=len(training), test=len(test), steps=steps if tag != "spoken" else "several", features=features,
-        epochs=args.epochs, seeds=args.seeds, hidden=args.hidden, task=task, finding=found,
+        epochs=args.epochs, seeds=args.seeds, hidden=args.hidden, task=task,
     )  # fmt: skip
-    store(args.results, f"tt_rnn_{tag}", "Recurrent networks in tensor trains", notes, about, rows, COLUMNS)
-    print(found)
+    title = "Recurrent networks in tensor trains"
+    conclude(args.results, f"tt_rnn_{tag}", title, notes, finding(rows), about, rows, COLUMNS)
     if not args.quick:
-        picture(rows, f"tt_rnn_{tag}")
+        picture(rows, f"tt_rnn_{tag}", args.figures)
     return 0
 
 

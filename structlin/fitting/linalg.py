@@ -38,15 +38,19 @@ def leading(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         left (..., m, k) with orthonormal columns, values (..., k) descending and real, right (..., k, n) with rows of
         norm 1 (or 0 where the value is 0); k = min(m, n). The largest entry of each left vector is positive.
     """
+    return _fix_signs(*leading_unsigned(matrix))
+
+
+def leading_unsigned(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute what `leading` does, with the signs that the eigenproblem gives: less work where signs do not matter."""
     m, n = matrix.shape[-2:]
     if m > n:  # the Gram matrix of the transpose is the smaller one
-        left, values, right = leading(matrix.mH)
-        return _fix_signs(right.mH, values, left.mH)
+        left, values, right = leading_unsigned(matrix.mH)
+        return right.mH, values, left.mH
     vectors = leading_vectors(matrix @ matrix.mH, m)
     rows = vectors.mH @ matrix  # values * right
     values = torch.linalg.vector_norm(rows, dim=-1)
-    right = rows / torch.where(values > 0, values, 1).unsqueeze(-1)
-    return _fix_signs(vectors, values, right)
+    return vectors, values, rows / torch.where(values > 0, values, 1).unsqueeze(-1)
 
 
 def leading_vectors(gram: Tensor, rank: int) -> Tensor:

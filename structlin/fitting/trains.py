@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from structlin.fitting.linalg import leading, working_dtype
+from structlin.fitting.linalg import leading_unsigned, working_dtype
 
 Svd = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
@@ -109,9 +109,13 @@ def tt_norm(cores: Sequence[Tensor]) -> Tensor:
     """Compute the Frobenius norm of a train from triangular factors; nothing is squared."""
     if any(core.requires_grad for core in cores):
         return torch.linalg.vector_norm(right_orthogonal(cores)[0])
-    *others, work = [core.to(working_dtype(core)) for core in cores]
-    for core in reversed(others):
-        work = core @ torch.linalg.qr(work.flatten(1).mH, mode="r")[1].mH
+    work, *others = cores if cores[0].dtype is working_dtype(cores[0]) else [c.to(working_dtype(c)) for c in cores]
+    for core in others:
+        rows, bond = work.reshape(-1, len(core)), len(core)
+        few = core is others[-1] and core.numel() <= 2 * bond**2  # columns: their product is quicker, and is the end
+        if len(rows) > bond and not few:
+            rows = torch.linalg.qr(rows, mode="r")[1]  # the triangular factor stands for all cores before
+        work = rows @ core.flatten(1)
     return torch.linalg.vector_norm(work)
 
 
@@ -122,7 +126,7 @@ def loss_per_cut(tensor: Tensor, tolerance: float, bonds: int) -> float:
     return tolerance * torch.linalg.vector_norm(tensor.detach()).item() / math.sqrt(max(bonds, 1))
 
 
-def truncated(matrix: Tensor, rank: int | None, allowed: float, svd: Svd = leading) -> tuple[Tensor, Tensor]:
+def truncated(matrix: Tensor, rank: int | None, allowed: float, svd: Svd = leading_unsigned) -> tuple[Tensor, Tensor]:
     """Return orthonormal left vectors (m, rank) and the rest (rank, n); None: the least rank that loses `allowed`.
 
     The derivatives are those of functions of the product left @ rest, as everything that is computed from a train is.
@@ -138,7 +142,7 @@ def truncated(matrix: Tensor, rank: int | None, allowed: float, svd: Svd = leadi
 
 def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Decompose a core, which is small in most trains."""
-    return torch.linalg.svd(matrix, full_matrices=False) if matrix.numel() <= _SMALL else leading(matrix)
+    return torch.linalg.svd(matrix, full_matrices=False) if matrix.numel() <= _SMALL else leading_unsigned(matrix)
 
 
 def tails(values: Tensor) -> Tensor:
@@ -148,7 +152,7 @@ def tails(values: Tensor) -> Tensor:
 
 def _least(values: Tensor, allowed: float) -> int:
     """Return how many descending singular values to keep so that the others have at most a norm."""
-    return max(int((tails(values) > allowed).sum()), 1)
+    return max(int((values.flip(0).square().cumsum(0) > allowed**2).sum()), 1)
 
 
 class _Truncated(torch.autograd.Function):

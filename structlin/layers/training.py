@@ -27,9 +27,11 @@ def param_groups(
         lr_f = lr sqrt(in out) / (N sqrt(in_f out_f) prod_{g not f} |g|),    |g| = rms_g sqrt(max(in_g, out_g))
 
     in_f, out_f: what a factor sums over and what it makes when the factors are applied to an input one by one; |g|: the
-    spectral norm of its orthogonal blocks at initialisation, of entries rms_g. Weight decay is divided by
-    N lr_f / lr, so that the product decays as a dense weight does; vectors (biases, norms) do not decay. All is read
-    from the shapes, so that groups made again for a loaded optimizer state are the same.
+    spectral norm of its orthogonal blocks at initialisation, of entries rms_g. That counts one step of one factor at a
+    time. All together move the product by up to (1 + s)^N - 1 of its norm, s = lr_f sqrt(in_f out_f) / |f|, which is
+    N s only for small s: where a product has two or more learned factors, s is at most 1, so that no step outgrows the
+    factor it changes. Weight decay is scaled so that the product decays as a dense weight does; vectors (biases, norms)
+    do not decay. All is read from the shapes, so that groups made again for a loaded optimizer state are the same.
 
     Args:
         model: any module; its structured layers are found, all other parameters get `lr`.
@@ -61,15 +63,16 @@ def param_groups(
                 continue
             seen.add(id(parameter))
             vector = name == "bias" or parameter.ndim < 2
-            rate, factors = rates.get(name, (1.0, 1))
+            scale, factors, most = rates.get(name, (1.0, 1, math.inf))
             width = 1.0 if base_width is None or inputs is None or vector else base_width / inputs
-            decay = 0.0 if vector else weight_decay / (rate * factors)
-            groups.setdefault((lr * rate * width, decay), []).append(parameter)
+            rate = scale * min(lr * width, most)
+            decay = 0.0 if vector else weight_decay * lr * width / (rate * factors)
+            groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": found, "lr": rate, "weight_decay": decay} for (rate, decay), found in groups.items()]
 
 
-def _factor_rates(spec: Spec) -> Iterator[tuple[str, tuple[float, int]]]:
-    """Yield the name of each learned factor with its rate / the dense rate, and the number of factors."""
+def _factor_rates(spec: Spec) -> Iterator[tuple[str, tuple[float, int, float]]]:
+    """Yield each learned factor's name: its rate / the dense rate, the number of factors, the largest dense rate."""
     count = sum(factor.learned for factor in spec.factors)
     std = 1 / math.sqrt(3 * spec.in_features * len(spec.equations))
     for eq in spec.equations:
@@ -82,10 +85,12 @@ def _factor_rates(spec: Spec) -> Iterator[tuple[str, tuple[float, int]]]:
             * (rms if f.constant is None else math.sqrt(statistics.fmean(x * x for x in f.constant)))
             for f, size in zip(factors, sizes, strict=True)
         ]
+        dense = math.sqrt(spec.in_features * spec.out_features)
+        several = sum(factor.learned for factor in factors) > 1
+        most = count * math.prod(norms) / dense if several else math.inf  # there each s is 1
         for factor, size, norm in zip(factors, sizes, norms, strict=True):
             if factor.learned:
                 others = math.prod(norms) / norm
                 if factor.tie is not None:  # of a matrix that is mostly zero the norm is as much smaller
                     others *= factor.tie.density(*eq.shape(factor.modes[:2]))
-                dense = math.sqrt(spec.in_features * spec.out_features)
-                yield factor.name, (dense / (count * math.sqrt(math.prod(size)) * others), count)
+                yield factor.name, (dense / (count * math.sqrt(math.prod(size)) * others), count, most)

@@ -147,7 +147,7 @@ class Train:
 
     def norm(self) -> Tensor:
         """Compute the Frobenius norm; near zero, too, to the digits of the largest core: nothing is squared."""
-        return tt_norm(self._flat()).to(self._flat()[0].real.dtype)
+        return tt_norm(self._flat()).to(self.dtype.to_real())
 
     def round(self, *, rank: int | Sequence[int] | None = None, tolerance: float = 0.0) -> Self:
         """Return the train of lower ranks next to this one (TT-rounding), computed in double precision.
@@ -193,8 +193,8 @@ class Train:
         """Multiply the cores: all modes in turn, without the outer bonds."""
         product = self.cores[0]
         for core in self.cores[1:]:
-            product = torch.tensordot(product, core, 1)
-        return product.squeeze(0).squeeze(-1)
+            product = product.reshape(-1, len(core)) @ core.flatten(1)
+        return product.reshape([n for size in self.modes for n in size])
 
     @classmethod
     def _decomposed(

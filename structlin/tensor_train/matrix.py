@@ -19,6 +19,8 @@ from structlin.structures import TensorTrain, TTLinear
 from structlin.tensor_train.algebra import Train
 from structlin.tensor_train.tensor import TT
 
+_FEW = 1 << 14  # entries of a dense operand up to which finding and reading a plan costs more than it saves
+
 
 class TTMatrix(Train):
     """A matrix W[o1 .. od, i1 .. id] = G1[o1, i1] ... Gd[od, id], each G_k[o, i] an r_k x r_k+1 matrix.
@@ -120,20 +122,28 @@ class TTMatrix(Train):
             return self._applied(other)
         if self.in_modes != tuple(size[0] for size in other.modes):
             raise ValueError(f"{self} has in_modes {self.in_modes}, and {other} has others")
-        text = "aoib,cid->acobd" if isinstance(other, TT) else "aoib,cijd->acojbd"
-        cores = [torch.einsum(text, *pair) for pair in zip(self.cores, other.cores, strict=True)]
-        return type(other)([core.flatten(0, 1).flatten(-2) for core in cores])
+        return type(other)([_product(*pair) for pair in zip(self.cores, other.cores, strict=True)])
 
     def _applied(self, other: Tensor) -> Tensor:
         rows, columns = self.shape
         if other.ndim not in (1, 2) or other.shape[0] != columns:
             raise ValueError(f"{self} multiplies vectors ({columns},) and matrices ({columns}, ..), not "
                              f"{tuple(other.shape)}")  # fmt: skip
+        if 0 < other.numel() <= _FEW:
+            y = self._in_turn(other)
+            return y.squeeze(0) if other.ndim == 1 else y.mT
         structure = TensorTrain(self.ranks, self.in_modes, self.out_modes, len(self.cores))
         spec, x = structure.spec(columns, rows), other.unsqueeze(0) if other.ndim == 1 else other.mT
         plan = find_plan(spec, x.shape[0], machine=machine_of(x.device), itemsize=x.element_size())
         y = apply(spec, self._outer(), x, plan)
         return y.squeeze(0) if other.ndim == 1 else y.mT
+
+    def _in_turn(self, x: Tensor) -> Tensor:
+        """Multiply (in, ..) by one core after the other: (columns, out)."""
+        for core in self.cores:  # x: (bond, mode, later modes, columns, modes made so far)
+            r, o, i, s = core.shape
+            x = (core.permute(1, 3, 0, 2).reshape(o * s, r * i) @ x.reshape(r * i, -1)).view(o, -1).mT
+        return x.reshape(-1, self.shape[0])
 
     def _outer(self) -> list[Tensor]:
         """Return the cores in the shapes of the layer's equation: the outer two have one bond."""
@@ -141,3 +151,10 @@ class TTMatrix(Train):
         cores[0] = cores[0].squeeze(0)
         cores[-1] = cores[-1].squeeze(-1)
         return cores
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply two cores over the mode they share: (r, o, i, s) by (t, i, .., u) -> (r t, o, .., s u)."""
+    (r, o, i, s), (t, _, *j, u) = a.shape, b.shape
+    product = a.transpose(2, 3).reshape(r * o * s, i) @ b.transpose(0, 1).reshape(i, -1)
+    return product.view(r, o, s, t, math.prod(j), u).permute(0, 3, 1, 4, 2, 5).reshape(r * t, o, *j, s * u)

@@ -9,7 +9,7 @@ import torch
 from test_layer import MAKERS
 from torch import nn
 
-from structlin import LowRankLinear, param_groups
+from structlin import CirculantLinear, LowRankLinear, TTLinear, param_groups
 from structlin.testing import assert_close
 
 
@@ -51,6 +51,22 @@ def test_rates_of_a_low_rank_layer_are_those_of_the_formula():
     assert rates(layer) == pytest.approx({"left": expected, "right": expected, "bias": 1e-3})
 
 
+@pytest.mark.parametrize("lr", [1e-3, 1e-1, 10.0])
+def test_no_step_is_larger_than_the_factor_that_it_changes(lr):
+    torch.manual_seed(0)
+    layer = TTLinear(256, 1024, rank=4, in_modes=(8, 8, 4), out_modes=(32, 8, 4))
+    sides = {"core_0": (32, 32), "core_1": (32, 32), "core_2": (4, 16)}  # what a core sums over, and what it makes
+    by_id = {id(p): group["lr"] for group in param_groups(layer, lr) for p in group["params"]}
+    for name, (summed, new) in sides.items():
+        core = getattr(layer, name)
+        norm = core.detach().square().mean().sqrt().item() * math.sqrt(max(summed, new))
+        step = by_id[id(core)] * math.sqrt(summed * new)
+        assert step == pytest.approx(norm, rel=0.05) if lr > 0.05 else step < norm / 5, name
+    # A single factor moves as a dense weight does at every rate.
+    circulant, slow = (param_groups(CirculantLinear(64, 64, bias=False), rate)[0]["lr"] for rate in (lr, 1e-6))
+    assert circulant == pytest.approx(slow * lr / 1e-6)
+
+
 def test_the_width_rule_divides_matrices_only():
     model = nn.Sequential(nn.Linear(128, 32), LowRankLinear(128, 32, rank=4), nn.LayerNorm(32))
     plain, narrow = rates(model), rates(model, base_width=32)
@@ -59,9 +75,10 @@ def test_the_width_rule_divides_matrices_only():
         assert narrow[name] == pytest.approx(plain[name] * expected), name
 
 
-def test_decay_of_a_product_is_that_of_a_dense_weight():
+@pytest.mark.parametrize(("lr", "decay"), [(1e-2, 0.1), (1.0, 1e-3)])  # the second with the largest steps
+def test_decay_of_a_product_is_that_of_a_dense_weight(lr, decay):
     layer = LowRankLinear(64, 64, rank=4)
-    groups = param_groups(layer, 1e-2, weight_decay=0.1)
+    groups = param_groups(layer, lr, weight_decay=decay)
     before = layer.to_dense().detach().clone()
     optimizer = torch.optim.AdamW(groups)
     for parameter in layer.parameters():

@@ -163,6 +163,25 @@ def test_products_of_matrices_agree_with_full_ones():
             assert again.num_parameters <= a.num_parameters
 
 
+@pytest.mark.parametrize("few", [0, 1 << 14])
+def test_a_plan_and_one_core_after_the_other_multiply_alike(few, monkeypatch):
+    monkeypatch.setattr("structlin.tensor_train.matrix._FEW", few)
+    for modes in MODES:
+        a = matrix(modes, 3, F64, 7)
+        x = torch.randn(a.shape[1], 4, dtype=F64, generator=torch.Generator().manual_seed(8))
+        for operand in (x, x[:, 0], x[:, ::2], x[:, :0]):
+            close(a @ operand, a.full() @ operand)
+
+
+@pytest.mark.parametrize("last", [1, 5, 60])  # columns of the last core: below, about and above the bond
+def test_the_norm_is_that_of_the_full_tensor_even_near_zero(last):
+    a = tensor((6, 7, last), 5, seed=11)
+    close(a.norm(), torch.linalg.vector_norm(a.full()))
+    b = a * (1 + 1e-12)
+    close((a - b).norm() / a.norm(), torch.linalg.vector_norm((a - b).full()) / a.norm())
+    assert (a - b).norm() < 1e-11 * a.norm()
+
+
 def test_a_layer_and_its_matrix_are_each_others_inverse():
     layer = TTLinear(24, 40, rank=3, in_modes=(2, 3, 4), out_modes=(4, 5, 2), dtype=F64)
     found = TTMatrix.from_layer(layer)
