@@ -74,7 +74,8 @@ def bits(text: str, count: int) -> Tensor:
     data = base64.b64decode(text, validate=True)
     if len(data) != -(-count // 8):
         raise ValueError(f"{len(data)} B of places; {count} places take {-(-count // 8)} B")
-    found = torch.frombuffer(bytearray(data), dtype=torch.uint8).unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)
+    powers = torch.arange(8, dtype=torch.uint8, device="cpu")
+    found = torch.frombuffer(bytearray(data), dtype=torch.uint8).unsqueeze(1) >> powers
     return (found & 1).flatten()[:count].bool()
 
 
