@@ -19,6 +19,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,8 @@ COLUMNS: Columns = {
     "/ dense": ("ratio", ".3f"),
     "difference": ("difference", ".1e"),
 }
-NOTES = f"""Structures at {RATIO} of the parameters (Kronecker: 4 terms in single layers), exported by `torch.onnx` or by
-transformers, in ONNX Runtime's CPU provider on one thread, float32; medians of alternating samples of processor time.
+NOTES = f"""Structures at {RATIO} of the parameters (Kronecker: 4 terms in single layers), exported by `torch.onnx` or
+by transformers, in ONNX Runtime's CPU provider on one thread, float32; medians of alternating samples of processor time.
 *dense*: the same module with `nn.Linear`, exported the same way. *operators*: nodes of the optimised graph. BERT is of
 MiniLM's size with random weights, one sequence. *difference*: largest of the outputs here and there / largest entry,
 at most {TOLERANCE} (checked)."""
@@ -103,7 +104,7 @@ def compared(dense: nn.Module, model: nn.Module, examples: list[Inputs], rounds:
             difference = np.abs(run(ours, inputs) - expected).max() / np.abs(expected).max()
             if not difference <= TOLERANCE:  # NaN included
                 raise ValueError(f"{model}: outputs differ by {difference:.2g}, more than {TOLERANCE}")
-            calls: Any = {name: lambda s=s: run(s, inputs) for name, s in (("dense", theirs), ("ours", ours))}
+            calls: Any = {name: partial(run, s, inputs) for name, s in (("dense", theirs), ("ours", ours))}
             seconds = medians(calls, rounds)
             us = {"dense_us": 1e6 * seconds["dense"], "us": 1e6 * seconds["ours"]}
             yield us | {
