@@ -59,10 +59,10 @@ COLUMNS: Columns = {
     "difference": ("difference", ".1e"),
 }
 NOTES = f"""Structures at {RATIO} of the parameters (Kronecker: 4 terms in single layers), exported by `torch.onnx` or
-by transformers, in ONNX Runtime's CPU provider on one thread, float32; medians of alternating samples of processor time.
-*dense*: the same module with `nn.Linear`, exported the same way. *operators*: nodes of the optimised graph. BERT is of
-MiniLM's size with random weights, one sequence. *difference*: largest of the outputs here and there / largest entry,
-at most {TOLERANCE} (checked)."""
+by transformers, in ONNX Runtime's CPU provider on one thread, float32; medians of alternating samples of processor
+time. *dense*: the same module with `nn.Linear`, exported the same way. *operators*: nodes of the optimised graph. BERT
+is of MiniLM's size with random weights, one sequence. *difference*: largest of the outputs here and there / largest
+entry, at most {TOLERANCE} (checked)."""
 
 Inputs = Mapping[str, Tensor]
 Session = onnxruntime.InferenceSession
