@@ -6,8 +6,8 @@
 
 Outputs are compared with plain torch on the decoded factors before anything is timed. Then short samples of all
 contenders alternate; times are those of the thread on the processor, which other processes disturb least. The dense
-peers are `nn.Linear` in float32 and bfloat16 and torch's own int8 product (`torch._weight_int8pack_mm`, bfloat16
-activations), which is also what torchao's int8 weight-only layer calls on a CPU. Stored as
+peers are `nn.Linear` in float32 and bfloat16, torch's own int8 product (`torch._weight_int8pack_mm`, bfloat16
+activations), and, where torchao is installed, its int8 weight-only layer (bfloat16). Stored as
 results/quantized_speed.jsonl and .md, with some numbers of tokens only as quantized_speed_TOKENS; `--quick` (few
 samples) goes to out/.
 """
@@ -19,6 +19,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -43,7 +45,7 @@ TOKENS = (1, 32, 512)
 NAMES = ("lowrank", "kmatrix", "monarch", "blast", "kronecker", "lowrank+kmatrix")
 RATIO = 0.5
 TOLERANCE = 2e-4  # activations are rounded to 16 bits
-DENSE, HALF, PEER, FLOAT, INT8, INT4 = "dense", "bf16", "dense_int8", "float32", "int8", "int4"
+DENSE, HALF, PEER, FLOAT, INT8, INT4, TORCHAO = "dense", "bf16", "dense_int8", "float32", "int8", "int4", "torchao"
 COLUMNS: Columns = {
     "structure": ("structure", ""),
     "out x in": ("shape", ""),
@@ -52,6 +54,7 @@ COLUMNS: Columns = {
     "int8 / nn.Linear": ("int8_dense", ".3f"),
     "/ bfloat16": ("int8_bf16", ".3f"),
     "/ dense int8": ("int8_dense_int8", ".3f"),
+    "/ torchao": ("int8_torchao", ".3f"),
     "/ float32 kernel": ("int8_float32", ".3f"),
     "int4 / nn.Linear": ("int4_dense", ".3f"),
     "/ bfloat16 ": ("int4_bf16", ".3f"),
@@ -63,7 +66,8 @@ COLUMNS: Columns = {
 }
 NOTES = """Structures at half the parameters (Kronecker: 4 terms), one thread, x float32; medians of alternating
 samples of processor time. The float32 kernel runs the same structure with float32 factors; dense int8 is
-`torch._weight_int8pack_mm`. Errors are relative to plain torch on the decoded factors."""
+`torch._weight_int8pack_mm`, torchao a dense layer by its Int8WeightOnlyConfig, both on bfloat16. Errors are
+relative to plain torch on the decoded factors."""
 
 
 def structure_of(name: str, sizes: tuple[int, int]) -> Structure:
@@ -99,15 +103,25 @@ def contenders(layer: StructuredLinear, integers: dict[str, Rounded], tokens: in
     codes = torch.randint(-127, 128, sizes[::-1], dtype=torch.int8)
     scales, shift = torch.rand(sizes[1]).bfloat16(), torch.rand(sizes[1]).bfloat16()
     chain = chain_of(layer.spec)
-    found = {
+    found: dict[str, Callable[[], Tensor]] = {
         DENSE: lambda: dense(x),
         HALF: lambda: halves(half),
         PEER: lambda: torch._weight_int8pack_mm(half, codes, scales) + shift,
         FLOAT: lambda: chain(x, layer.factors, bias),
     }
+    if find_spec("torchao"):
+        theirs = torchao_layer(*sizes)
+        found[TORCHAO] = lambda: theirs(half)
     for name, (quantized, *tensors) in integers.items():
         found[name] = lambda quantized=quantized, tensors=tensors: quantized(x, *tensors, bias)
     return found
+
+
+def torchao_layer(in_features: int, out_features: int) -> nn.Module:
+    torchao = import_module("torchao.quantization")
+    model = nn.Sequential(nn.Linear(in_features, out_features)).bfloat16()
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    return model
 
 
 def cells(rounds: int, numbers: Sequence[int]) -> Iterator[Row]:
@@ -134,7 +148,11 @@ def measure(layer: StructuredLinear, integers: dict[str, Rounded], tokens: int, 
     seconds = medians(contenders(layer, integers, tokens), rounds if tokens < 512 else max(3, rounds // 5))
     row |= {f"{name}_us": 1e6 * value for name, value in seconds.items()}
     for name in integers:
-        row |= {f"{name}_{other}": seconds[name] / seconds[other] for other in (DENSE, HALF, PEER, FLOAT)}
+        row |= {
+            f"{name}_{other}": seconds[name] / seconds[other]
+            for other in (DENSE, HALF, PEER, FLOAT, TORCHAO)
+            if other in seconds
+        }
     return row
 
 

@@ -86,8 +86,8 @@ def compiled(variant: Any, folder: Path) -> Path:
     flags += [f"-isystem{root / include}" for include in ("include", "include/torch/csrc/api/include")]
     link = ["-shared", f"-L{root / 'lib'}", "-ltorch_cpu"]
     own = os.environ.get("CXXFLAGS", "").split()
-    source = str(SOURCES / VARIANTS["SOURCE"])
-    subprocess.run([*command, *flags, *own, source, "-o", str(made), *link], check=True)
+    sources = [str(SOURCES / source) for source in VARIANTS["SOURCES"]]
+    subprocess.run([*command, *flags, *own, *sources, "-o", str(made), *link], check=True)
     named = folder / VARIANTS["file_name"](variant.name, VARIANTS["stamp"](SOURCES), made.read_bytes())
     return made.replace(named)
 

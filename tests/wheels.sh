@@ -52,7 +52,8 @@ else:
 
 echo "== laws"
 (cd "$root" && hidden pytest -p no:cacheprovider -m "not slow" --disable-warnings tests/runtime/test_kernels.py \
-    tests/runtime/test_kernels_calls.py tests/runtime/test_kernels_compile.py tests/runtime/test_kernels_wheel.py)
+    tests/runtime/test_kernels_calls.py tests/runtime/test_kernels_compile.py tests/runtime/test_kernels_wheel.py \
+    tests/runtime/test_kernels_quantized.py)
 
 if [ -n "${SPEED-yes}" ]; then
     echo "== speed"

@@ -112,6 +112,8 @@ def check_values(value: Any, limit: int, where: str) -> int:
         ValueError: naming the value and what is allowed.
     """
     if isinstance(value, dict):
+        # A letter of base64 holds six places of a sparse matrix: a text warrants a count of so many.
+        limit = max(limit, 6 * max((len(item) for item in value.values() if isinstance(item, str)), default=0))
         return 1 + sum(check_values(item, limit, f"{where}: {key[:LETTERS]}") for key, item in value.items())
     if isinstance(value, list):
         if len(value) > ITEMS:

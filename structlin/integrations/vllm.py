@@ -130,7 +130,8 @@ class StructuredMethod(LinearMethodBase):
         for name in {"weight"} | {name for _, name in layer.missing}:
             gate = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
             gate.weight_loader = partial(self._load, layer, name)  # type: ignore[attr-defined]
-            layer.register_parameter(name, gate)
+            factor, _, last = name.rpartition(".")
+            _holder(layer, factor).register_parameter(last, gate)
 
     def _load(self, layer: Any, name: str, _gate: Tensor, value: Tensor, shard: str | int | None = None) -> None:
         number = 0 if shard is None else SHARDS[shard] if isinstance(shard, str) else shard
@@ -155,12 +156,21 @@ class StructuredMethod(LinearMethodBase):
             raise ValueError(f"tensor {f'{list(self.parts)[number]}.{name}'!r} is missing in the checkpoint")
         for name in [name for name in layer._parameters if name != "bias"]:
             del layer._parameters[name]
+        for name in [name for name in layer._modules if name != "parts"]:
+            del layer._modules[name]
         freeze_(layer.parts.eval())
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         outputs = [part(x) for part in layer.parts]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         return y if bias is None else y + bias
+
+
+def _holder(layer: nn.Module, factor: str) -> nn.Module:
+    """Return the module that holds the parameters for one factor: the integers of a quantised one have two names."""
+    if factor and factor not in layer._modules:
+        layer.add_module(factor, nn.Module())
+    return layer.get_submodule(factor)
 
 
 def _part(part: Layer | None, in_features: int, out_features: int, dtype: torch.dtype) -> nn.Module:
@@ -170,6 +180,7 @@ def _part(part: Layer | None, in_features: int, out_features: int, dtype: torch.
         built: nn.Module = nn.Linear(in_features, out_features, False, device="meta", dtype=dtype)
     else:
         built = build(part.structure, in_features, out_features, False, device="meta", dtype=dtype)
+        built.hold_unfilled(part.formats)
     return built.to_empty(device=device).requires_grad_(False)
 
 

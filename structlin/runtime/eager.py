@@ -53,6 +53,11 @@ def unobserved() -> bool:
     )
 
 
+def undispatched() -> bool:
+    """Return whether no mode intercepts operators: what is computed under FakeTensorMode must not be kept."""
+    return bool(_len_torch_dispatch_stack() == 0)
+
+
 def _only_devices() -> bool:
     """Return whether all modes for functions are torch.set_default_device's, which changes nothing here."""
     return all(type(_get_function_stack_at(k)) is DeviceContext for k in range(_len_torch_function_stack()))

@@ -25,8 +25,11 @@ SIZES = {
 }  # fmt: skip
 
 
-def compressed(kind, rules, folder, dtype=torch.float32, **settings):
-    """Compress and save a random model; return a prompt, what transformers makes of it, and log probabilities."""
+def compressed(kind, rules, folder, dtype=torch.float32, quantized=None, **settings):
+    """Compress and save a random model; return a prompt, what transformers makes of it, and log probabilities.
+
+    `quantized`: the arguments of `structlin.quantize_`.
+    """
     import transformers
 
     import structlin
@@ -39,6 +42,8 @@ def compressed(kind, rules, folder, dtype=torch.float32, **settings):
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
     structlin.compress_model(model, "lowrank", ratio=0.5, rules=rules, **settings)
+    if quantized is not None:
+        structlin.quantize_(model, **quantized)
     model.save_pretrained(folder)
     prompt = torch.randint(3, SIZES["vocab_size"], (1, PROMPT))
     with torch.no_grad():
@@ -91,6 +96,15 @@ def test_biases_and_dense_layers_beside_structured_ones(tmp_path):
 
 def test_layers_that_are_stored_fused(tmp_path):
     check(tmp_path, *compressed("Phi3", {"*.qkv_proj": "monarch"}, tmp_path))
+
+
+def test_integer_factors_of_all_structures_give_the_same_tokens(tmp_path):
+    check(tmp_path, *compressed("Llama", cycled(every()), tmp_path, quantized={"to": "int8"}))
+
+
+def test_integer_dense_layers_and_biases_beside_structured_ones(tmp_path):
+    rules = {"*.q_proj": None, "*.up_proj": None, "*.v_proj": "kmatrix"}
+    check(tmp_path, *compressed("Qwen2", rules, tmp_path, quantized={"to": "int4", "group": 32, "dense": True}))
 
 
 def test_bfloat16_is_near(tmp_path):

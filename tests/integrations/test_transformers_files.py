@@ -31,7 +31,7 @@ SIZES = {
 
 def llama(**fields):
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **fields)).eval()
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES | fields)).eval()
 
 
 def logits(model):
@@ -100,6 +100,14 @@ def test_damaged_folders_are_refused(damage, read, tmp_path):
     damaging(tmp_path)
     with pytest.raises(structlin.CheckpointError, match=message):
         READERS[read](tmp_path)
+
+
+@pytest.mark.parametrize("structure", sorted(structlin.structures.families()))
+def test_every_structure_is_read(structure, tmp_path):
+    model = llama(hidden_size=48, intermediate_size=80)
+    structlin.compress_model(model, structure, ratio=0.7, refine=1)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(transformers.LlamaForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
 def test_a_factor_of_another_shape_is_refused(tmp_path):

@@ -12,7 +12,7 @@ from rounded import rounded
 
 from structlin import LowRankLinear, quantize_
 from structlin.layers.linear import build
-from structlin.runtime.kernels import QuantizedChain
+from structlin.runtime.kernels import QuantizedChain, native, wheel
 from structlin.structures import PHM, Blast, Kronecker, LowRank, Monarch
 from structlin.testing import assert_close
 
@@ -152,6 +152,8 @@ def test_no_kernel(monkeypatch):
 
 
 def test_a_gradient_is_refused_by_the_kernel_and_given_by_torch():
+    if native._State.calls is wheel:
+        pytest.skip("torch's stable ABI does not say whether a tensor requires a gradient")
     chain, codes, scales, bias = case()
     x = torch.randn(2, 96, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"quantized_chain has no gradient; call it under torch\.no_grad"):

@@ -208,3 +208,15 @@ def test_experts_keep_the_same_places():
 def test_what_does_not_fit_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@each
+def test_an_export_leaves_nothing_behind(structure):
+    """What an export computes under its fake tensors is not kept: a layer's first call may be an export."""
+    tied._found.cache_clear()
+    layer, x = build(structure, 12, 20), torch.randn(3, 12)
+    for _ in range(2):
+        exported = torch.export.export(layer, (x,)).module()
+        y = layer(x)
+        assert type(y) is torch.Tensor
+        assert_close(exported(x), y, str(structure))

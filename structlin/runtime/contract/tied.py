@@ -13,7 +13,7 @@ from torch import Tensor
 
 from structlin.equation.spec import Equation, Spec
 from structlin.equation.ties import Tie
-from structlin.runtime.eager import constant
+from structlin.runtime.eager import constant, undispatched
 
 _MIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of splitmix64 (Steele, Lea & Flood 2014)
 
@@ -41,7 +41,7 @@ def _written(eq: Equation, modes: Sequence[str], tie: Tie, values: Tensor) -> Te
 
 @constant
 def _places(tie: Tie, rows: int, columns: int, device: torch.device) -> Tensor:
-    return _found(tie, rows, columns, device)
+    return (_found if undispatched() else _found.__wrapped__)(tie, rows, columns, device)
 
 
 @lru_cache(64)
@@ -74,7 +74,8 @@ def bits(text: str, count: int) -> Tensor:
     data = base64.b64decode(text, validate=True)
     if len(data) != -(-count // 8):
         raise ValueError(f"{len(data)} B of places; {count} places take {-(-count // 8)} B")
-    found = torch.frombuffer(bytearray(data), dtype=torch.uint8).unsqueeze(1) >> torch.arange(8, dtype=torch.uint8)
+    powers = torch.arange(8, dtype=torch.uint8, device="cpu")
+    found = torch.frombuffer(bytearray(data), dtype=torch.uint8).unsqueeze(1) >> powers
     return (found & 1).flatten()[:count].bool()
 
 

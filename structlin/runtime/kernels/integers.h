@@ -1,4 +1,4 @@
-// Integer dot products of the rows of a factor with activations, for one token.
+// Factors as codes: read one by one as floats, and integer dot products of their rows with activations, for one token.
 //
 // The codes of a factor are integers of 8 or 4 bits. Activations become integers of 16 bits, one scale for all of a sum:
 // v = 256 high + low, each half a signed byte. Two dot products of bytes then give the sum as exactly as float32 needs
@@ -19,25 +19,34 @@
 
 namespace {
 
-template <int L> struct IntegerLanes;  // L lanes of 32 bits; as Pairs 2 L of 16, as Bytes 4 L of 8
+// L lanes of 32 bits; as Pairs 2 L of 16, as Bytes 4 L of 8. Signs: L of 8; as Twos L / 2 of 16.
+template <int L> struct IntegerLanes;
 template <> struct IntegerLanes<4> {
   typedef int32_t Ints __attribute__((vector_size(16)));
   typedef int16_t Pairs __attribute__((vector_size(16)));
   typedef uint8_t Bytes __attribute__((vector_size(16)));
+  typedef int8_t Signs __attribute__((vector_size(4)));
+  typedef uint16_t Twos __attribute__((vector_size(4)));
 };
 template <> struct IntegerLanes<8> {
   typedef int32_t Ints __attribute__((vector_size(32)));
   typedef int16_t Pairs __attribute__((vector_size(32)));
   typedef uint8_t Bytes __attribute__((vector_size(32)));
+  typedef int8_t Signs __attribute__((vector_size(8)));
+  typedef uint16_t Twos __attribute__((vector_size(8)));
 };
 template <> struct IntegerLanes<16> {
   typedef int32_t Ints __attribute__((vector_size(64)));
   typedef int16_t Pairs __attribute__((vector_size(64)));
   typedef uint8_t Bytes __attribute__((vector_size(64)));
+  typedef int8_t Signs __attribute__((vector_size(16)));
+  typedef uint16_t Twos __attribute__((vector_size(16)));
 };
 template <int L> using Ints = typename IntegerLanes<L>::Ints;
 template <int L> using Pairs = typename IntegerLanes<L>::Pairs;
 template <int L> using Bytes = typename IntegerLanes<L>::Bytes;
+template <int L> using Signs = typename IntegerLanes<L>::Signs;
+template <int L> using Twos = typename IntegerLanes<L>::Twos;
 
 template <int L> inline Bytes<L> load_bytes(const void* from) {
   Bytes<L> value;
@@ -57,6 +66,11 @@ template <int L> inline Ints<L> dot4(Ints<L> sum, Bytes<L> u, Bytes<L> s) {
 #else
   const Pairs<L> even = (Pairs<L>)u & 0xff, odd = ((Pairs<L>)u >> 8) & 0xff;
   const Pairs<L> even_s = ((Pairs<L>)s << 8) >> 8, odd_s = (Pairs<L>)s >> 8;
+#if defined(__AVX512BW__)
+  if constexpr (L == 16)
+    return sum + (Ints<L>)_mm512_madd_epi16((__m512i)even, (__m512i)even_s) +
+           (Ints<L>)_mm512_madd_epi16((__m512i)odd, (__m512i)odd_s);
+#endif
 #if defined(__AVX2__)
   if constexpr (L == 8)
     return sum + (Ints<L>)_mm256_madd_epi16((__m256i)even, (__m256i)even_s) +
@@ -68,6 +82,58 @@ template <int L> inline Ints<L> dot4(Ints<L> sum, Bytes<L> u, Bytes<L> s) {
   const Ints<L> first = (Ints<L>)(even * even_s), second = (Ints<L>)(odd * odd_s);  // 255 * 128 fits 16 bits
   return sum + ((first << 16) >> 16) + (first >> 16) + ((second << 16) >> 16) + (second >> 16);
 #endif
+}
+
+// Codes of a row as a pointer to floats, for `dot_rows` of rows.h: the scale is left out. Of 4-bit codes, from an even
+// column on.
+template <int BITS> struct Entries {
+  const uint8_t* data;
+  Entries operator+(int64_t q) const { return {data + q * BITS / 8}; }
+  float operator[](int64_t q) const {
+    return BITS == 8 ? float(int8_t(data[q])) : float(((data[q / 2] >> (q % 2 * 4)) & 15) - 8);
+  }
+};
+
+// Compilers split the widening of bytes into pieces, so AVX has its instructions by name.
+template <int L> inline Vector<L> floats_of(Signs<L> codes) {
+#if defined(__AVX512F__)
+  if constexpr (L == 16) return (Vector<L>)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32((__m128i)codes));
+#endif
+#if defined(__AVX2__)
+  __m128i padded = {};
+  std::memcpy(&padded, &codes, sizeof(codes));
+  if constexpr (L == 8) return (Vector<L>)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(padded));
+  if constexpr (L == 4) return (Vector<L>)_mm_cvtepi32_ps(_mm_cvtepi8_epi32(padded));
+#endif
+  Vector<L> value;
+  for (int k = 0; k < L; ++k) value[k] = float(codes[k]);
+  return value;
+}
+
+template <int L> inline Vector<L> load(Entries<8> from) {
+  Signs<L> codes;
+  std::memcpy(&codes, from.data, sizeof(codes));
+  return floats_of<L>(codes);
+}
+
+template <int L> inline Vector<L> load(Entries<4> from) {
+#if defined(__AVX512F__)
+  if constexpr (L == 16) {  // a permutation reads the last 4 bits of a lane; those of the odd ones move there
+    const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    const __m512i bytes = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)from.data));
+    return (Vector<L>)_mm512_permutexvar_ps(_mm512_or_si512(bytes, _mm512_slli_epi64(bytes, 28)), values);
+  }
+#endif
+  Twos<L> pairs;  // of a byte: its low half, the even column, then its high half
+#if defined(__AVX2__)
+  __m128i bytes = {};
+  std::memcpy(&bytes, from.data, L / 2);
+  const __m128i wide = _mm_cvtepu8_epi16(bytes);
+  std::memcpy(&pairs, &wide, sizeof(pairs));
+#else
+  for (int k = 0; k < L / 2; ++k) pairs[k] = from.data[k];
+#endif
+  return floats_of<L>((Signs<L>)((pairs | (pairs << 4)) & 0x0f0f) - 8);
 }
 
 // The matrix of a factor: a row for each index that the stage keeps, a column for each that it sums over.
@@ -84,42 +150,66 @@ struct Codes {
   const uint8_t* row(int64_t r) const { return data + r * stride(); }
   const float* scale(int64_t r) const { return scales + (shared > 1 ? r / shared : r) * groups(); }
 
-  // Writes `count` rows from r on as floats.
-  void decode(int64_t r, int count, float* to) const {
-    if (bits == 32) {
-      std::memcpy(to, row(r), count * stride());
-    } else if (groups() == 1 && (bits == 8 || columns % 2 == 0)) {
-      for (int64_t last = r + count, next; r < last; r = next) {  // rows that share a scale, as one long row
-        next = std::min<int64_t>(last, (r / shared + 1) * shared);
-        decode_run(row(r), *scale(r), 0, (next - r) * columns, to);
-        to += (next - r) * columns;
-      }
-    } else {
-      for (; count > 0; --count, ++r, to += columns)
-        for (int start = 0; start < columns; start += group)
-          decode_run(row(r), scale(r)[start / group], start, std::min(start + group, columns), to + start);
+  // Whether `Entries` reads rows: each has one scale and begins with a byte.
+  bool one_by_one() const { return bits < 32 && groups() == 1 && columns * bits % 8 == 0; }
+
+  // Multiplies `count` sums, of the rows from r on, by the rows' scales.
+  void scale_rows(int64_t r, int count, float* sums) const {
+    const float* step = scale(r);
+    if (shared == 1) {
+      for (int j = 0; j < count; ++j) sums[j] *= step[j];
+      return;
+    }
+    for (int j = 0, left = shared - int(r % shared); j < count; ++j) {
+      sums[j] *= *step;
+      if (--left == 0) ++step, left = shared;
     }
   }
 
-  // Asks for the rows that will be decoded next.
-  void prefetch(int64_t r, int count) const {
-    for (int64_t byte = 0; byte < count * stride(); byte += 64) __builtin_prefetch(row(r) + byte);
+  // Writes columns `first` to `last` of `count` rows from r on as floats; 4-bit codes from an even column on.
+  void decode(int64_t r, int count, int first, int last, float* to) const {
+    const int length = last - first;
+    if (bits == 32) {
+      for (; count > 0; --count, ++r, to += length)
+        std::memcpy(to, row(r) + 4 * int64_t(first), 4 * int64_t(length));
+    } else if (groups() == 1 && length == columns && columns * bits % 8 == 0) {
+      const float* step = scale(r);
+      // Rows that share a scale go as one long row; what is left of the first such rows may be fewer.
+      for (int rows = shared - int(shared > 1 ? r % shared : 0); count > 0; rows = shared, ++step) {
+        rows = std::min(rows, count);
+        decode_run(row(r), *step, 0, rows * columns, to);
+        r += rows, count -= rows, to += int64_t(rows) * columns;
+      }
+    } else {
+      for (; count > 0; --count, ++r, to += length)
+        for (int q = first, next; q < last; q = next) {
+          next = std::min({(q / group + 1) * group, columns, last});
+          decode_run(row(r), scale(r)[q / group], q, next, to + q - first);
+        }
+    }
+  }
+
+  // Asks for what will be decoded next.
+  void prefetch(int64_t r, int count, int first, int last) const {
+    for (; count > 0; --count, ++r)
+      for (int64_t byte = int64_t(first) * bits / 8; byte < int64_t(last) * bits / 8; byte += 64)
+        __builtin_prefetch(row(r) + byte);
   }
 
  private:
   // Writes columns `first` to `last` of a row, which share a scale.
-  void decode_run(const uint8_t* __restrict__ from, float step, int first, int last, float* __restrict__ to) const {
-    if (bits == 8) {
-      for (int q = 0; q < last - first; ++q) to[q] = step * float(int8_t(from[first + q]));
-      return;
-    }
-    if (first % 2) *to++ = step * float((from[first / 2] >> 4) - 8), ++first;
-    const uint8_t* __restrict__ pairs = from + first / 2;
-    for (int k = 0; k < (last - first) / 2; ++k) {
-      to[2 * k] = step * float((pairs[k] & 15) - 8);
-      to[2 * k + 1] = step * float((pairs[k] >> 4) - 8);
-    }
-    if ((last - first) % 2) to[last - first - 1] = step * float((from[last / 2] & 15) - 8);
+  void decode_run(const uint8_t* from, float step, int first, int last, float* to) const {
+    if (bits == 8) return decode_run(Entries<8>{from}, step, first, last, to);
+    if (first % 2 && first < last) *to++ = step * Entries<4>{from}[first], ++first;
+    decode_run(Entries<4>{from}, step, first, last, to);
+  }
+
+  template <int L = WIDEST, int BITS>
+  static void decode_run(Entries<BITS> from, float step, int first, int last, float* to) {
+    for (; first + L <= last; first += L, to += L) store<L>(to, step * load<L>(from + first));
+    if constexpr (L > 4) decode_run<L / 2>(from, step, first, last, to);
+    else
+      for (; first < last; ++first) *to++ = step * from[first];
   }
 };
 

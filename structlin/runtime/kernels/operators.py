@@ -23,8 +23,7 @@ def register() -> torch.library.Library:
     library.impl("chain_differentiable_backward", _differentiable_backward, "CompositeImplicitAutograd")
     torch.library.register_fake("structlin::chain", _chain, lib=library)
     torch.library.register_fake("structlin::chain_backward", _chain_backward, lib=library)
-    if hasattr(torch.ops.structlin, "quantized_chain"):  # not in wheels
-        torch.library.register_fake("structlin::quantized_chain", _quantized_chain, lib=library)
+    torch.library.register_fake("structlin::quantized_chain", _quantized_chain, lib=library)
     return library
 
 

@@ -1,12 +1,5 @@
 // Chains of small contractions (chain.cpp) whose factors are integers with scales: forward passes only.
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/core/grad_mode.h>
-#include <ATen/ops/empty.h>
-#include <c10/util/BFloat16.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <vector>
 
@@ -18,31 +11,41 @@ struct Form {  // a row of `forms`, as quantized.py writes it
   int32_t bits, columns, group, shared;
 };
 
-// The codes of all factors. Refuses tensors of another size than the program reads.
-std::vector<Codes> codes_of(const Program& p, at::TensorList codes, at::TensorList scales, const at::Tensor& forms) {
-  TORCH_CHECK(codes.size() == scales.size() && forms.numel() == int64_t(4 * codes.size()),
-              "structlin::quantized_chain: ", codes.size(), " factors, ", scales.size(), " scales, ", forms.numel() / 4,
-              " forms; give one of each per factor");
-  const auto* form = reinterpret_cast<const Form*>(forms.const_data_ptr<int32_t>());
-  std::vector<Codes> found;
-  for (size_t k = 0; k < codes.size(); ++k) {
-    const at::Tensor &code = codes[k], &scale = scales[k];
-    TORCH_CHECK(code.is_contiguous() && scale.is_contiguous() && scale.scalar_type() == at::kFloat,
-                "structlin::quantized_chain: codes and scales must be contiguous, scales Float");
-    const Codes one = {static_cast<const uint8_t*>(code.const_data_ptr()), scale.const_data_ptr<float>(),
-                       form[k].bits, form[k].columns, form[k].group, form[k].shared};
+// The codes of all factors, and the tensors that they point into. Refuses tensors of another size than the program
+// reads.
+struct Factored {
+  std::vector<Codes> codes;
+  std::vector<lib::Tensor> kept;
+
+  Factored(const Program& p, TensorList stored, TensorList scales, const lib::Tensor& forms) {
+    REQUIRE(stored.size() == scales.size() && forms.numel() == int64_t(4 * stored.size()),
+            "structlin::quantized_chain: ", stored.size(), " factors, ", scales.size(), " scales, ", forms.numel() / 4,
+            " forms; give one of each per factor");
+    const Form* form = reinterpret_cast<const Form*>(read<int32_t>(forms));
+    kept.reserve(2 * stored.size());
+    for (size_t k = 0; k < stored.size(); ++k) {
+      const lib::Tensor& code = kept.emplace_back(contiguous_of(stored[k]));
+      const bool floats = scales[k].scalar_type() == ScalarType::Float;
+      const lib::Tensor& scale =
+          kept.emplace_back(contiguous_of(floats ? scales[k] : converted(scales[k], ScalarType::Float)));
+      const Codes one = {static_cast<const uint8_t*>(code.const_data_ptr()), read<float>(scale),
+                         form[k].bits, form[k].columns, form[k].group, form[k].shared};
+      check(p, k, one, code.numel() * code.element_size(), scale.numel());
+      codes.push_back(one);
+    }
+  }
+
+  static void check(const Program& p, size_t k, const Codes& one, int64_t bytes, int64_t scales) {
     for (int stage = 0; stage < p.stages(); ++stage) {
       if (p.record(stage).factor != int(k)) continue;
       const int64_t rows = p.record(stage).entries / one.columns;
       const int64_t steps = one.bits == 32 ? 0 : (rows + one.shared - 1) / one.shared * one.groups();
-      TORCH_CHECK(int64_t(code.nbytes()) == rows * one.stride() && scale.numel() == steps,
-                  "structlin::quantized_chain: factor ", k, " has ", code.nbytes(), " bytes and ", scale.numel(),
-                  " scales, not ", rows * one.stride(), " and ", steps);
+      REQUIRE(bytes == rows * one.stride() && scales == steps,
+              "structlin::quantized_chain: factor ", k, " has ", bytes, " bytes and ", scales, " scales, not ",
+              rows * one.stride(), " and ", steps);
     }
-    found.push_back(one);
   }
-  return found;
-}
+};
 
 template <class S>
 void run_chain(const Program& p, const std::vector<Codes>& factors, const S* bias, const S* x, S* y, int64_t tokens) {
@@ -66,42 +69,42 @@ void run_chain(const Program& p, const std::vector<Codes>& factors, const S* bia
 }
 
 // out_features is an argument for the fake kernel in operators.py, which cannot read the program.
-at::Tensor quantized_chain(const at::Tensor& x, at::TensorList codes, at::TensorList scales,
-                           const std::optional<at::Tensor>& bias, const at::Tensor& program, const at::Tensor& forms,
-                           int64_t out_features) {
-  const Program p{program.const_data_ptr<int32_t>()};
-  TORCH_CHECK(x.dim() > 0 && x.size(-1) == p.in_features() && out_features == p.out_features(),
-              "structlin::quantized_chain: the input does not fit the program");
-  TORCH_CHECK(!(at::GradMode::is_enabled() && x.requires_grad()),
-              "structlin::quantized_chain has no gradient; call it under torch.no_grad(), or dequantise the factors");
-  const at::Tensor shift = bias.has_value() ? bias->contiguous() : at::Tensor();
-  const at::ScalarType type = x.scalar_type();
-  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16,
-              "structlin::quantized_chain: x is ", type, "; the kernel takes Float or BFloat16");
-  TORCH_CHECK(!shift.defined() || (shift.numel() == out_features && shift.scalar_type() == type),
-              "structlin::quantized_chain: bias has ", shift.numel(), " entries of ", shift.scalar_type(), ", not ",
-              out_features, " of ", type);
-  const std::vector<Codes> factors = codes_of(p, codes, scales, forms);
-  const at::Tensor rows = x.contiguous();
+lib::Tensor quantized_chain(const lib::Tensor& x, TensorList codes, TensorList scales,
+                            const std::optional<lib::Tensor>& bias, const lib::Tensor& program,
+                            const lib::Tensor& forms, int64_t out_features) {
+  const Program p{read<int32_t>(program)};
+  REQUIRE(x.dim() > 0 && x.size(-1) == p.in_features() && out_features == p.out_features(),
+          "structlin::quantized_chain: the input does not fit the program");
+  REQUIRE(!wants_gradient(x),
+          "structlin::quantized_chain has no gradient; call it under torch.no_grad(), or dequantise the factors");
+  const lib::Tensor shift = bias.has_value() ? contiguous_of(*bias) : lib::Tensor();
+  const ScalarType type = x.scalar_type();
+  REQUIRE(type == ScalarType::Float || type == ScalarType::BFloat16,
+          "structlin::quantized_chain: x is ", type, "; the kernel takes Float or BFloat16");
+  REQUIRE(!shift.defined() || (shift.numel() == out_features && shift.scalar_type() == type),
+          "structlin::quantized_chain: bias has ", shift.numel(), " entries of ", shift.scalar_type(), ", not ",
+          out_features, " of ", type);
+  const Factored factors(p, codes, scales, forms);
+  const lib::Tensor rows = contiguous_of(x);
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes.back() = out_features;
-  at::Tensor y = at::empty(sizes, x.options());
+  lib::Tensor y = empty_of(sizes, x);
   const auto go = [&](auto zero) {
     using S = decltype(zero);
-    run_chain<S>(p, factors, shift.defined() ? shift.const_data_ptr<S>() : nullptr, rows.const_data_ptr<S>(),
-                 y.mutable_data_ptr<S>(), x.numel() / p.in_features());
+    run_chain<S>(p, factors.codes, shift.defined() ? read<S>(shift) : nullptr, read<S>(rows), write<S>(y),
+                 x.numel() / p.in_features());
   };
-  if (type == at::kFloat) go(0.0f);
-  else go(at::BFloat16());
+  if (type == ScalarType::Float) go(0.0f);
+  else go(c10::BFloat16());
   return y;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(structlin, library) {
+DEFINE_OPERATORS(structlin, library) {
   library.def(
       "quantized_chain(Tensor x, Tensor[] codes, Tensor[] scales, Tensor? bias, Tensor program, Tensor forms, "
       "int out_features) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(structlin, CPU, library) { library.impl("quantized_chain", quantized_chain); }
+IMPLEMENT_OPERATORS(structlin, CPU, library) { library.impl("quantized_chain", OPERATOR(quantized_chain)); }

@@ -83,9 +83,7 @@ class QuantizedChain:
     @constant
     def _prepare(self) -> bool:
         """Write the tables before they are traced, so that they become inputs of the graph."""
-        # Wheels have no integer products yet.
-        native_integers = native.available() and hasattr(torch.ops.structlin, "quantized_chain")
-        return native_integers and not _exporting() and unobserved() and len(self.tables) > 0
+        return native.available() and not _exporting() and unobserved() and len(self.tables) > 0
 
     def __call__(
         self, x: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor | None], bias: Tensor | None
@@ -99,14 +97,11 @@ class QuantizedChain:
             bias: (out_features,) in the dtype of x, or None.
         """
         program, table = self.tables
-        stored, steps = [], []
-        for code, scale, unfolding in zip(codes, scales, self.unfoldings, strict=True):
-            if scale is None:
-                stored.append(unfold(code, unfolding).float().contiguous())
-                steps.append(_NONE)
-            else:
-                stored.append(code.contiguous())
-                steps.append(scale.float().contiguous())
+        stored = [
+            unfold(code, unfolding).float() if scale is None else code
+            for code, scale, unfolding in zip(codes, scales, self.unfoldings, strict=True)
+        ]
+        steps = [_NONE if scale is None else scale for scale in scales]
         operator = torch.ops.structlin.quantized_chain
         result: Tensor = operator(x, stored, steps, bias, program, table, self.spec.out_features)
         return result

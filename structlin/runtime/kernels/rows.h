@@ -11,8 +11,9 @@ namespace {
 constexpr int GROUP = 4;  // outer indices from which on sharing a pass over their block of the factor pays
 
 // out[j] = sum_q w[begins(j) + q] a[q], L rows at a time, for at least L rows and columns. Each row sums into its own
-// vector; the last vector of a row overlaps the one before, with zeros in place of what was counted there.
-template <int L, class W> void dot_rows(const Stage& s, const int32_t* begins, const W* w, const float* a, float* out) {
+// vector; the last vector of a row overlaps the one before, with zeros in place of what was counted there. P: a pointer
+// to entries, or what reads as one.
+template <int L, class P> void dot_rows(const Stage& s, const int32_t* begins, P w, const float* a, float* out) {
   const int rest = s.columns % L;
   float last[L] = {};
   for (int q = L - rest; q < L; ++q) last[q] = a[s.columns - L + q];
@@ -25,7 +26,7 @@ template <int L, class W> void dot_rows(const Stage& s, const int32_t* begins, c
       for (int p = 0; p < L; ++p) sum[p] += load<L>(w + begins[first + p] + q) * value;
     }
     if (rest)
-      for (int p = 0; p < L; ++p) sum[p] += load<L>(w + begins[first + p] + s.columns - L) * tail;
+      for (int p = 0; p < L; ++p) sum[p] += load<L>(w + begins[first + p] + (s.columns - L)) * tail;
     store<L>(out + first, sums<L>(sum));
   }
 }
@@ -58,7 +59,7 @@ template <class W> void run_any_shared(const Stage& s, const W* w, const float* 
 }
 
 // `dot_rows` for any number of rows and columns.
-template <class W> void dot_any_rows(const Stage& s, const int32_t* begins, const W* w, const float* a, float* out) {
+template <class P> void dot_any_rows(const Stage& s, const int32_t* begins, P w, const float* a, float* out) {
   const int smaller = std::min(s.rows, s.columns);
   if (WIDEST >= 16 && smaller >= 16) return dot_rows<WIDEST>(s, begins, w, a, out);
   if (WIDEST >= 8 && smaller >= 8) return dot_rows<std::min(WIDEST, 8)>(s, begins, w, a, out);

@@ -16,6 +16,7 @@
 #else
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/BFloat16.h>
@@ -59,6 +60,8 @@ template <class T> T* write(const lib::Tensor& x) { return static_cast<T*>(x.mut
 
 inline lib::Tensor converted(const lib::Tensor& x, ScalarType type) { return lib::to(x, type); }
 
+inline bool wants_gradient(const lib::Tensor&) { return false; }  // the stable ABI cannot tell
+
 template <class... Words> [[noreturn]] void refuse(const Words&... words) {
   std::ostringstream text;
   ((text << words), ...);
@@ -90,6 +93,7 @@ template <class T> const T* read(const at::Tensor& x) { return x.const_data_ptr<
 template <class T> T* write(const at::Tensor& x) { return x.mutable_data_ptr<T>(); }
 
 inline at::Tensor converted(const at::Tensor& x, ScalarType type) { return x.to(type); }
+inline bool wants_gradient(const at::Tensor& x) { return at::GradMode::is_enabled() && x.requires_grad(); }
 
 }  // namespace
 

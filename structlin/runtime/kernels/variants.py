@@ -15,7 +15,7 @@ _V3 = (*_V2, "abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 _X86, _ARM = ("x86_64", "amd64"), ("arm64", "aarch64")
 
-SOURCE = "chain.cpp"  # with all headers beside it
+SOURCES = ("chain.cpp", "quantized.cpp")  # with all headers beside them
 # STRUCTLIN_STABLE: see tensors.h. The second says which torch the library asks for at least: 2.10.
 DEFINED = ("STRUCTLIN_STABLE", "TORCH_TARGET_VERSION=0x020a000000000000ULL")
 
@@ -49,7 +49,7 @@ def fastest_for(machine: str, features: Collection[str]) -> Variant | None:
 
 def stamp(folder: Path) -> str:
     """Return a hash of the sources in a folder: programs of other sources would be misread."""
-    sources = [folder / SOURCE, *sorted(folder.glob("*.h"))]
+    sources = [*(folder / source for source in SOURCES), *sorted(folder.glob("*.h"))]
     return digest(b"\n".join(source.read_bytes().replace(b"\r\n", b"\n") for source in sources))
 
 
