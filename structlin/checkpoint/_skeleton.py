@@ -163,9 +163,9 @@ def _check_fewer(name: str, found: list[int], expected: list[int], adapter: Adap
 def _check_units(lost: list[tuple[str, list[int], list[int]]]) -> None:
     """Refuse layers that have lost outputs that no other has lost as inputs, or inputs that none has as outputs."""
     sides = [{e[axis] for _, f, e in lost if f[axis] != e[axis]} for axis in (0, 1)]
-    for name, found, expected in lost:
-        if sides[0] != sides[1]:
-            raise CheckpointError(f"layer {name!r}: the skeleton's weight is {found}, the checkpoint's {expected}")
+    if sides[0] != sides[1]:
+        name, found, expected = lost[0]
+        raise CheckpointError(f"layer {name!r}: the skeleton's weight is {found}, the checkpoint's {expected}")
 
 
 def _check_leaf(name: str, leaf: Any, layer: Layer, adapter: Adapter | None) -> None:

@@ -186,8 +186,8 @@ def fit_part(
         wanted = {t.name: purse.choice(t, choices[t.name], len(group)) for t in group}
         mlp = mlps.get(group[0].name)
         if mlp is not None:
-            aims = shifted(mlp.targets, part.passes, data.shrinkage) if shift else {}
-            options = narrow(mlp, wanted, data, aims, config.budget)
+            aims = shifted([mlp.down], part.passes, data.shrinkage) if shift else {}
+            options = narrow(mlp, wanted, data, aims.get(mlp.down.name), config.budget)
             built = _best([_built(group, fits, data) for fits in options], part, patched)
             advance(len(group), mlp.down.name)
         else:

@@ -185,7 +185,7 @@ def _narrowed(linear: Any, weight: Tensor, rows: Tensor | None) -> nn.Linear:
 
 
 def narrow(
-    mlp: Mlp, wanted: Mapping[str, Wanted], data: Data, aims: Mapping[str, Aim], budget: Budget = "parameters"
+    mlp: Mlp, wanted: Mapping[str, Wanted], data: Data, aim: Aim | None, budget: Budget = "parameters"
 ) -> list[list[Fitted]]:
     """Choose the units of an MLP that stay, make up for the others in its last map, and fit structures to its maps.
 
@@ -200,26 +200,28 @@ def narrow(
         mlp: its maps.
         wanted: what they get together, by name.
         data: with the Grams.
-        aims: what maps are to be instead, and the Grams instead, behind compressed layers (see `shifted`), by name.
+        aim: what D is to be instead, and the Gram instead, behind compressed layers (see `shifted`). The maps before it
+            keep to the dense model's: aimed at as well, they overfit the calibration.
         budget: what ratios count.
     Returns:
         What was found for each map, with structures and with fewer units whose maps stay dense, if no plan says which;
         the latter alone where maps are too small for structures.
     """
     if isinstance(wanted[mlp.down.name], PlanEntry):
-        return [_narrowing(mlp, wanted, mlp.count(wanted), data, aims, budget)]
-    found = [_narrowing(mlp, dict.fromkeys(wanted, "dense"), mlp.count(wanted, 1.0), data, aims, budget)]
+        return [_narrowing(mlp, wanted, mlp.count(wanted), data, aim, budget)]
+    found = [_narrowing(mlp, dict.fromkeys(wanted, "dense"), mlp.count(wanted, 1.0), data, aim, budget)]
     try:
-        return [_narrowing(mlp, wanted, mlp.count(wanted), data, aims, budget), *found]
+        return [_narrowing(mlp, wanted, mlp.count(wanted), data, aim, budget), *found]
     except NoMemberError:
         return found
 
 
 def _narrowing(
-    mlp: Mlp, wanted: Mapping[str, Wanted], count: int, data: Data, aims: Mapping[str, Aim], budget: Budget
+    mlp: Mlp, wanted: Mapping[str, Wanted], count: int, data: Data, aim: Aim | None, budget: Budget
 ) -> list[Fitted]:
     down = mlp.down.linear
-    exact, known, metric = _problem(mlp.down, data, aims)
+    own, metric = data.grams(mlp.down.name, aim is None)
+    exact, known = aim or (down.weight.detach(), own)
     assert known is not None
     gram, exact = known.matrix.to(torch.float64, copy=True), exact.double()
     gram.diagonal().add_(RIDGE)
@@ -236,11 +238,11 @@ def _narrowing(
             full[:, stay] = to_dense(found.spec, found.factors)
             found = replace(found, output_error=_output_error(exact, full.double(), gram))
         else:
-            weight, rows, outputs = _problem(target, data, aims)
+            rows, outputs = data.grams(target.name)
             smaller = _narrowed(linear, linear.weight[stay], stay)
             if outputs is not None:
                 outputs = outputs[stay] if outputs.ndim == 1 else outputs[stay][:, stay]
-            found = _fit(wanted[target.name], weight[stay].to(linear.weight.dtype), ratio, rows, outputs, budget)
+            found = _fit(wanted[target.name], smaller.weight.detach(), ratio, rows, outputs, budget)
             full[stay] = to_dense(found.spec, found.factors)
         found = replace(found, error=relative_error(linear.weight.detach(), full))
         sizes = smaller.in_features, smaller.out_features
@@ -248,13 +250,6 @@ def _narrowing(
         return Fitted(entry, [found], time.perf_counter() - start, smaller)
 
     return spread(lambda mine: [fitted(t) for t in mine], mlp.targets, [t.linear.weight.numel() for t in mlp.targets])
-
-
-def _problem(target: Target, data: Data, aims: Mapping[str, Aim]) -> tuple[Tensor, InputGram | None, Tensor | None]:
-    """Return the weight to approximate, the Gram of its inputs and the metric of its outputs."""
-    aim = aims.get(target.name)
-    gram, metric = data.grams(target.name, aim is None)
-    return (target.linear.weight.detach(), gram, metric) if aim is None else (*aim, metric)
 
 
 def _fit(

@@ -195,7 +195,7 @@ def test_choosing_units_leaves_the_statistics_alone():
     known = statistics.shrunken("0.mlp.down")
     before = known.matrix.clone()
     wanted = {target.name: Choice(AUTO, 0.5) for target in mlp.targets}
-    assert len(units.narrow(mlp, wanted, Data(statistics), {})) == 2
+    assert len(units.narrow(mlp, wanted, Data(statistics), None)) == 2
     assert torch.equal(known.matrix, before)
 
 
