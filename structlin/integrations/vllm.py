@@ -120,10 +120,10 @@ class StructuredMethod(LinearMethodBase):
             sizes = [output_size]
         wanted = [(input_size, size) for size in sizes]
         given = [(part.in_features, part.out_features) if part else None for part in self.parts.values()]
-        if len(given) != len(wanted) or any(g not in (None, w) for g, w in zip(given, wanted, strict=False)):
+        if len(given) != len(wanted) or not all(_fits(g, w) for g, w in zip(given, wanted, strict=False)):
             raise ValueError(f"layers {list(self.parts)} are (in, out) {given}, expected {wanted}")
         layer.parts = nn.ModuleList(
-            _part(part, *size, params_dtype) for part, size in zip(self.parts.values(), wanted, strict=True)
+            _part(part, *(g or w), params_dtype) for part, g, w in zip(self.parts.values(), given, wanted, strict=True)
         )
         layer.missing = {(k, name) for k, part in enumerate(layer.parts) for name in part.state_dict()}
         # The sentinel of a structured layer has the name of the weight that it replaced.
@@ -164,6 +164,13 @@ class StructuredMethod(LinearMethodBase):
         outputs = [part(x) for part in layer.parts]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
         return y if bias is None else y + bias
+
+
+def _fits(given: tuple[int, int] | None, wanted: tuple[int, int]) -> bool:
+    """Whether a part has the sizes of the config, or fewer inputs or outputs: hidden units of its MLP are gone."""
+    if given is None:
+        return True
+    return any(map(int.__eq__, given, wanted)) and all(map(int.__le__, given, wanted))
 
 
 def _holder(layer: nn.Module, factor: str) -> nn.Module:

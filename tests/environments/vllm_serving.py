@@ -25,7 +25,7 @@ SIZES = {
 }  # fmt: skip
 
 
-def compressed(kind, rules, folder, dtype=torch.float32, quantized=None, **settings):
+def compressed(kind, rules, folder, dtype=torch.float32, quantized=None, structure="lowrank", **settings):
     """Compress and save a random model; return a prompt, what transformers makes of it, and log probabilities.
 
     `quantized`: the arguments of `structlin.quantize_`.
@@ -41,7 +41,7 @@ def compressed(kind, rules, folder, dtype=torch.float32, quantized=None, **setti
     for name, parameter in model.named_parameters():  # biases start at 0
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.1)
-    structlin.compress_model(model, "lowrank", ratio=0.5, rules=rules, **settings)
+    structlin.compress_model(model, structure, ratio=0.5, rules=rules, **settings)
     if quantized is not None:
         structlin.quantize_(model, **quantized)
     model.save_pretrained(folder)
@@ -96,6 +96,15 @@ def test_biases_and_dense_layers_beside_structured_ones(tmp_path):
 
 def test_layers_that_are_stored_fused(tmp_path):
     check(tmp_path, *compressed("Phi3", {"*.qkv_proj": "monarch"}, tmp_path))
+
+
+def test_mlps_with_fewer_hidden_units(tmp_path):
+    batches = [{"input_ids": torch.randint(3, SIZES["vocab_size"], (2, 32))} for _ in range(3)]
+    quick = {"refine": 3, "block_epochs": 0, "allocation": "uniform", "calibration": batches}
+    found = compressed("Llama", {}, tmp_path, structure="auto", **quick)
+    layers = json.loads((tmp_path / "config.json").read_text("utf-8"))["quantization_config"]["layers"]
+    assert layers["model.layers.0.mlp.down_proj"]["in_features"] < SIZES["intermediate_size"]
+    check(tmp_path, *found)
 
 
 def test_integer_factors_of_all_structures_give_the_same_tokens(tmp_path):
