@@ -170,6 +170,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--calibrate", choices=("docstrings", "stsb"), default="docstrings")
     parser.add_argument("--stages", nargs="+", choices=[*STAGES, HEALED, ALONE], default=list(STAGES)[:8])
+    parser.add_argument("--heal-lr", type=float, default=3e-3, help="peak learning rate of the rows that heal")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     for stage in {HEALED, ALONE}.intersection(args.stages):
@@ -215,7 +216,7 @@ def main(argv: Sequence[str]) -> int:
                 assert refined is not None
                 limit = sum(block.seconds for block in refined[1].blocks)
             if stage in (HEALED, ALONE):
-                structlin.heal(model, dense, batches, seconds=limit, lr=3e-3, progress=False, **options)
+                structlin.heal(model, dense, batches, seconds=limit, lr=args.heal_lr, progress=False, **options)
             seconds = time.perf_counter() - start
             others = ("output layer", "tied", "embedding")
             body = [row for row in report.layers if not any(word in str(row.reason) for word in others)]
