@@ -201,7 +201,7 @@ def narrow(
         wanted: what they get together, by name.
         data: with the Grams.
         aim: what D is to be instead, and the Gram instead, behind compressed layers (see `shifted`). The maps before it
-            keep to the dense model's: aimed at as well, they overfit the calibration.
+            keep to the dense model's inputs.
         budget: what ratios count.
     Returns:
         What was found for each map, with structures and with fewer units whose maps stay dense, if no plan says which;
