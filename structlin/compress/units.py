@@ -210,6 +210,9 @@ def narrow(
     if isinstance(wanted[mlp.down.name], PlanEntry):
         return [_narrowing(mlp, wanted, mlp.count(wanted), data, aim, budget)]
     found = [_narrowing(mlp, dict.fromkeys(wanted, "dense"), mlp.count(wanted, 1.0), data, aim, budget)]
+    # A map that the allocation leaves dense shares the budget of all: it gets a structure as the others do.
+    some = next(choice for choice in wanted.values() if isinstance(choice, Choice))
+    wanted = {name: c if isinstance(c, Choice) else replace(some, ratio=1.0) for name, c in wanted.items()}
     try:
         return [_narrowing(mlp, wanted, mlp.count(wanted), data, aim, budget), *found]
     except NoMemberError:

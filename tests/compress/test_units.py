@@ -199,6 +199,16 @@ def test_choosing_units_leaves_the_statistics_alone():
     assert torch.equal(known.matrix, before)
 
 
+def test_maps_share_a_budget_of_which_one_may_stay_dense():
+    model, batches = blocks(1), inputs()
+    targets = {target.name: target for target in find_targets(model)}
+    mlp = units.Mlp((targets["0.mlp.gate"], targets["0.mlp.up"]), targets["0.mlp.down"])
+    wanted = {target.name: Choice(AUTO, 0.4) for target in mlp.targets} | {"0.mlp.up": "the allocation leaves it dense"}
+    for option in units.narrow(mlp, wanted, Data(collect_statistics(model, batches)), None):
+        kept = sum(found.entry.parameters_after for found in option)
+        assert 0.4 < kept / (3 * SIZE * 40) <= mlp.share(wanted)
+
+
 def test_units_are_removed_only_where_auto_chooses():
     for structure, settings in (
         ("auto", {"hidden_units": False}),
