@@ -46,6 +46,7 @@ BEHIND = METRIC | {"sequential": True}
 DIVIDED = BEHIND | {"allocation": "auto"}
 UNITS, ALL = "+ hidden units", "+ refinement (defaults)"
 KNOWN = "from known statistics"
+PLAIN = "defaults, without the kernel"
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "whitened SVD": ("lowrank", OFF),
     "auto": ("auto", OFF),
@@ -59,6 +60,7 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "refinement, uniform": ("auto", {"allocation": "uniform"}),
     "low rank, all stages": ("lowrank", {}),
     KNOWN: ("auto", {}),
+    PLAIN: ("auto", {}),
 }
 HEALED = "+ heal, 2 min"
 ALONE = "heal in place of refinement"
@@ -66,9 +68,10 @@ WINDOW = 256
 NOTES = """\
 Each row switches one stage on more than the row above, down to the defaults; rows below that leave one out, or use low
 rank alone. *from known statistics* is given the Grams of both sides, which its seconds leave out: nothing runs but the
-checks on held-back batches. *heal in place of refinement* trains the whole model from end to end, not
-blocks, for as long as the refinement of the blocks took in the row of all stages. *on*: text of the kind that
-calibration saw; *off*: other text.
+checks on held-back batches. *without the kernel* is the defaults in plain torch (STRUCTLIN_KERNELS=off), where all
+other rows have the native kernel. *heal in place of refinement* trains the whole model from end to end, not blocks, for
+as long as the refinement of the blocks took in the row of all stages. *on*: text of the kind that calibration saw;
+*off*: other text.
 *kept*: parameters / dense parameters of all linear weights but the output layer. Seconds include the checks on
 held-back batches."""
 COLUMNS = {
@@ -82,6 +85,7 @@ COLUMNS = {
     "cosine, STS-B": ("stsb", ".4f"),
     "STS-B dev": ("task", ".4f"),
     "seed": ("seed", ""),
+    "threads": ("threads", ""),
     "s": ("seconds", ".0f"),
     "commit": ("commit", ""),
 }
@@ -176,6 +180,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     for stage in {HEALED, ALONE}.intersection(args.stages):
         if ALL not in args.stages[: args.stages.index(stage)]:
             parser.error(f"{stage!r} goes on from, or takes as long as, {ALL!r}; give that stage before it")
+    plain = [stage == PLAIN for stage in args.stages]
+    if any(plain) if structlin.kernels.available() else not all(plain):
+        parser.error(f"the stage {PLAIN!r}, and no other, runs without the native kernel (STRUCTLIN_KERNELS=off)")
     return args
 
 
