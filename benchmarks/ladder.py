@@ -47,7 +47,9 @@ DIVIDED = BEHIND | {"allocation": "auto"}
 UNITS, ALL = "+ hidden units", "+ refinement (defaults)"
 KNOWN = "from known statistics"
 PLAIN = "defaults, without the kernel"
+SVD = "SVD"
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {
+    SVD: ("lowrank", OFF),
     "whitened SVD": ("lowrank", OFF),
     "auto": ("auto", OFF),
     "+ output metric": ("auto", METRIC),
@@ -66,12 +68,12 @@ HEALED = "+ heal, 2 min"
 ALONE = "heal in place of refinement"
 WINDOW = 256
 NOTES = """\
-Each row switches one stage on more than the row above, down to the defaults; rows below that leave one out, or use low
-rank alone. *from known statistics* is given the Grams of both sides, which its seconds leave out: nothing runs but the
-checks on held-back batches. *without the kernel* is the defaults in plain torch (STRUCTLIN_KERNELS=off), where all
-other rows have the native kernel. *heal in place of refinement* trains the whole model from end to end, not blocks, for
-as long as the refinement of the blocks took in the row of all stages. *on*: text of the kind that calibration saw;
-*off*: other text.
+Each row switches one stage on more than the row above, from the SVD of the weights to the defaults; rows below that
+leave one out, or use low rank alone. *from known statistics* is given the Grams of both sides, which its seconds leave
+out: nothing runs but the checks on held-back batches. *without the kernel* is the defaults in plain torch
+(STRUCTLIN_KERNELS=off), where all other rows have the native kernel. *heal in place of refinement* trains the whole
+model from end to end, not blocks, for as long as the refinement of the blocks took in the row of all stages. *on*: text
+of the kind that calibration saw; *off*: other text.
 *kept*: parameters / dense parameters of all linear weights but the output layer. Seconds include the checks on
 held-back batches."""
 COLUMNS = {
@@ -173,7 +175,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--calibrate", choices=("docstrings", "stsb"), default="docstrings")
-    parser.add_argument("--stages", nargs="+", choices=[*STAGES, HEALED, ALONE], default=list(STAGES)[:8])
+    parser.add_argument("--stages", nargs="+", choices=[*STAGES, HEALED, ALONE], default=list(STAGES)[:9])
     parser.add_argument("--heal-lr", type=float, default=3e-3, help="peak learning rate of the rows that heal")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -201,7 +203,7 @@ def main(argv: Sequence[str]) -> int:
         refined: tuple[nn.Module, Any, float] | None = None
         for stage in args.stages:
             say(f"{stage} at {ratio}")
-            data: dict[str, Any] = {"calibration": batches}
+            data: dict[str, Any] = {} if stage == SVD else {"calibration": batches}
             if stage == KNOWN:
                 learned = [batch for number, batch in enumerate(batches) if number % 10 != 5]
                 known = structlin.collect_statistics(dense, learned, loss=sampled_loss, output="auto", **options)
