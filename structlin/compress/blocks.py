@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import weakref
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -84,18 +84,18 @@ def find_chains(model: nn.Module, names: Sequence[str] | None = None) -> list[Ch
 
 
 class Shelf:
-    """Keep one tensor for each batch: in memory, or in mapped files once there are many."""
+    """Keep one tensor for each batch: in memory, or in files once there are many, mapped while one is in use."""
 
     def __init__(self, limit: int = LIMIT) -> None:
         self._limit, self._bytes = limit, 0
-        self._tensors: dict[int, Tensor] = {}
+        self._tensors: dict[int, Callable[[], Tensor]] = {}
         self._folder: Path | None = None
 
     def __getitem__(self, number: int) -> Tensor:
-        return self._tensors[number]
+        return self._tensors[number]()
 
     def __setitem__(self, number: int, tensor: Tensor) -> None:
-        known = self._tensors.get(number)
+        known = self[number] if number in self._tensors else None
         if known is not None and known.shape == tensor.shape and known.dtype == tensor.dtype:
             known.copy_(tensor)
             return
@@ -104,11 +104,16 @@ class Shelf:
             if self._folder is None:
                 self._folder = Path(tempfile.mkdtemp(prefix="structlin-"))
                 weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-            path = str(self._folder / str(number))
-            mapped = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-            self._tensors[number] = mapped.view(tensor.shape).copy_(tensor)
+            self._tensors[number] = partial(_mapped, self._folder / str(number), tensor.shape, tensor.dtype)
+            self[number].copy_(tensor)
         else:
-            self._tensors[number] = tensor.clone()
+            kept = tensor.clone()
+            self._tensors[number] = lambda: kept
+
+
+def _mapped(path: Path, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Map a file, which is made where there is none; its pages count as memory as long as the tensor lives."""
+    return torch.from_file(str(path), shared=True, size=shape.numel(), dtype=dtype).view(shape)
 
 
 def hidden_of(output: Any) -> Tensor:

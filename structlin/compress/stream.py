@@ -255,7 +255,7 @@ class _Work:
         self._end_chains()
         first = slots_in(*self.chains[number][0])
         fill(first, self.read)
-        self.stream = Stream(self.outer, self.chains[number], self.runs[0], self.runs[1])
+        self.stream = Stream(self.outer, self.chains[number], self.runs[0], self.runs[1], limit=0)  # memory is short
         empty(first)
         if position:
             before = self.done[self.chains[number][position - 1][0]]["states"]
@@ -267,7 +267,7 @@ class _Work:
         for number, chain in enumerate(self.chains):
             states = self.done.get(chain[-1][0], {}).get("states")
             if states and number not in self.stand_ins.ends:
-                self.stand_ins.ends[number] = Shelf(), Shelf()
+                self.stand_ins.ends[number] = Shelf(0), Shelf(0)
                 _load_states(self.journal.folder / states, len(self.masks), *self.stand_ins.ends[number])
 
     # Modules ---------------------------------------------------------------------------------------------------------

@@ -195,6 +195,7 @@ def test_a_shelf_maps_what_exceeds_its_limit_from_files():
     assert shelf._folder is not None
     assert torch.equal(shelf[0], tensors[0])
     assert torch.equal(shelf[1], tensors[1] + 1)
+    assert shelf[1] is not shelf[1]  # mapped anew: the one before is freed
     assert torch.equal(shelf[2], tensors[2])
     shelf[2] = torch.ones(2, 5)  # of another shape
     assert torch.equal(shelf[2], torch.ones(2, 5))
