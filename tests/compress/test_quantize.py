@@ -176,6 +176,22 @@ def test_factors_are_frozen_and_scales_train_on_request():
     assert [name for name, _ in model[0].named_parameters()] == ["bias"]
 
 
+def test_healing_trains_the_scales():
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8))
+    batches = [torch.randn(16, 32) for _ in range(8)]
+    model = copy.deepcopy(dense)
+    structlin.compress_model(model, "lowrank", ratio=0.5, skip_last=False)
+    structlin.quantize_(model, "int4", group=8)
+    plain, before = copy.deepcopy(model), model[0].left.scale.clone()
+    codes = model[0].left.codes.clone()
+    structlin.train_scales_(model)
+    healed, others = (structlin.heal(m, dense, batches, epochs=10, lr=1e-2, progress=False) for m in (model, plain))
+    assert torch.equal(model[0].left.codes, codes)
+    assert not torch.equal(model[0].left.scale, before)
+    assert healed.loss_after < 0.9 * others.loss_after  # which trains the biases alone
+
+
 def test_moves_keep_the_integers_and_cast_the_scales():
     model = small()
     structlin.quantize_(model, "int4", group=16)
