@@ -70,7 +70,7 @@ def refine(
         epochs: passes over the batches and their scrambled copies; None takes EPOCHS or ALONE.
         given: number of passes, the first ones, whose batches are as they were given: some of these judge.
     Returns:
-        One report, none if there is nothing to train.
+        One report, none if there is nothing to train, or no gradient of the outputs reaches it.
     """
     new = _copies(part, swaps)
     patched.values |= new
@@ -98,6 +98,8 @@ def refine(
     with requiring_gradients(modules, set(trained.values())), torch.enable_grad(), patched.changed():
         options = HealOptions(epochs=epochs, every=given, clip=None)
         stream = Stream(learning, epochs, next(iter(trained.values())).device)
+        if not loss(learning[0]).requires_grad:
+            return []
         with torch.no_grad():
             start = sum(loss(number).item() for number in judges) / len(judges)
         optimizer = _WideAdam(list(trained.values()), RATE * min(1.0, REACH * math.sqrt(start)))
