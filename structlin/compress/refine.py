@@ -98,10 +98,12 @@ def refine(
     with requiring_gradients(modules, set(trained.values())), torch.enable_grad(), patched.changed():
         options = HealOptions(epochs=epochs, every=given, clip=None)
         stream = Stream(learning, epochs, next(iter(trained.values())).device)
-        if not loss(learning[0]).requires_grad:
+        first = loss(judges[0])
+        if not first.requires_grad:
             return []
+        first = first.detach()  # frees its graph
         with torch.no_grad():
-            start = sum(loss(number).item() for number in judges) / len(judges)
+            start = sum([first.item(), *(loss(number).item() for number in judges[1:])]) / len(judges)
         optimizer = _WideAdam(list(trained.values()), RATE * min(1.0, REACH * math.sqrt(start)))
         run = Run(part.module, loss, optimizer, trained, stream, judges, options, epochs * len(learning))
         found = together(lambda: run.run(lambda *_, **__: None))
