@@ -191,6 +191,11 @@ class Compression:
         """Return a copy with other values of some settings, checked again."""
         return dataclasses.replace(self, **settings)
 
+    def check_batches(self, batches: Sequence[Any]) -> None:
+        """Refuse to go without batches where a stage that was asked for runs the model."""
+        if (self.sequential or self.block_epochs) and not batches:
+            raise ValueError("sequential=True and block_epochs run the model again: pass calibration as batches")
+
     # JSON ------------------------------------------------------------------------------------------------------------
 
     def to_record(self) -> dict[str, Any]:

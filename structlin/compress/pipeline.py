@@ -73,8 +73,7 @@ def find(model: nn.Module, config: Compression, data: Data, checks: bool, meta: 
         raise ValueError(
             "allocation='global' is checked from end to end: pass calibration as two or more batches, or validation="
         )
-    if (config.sequential or config.block_epochs) and not data.batches:
-        raise ValueError("sequential=True and block_epochs run the model again: pass calibration as batches")
+    config.check_batches(data.batches)
     return Found(model, config, data, targets, choices)
 
 

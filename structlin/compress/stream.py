@@ -39,6 +39,7 @@ from structlin.compress.scramble import widened
 from structlin.compress.skeleton import Read, StandIns, check_apart, empty, fill, slots_in
 from structlin.compress.speed import only_faster
 from structlin.compress.targets import Target, find_targets, openings
+from structlin.compress.units import asks
 from structlin.compress.workers import seeded
 from structlin.fitting.fit import check_weight
 
@@ -220,10 +221,9 @@ class _Work:
         seen = [target for target in chosen if not target.on_request]
         statistics = None
         if seen and part.passes:
-            # Layers behind others are fitted to Grams of their own inputs.
-            how, blank = Collecting(mask=self.config.mask, exact=True), self.config.sequential is not False
-            passes = part.passes[: len(self.data.batches)]
-            statistics = collect_passes(seen, passes, how, blank).rounded(how.dtype)
+            how, passes = Collecting(mask=self.config.mask, exact=True), part.passes[: len(self.data.batches)]
+            blanks = {target.name for target in seen if self._is_shifted(target)}
+            statistics = collect_passes(seen, passes, how, blanks).rounded(how.dtype)
         data = replace(self.data, statistics=statistics)
         screen = only_faster if self.config.require_speedup else list
         with seeded(self.config.seed):
@@ -233,6 +233,11 @@ class _Work:
                 swaps = {old: new for outcome in outcomes for old, new in outcome.modules.items()}
                 blocks = refine(part, swaps, patched, self.config.block_epochs, len(self.data.batches))
         return outcomes, blocks
+
+    def _is_shifted(self, target: Target) -> bool:
+        """Whether a layer is fitted to a Gram of the inputs that it gets behind others; hidden units need their own."""
+        narrows = asks(self.choices[target.name], self.config.hidden_units)
+        return self.config.sequential is not False and not target.stacked and not narrows
 
     def _store(
         self, name: str, slots: Iterable[Slot], shard: str, outcomes: Sequence[Outcome],
@@ -316,7 +321,8 @@ def _report(
     written_rows = [row for found in journal.records for row in found["rows"]]
     rows = {row["name"]: LayerReport(**{**row, "itemsize": sizes[row["name"]]}) for row in written_rows}
     blocks = tuple(BlockReport(**block) for found in journal.records for block in found["blocks"])
-    compressed = sum(size for t in targets if rows[t.name].structure for _, size in t.pieces())
+    pieces = {piece: size for t in targets if rows[t.name].structure for piece, size in t.pieces()}  # a tied one once
+    compressed = sum(pieces.values())
     covered = replace(covered, compressed=compressed, skipped=covered.skipped - compressed)
     written = CompressionPlan(None).to_record()
     written["layers"] = [entry for found in journal.records for entry in found["entries"]]

@@ -105,7 +105,7 @@ def find_mlps(
         ValueError: if a plan counts units of maps that are no MLP.
     """
     planned = [t.name for t in targets if isinstance(c := choices[t.name], PlanEntry) and c.sizes]
-    able = [t for t in targets if _is_able(t) and _asks(choices[t.name], asked) and t.name in grams]
+    able = [t for t in targets if _is_able(t) and asks(choices[t.name], asked) and t.name in grams]
     found: list[Mlp] = []
     taken: set[str] = set()
     for position, down in enumerate(able if passes else ()):
@@ -132,7 +132,8 @@ def _is_able(target: Target) -> bool:
     return not others and not user.path and user.adapter is not None and user.adapter.narrows
 
 
-def _asks(choice: Wanted, asked: bool) -> bool:
+def asks(choice: Wanted, asked: bool) -> bool:
+    """Whether a map may get or give fewer hidden units; `asked`: whether "auto" may choose so."""
     if isinstance(choice, PlanEntry):
         return choice.sizes is not None
     return asked and isinstance(choice, Choice) and choice.structure is AUTO and choice.ratio is not None

@@ -87,11 +87,11 @@ def check_same(folder, expected):
             assert json.loads((folder / name).read_text()) == json.loads((expected / name).read_text())
 
 
-def in_memory(source, target, calibration=None, **settings):
+def in_memory(source, target, calibration=None, structure="lowrank", **settings):
     model = folders.load_model(str(source), dtype=None, device=None)
     settings = {"output_metric": False, "allocation": "uniform", "block_epochs": 0, **settings}
     given = {"calibration": calibration, "validation": []} if calibration else {}
-    report = structlin.compress_model(model, "lowrank", ratio=0.5, **given, **settings)
+    report = structlin.compress_model(model, structure, ratio=0.5, **given, **settings)
     folders.save_folder(report.model, str(source), target, report)
     return report
 
@@ -113,6 +113,24 @@ def test_the_folder_is_that_of_the_model_in_memory(name, calibrated, tmp_path):
     for key, value in loaded.state_dict().items():
         assert not value.isnan().any(), key
     assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", [0, 1], ids=["structured", "dense"])
+def test_hidden_units_are_those_of_the_model_in_memory(option, tmp_path, monkeypatch):
+    monkeypatch.setattr(fit_layers, "_best", lambda options, part, patched: options[option])
+    source, config = folder_of(llama(), tmp_path / "dense"), Compression("auto", ratio=0.5, refine=2)
+    expected = in_memory(source, tmp_path / "memory", batches(), "auto", refine=2)
+    report = streaming.stream_folder(str(source), tmp_path / "small", config, batches=batches())
+    check_same(tmp_path / "small", tmp_path / "memory")
+    assert any(entry.sizes for entry in report.compression.entries)
+    assert [row.output_error for row in report.layers] == [row.output_error for row in expected.layers]
+
+
+def test_tied_weights_count_once(tmp_path):
+    source = folder_of(llama(tie_word_embeddings=True), tmp_path / "dense")
+    expected = in_memory(source, tmp_path / "memory", tied="replace")
+    config = Compression("lowrank", ratio=0.5, tied="replace")
+    assert streaming.stream_folder(str(source), tmp_path / "small", config).coverage == expected.coverage
 
 
 def test_blocks_are_refined(tmp_path):
@@ -303,9 +321,11 @@ def test_models_without_blocks_or_with_converted_names_are_refused(tmp_path):
     refused(tmp_path / "albert", tmp_path, "no list of two or more blocks")
 
 
-def test_what_needs_the_whole_model_is_refused(tmp_path):
+def test_what_needs_the_whole_model_or_batches_is_refused(tmp_path):
     source = folder_of(llama(), tmp_path / "dense")
     refused(source, tmp_path, "allocation='global' runs the whole model", allocation="global")
+    for setting in ({"block_epochs": 3}, {"sequential": True}):
+        refused(source, tmp_path, "sequential=True and block_epochs run the model again: pass calib", **setting)
     plan = plan_compression(llama(), "lowrank", ratio=0.5, calibration=batches(), validation=[])
     refused(source, tmp_path, "made with statistics of the whole model", config=plan)
     in_memory(source, tmp_path / "compressed")
