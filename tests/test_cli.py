@@ -75,6 +75,9 @@ def test_a_plan_is_written_edited_and_carried_out(source, tmp_path, capsys):
     record = json.loads(plan.read_text())
     next(layer for layer in record["layers"] if layer["name"].endswith("0.attention.self.query"))["structure"] = None
     plan.write_text(json.dumps(record))
+    for option, value in (("exclude", "query"), ("ratio", "0.3"), ("structure", "monarch"), ("tied", "replace")):
+        assert main(["compress", str(source), str(out), "--rules", str(plan), f"--{option}", value]) == 1
+        assert f"a plan holds its {option} layer by layer; edit the plan" in capsys.readouterr().err
     capsys.readouterr()
     assert main(["compress", str(source), str(out), "--rules", str(plan), "--json"]) == 0
     layers = {layer["name"]: layer for layer in json.loads(capsys.readouterr().out)["layers"]}
