@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from collections import UserDict
 from types import SimpleNamespace
 
 import pytest
@@ -352,6 +353,7 @@ def test_scrambled_text_keeps_what_every_row_has_once_and_what_is_padded():
     assert set(found["input_ids"].flatten().tolist()) <= set(rows.flatten().tolist())
     assert torch.equal(scrambled([batch], share=0.9)[0]["input_ids"], found["input_ids"])
     assert not torch.equal(scrambled([batch], share=0.9, seed=1)[0]["input_ids"], found["input_ids"])
+    assert type(scrambled([UserDict(batch)])[0]) is UserDict  # what `forward` gets
 
 
 def test_words_that_the_text_lacks_are_drawn_too():
