@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import fields, is_dataclass
@@ -35,6 +35,18 @@ def run(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
         f"a batch is a {type(batch).__name__}; use a mapping, a tuple, a list or a tensor, or pass "
         "forward=lambda model, batch: ..."
     )
+
+
+def check_several(name: str, batches: Any, way_out: str = "") -> None:
+    """Refuse one batch, whose rows or keys would be taken for batches, and what holds none, in place of several.
+
+    Raises:
+        TypeError: naming the argument.
+    """
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{name} is a {type(batches).__name__}; give {way_out}an iterable of batches, for one batch [batch]"
+        )
 
 
 def to_device(value: Any, device: torch.device | None) -> Any:

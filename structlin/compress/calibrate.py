@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from structlin.batches import Forward, copied, device_of, evaluating, kept, run, to_device
+from structlin.batches import Forward, check_several, copied, device_of, evaluating, kept, run, to_device
 from structlin.compress.config import Compression, Mask, check_mask
 from structlin.compress.data import Data
 from structlin.compress.gradients import add_gradients, sampled_loss, through, watch
@@ -118,6 +118,7 @@ def collect_statistics(
         torch.Size([8, 8])
     """
     how = Collecting(**options)
+    check_several("batches", batches)
     return collect(model, _chosen(model, names, how.tied), batches, forward, loss, how)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from structlin.batches import Forward
+from structlin.batches import Forward, check_several
 from structlin.compress.statistics import SHRINKAGE, Statistics
 from structlin.fitting.objective import InputGram
 
@@ -48,14 +48,15 @@ class Data:
         """Sort what the caller gave, and hold a share of the batches back (at most 8) if there is no `validation`.
 
         Raises:
-            TypeError: if calibration is neither statistics nor an iterable of batches.
+            TypeError: if calibration is neither statistics nor an iterable of batches, or validation is no iterable.
             ValueError: if it holds no batch.
         """
-        held_back = tuple(validation) if validation is not None else ()
+        given = () if validation is None else validation
+        check_several("validation", given)
+        held_back = tuple(given)
         if calibration is None or isinstance(calibration, Statistics):
             return cls(calibration, (), held_back, forward)
-        if isinstance(calibration, (Tensor, Mapping, str)) or not isinstance(calibration, Iterable):
-            raise TypeError(f"calibration is a {type(calibration).__name__}; give Statistics or an iterable of batches")
+        check_several("calibration", calibration, "Statistics or ")
         batches = tuple(calibration)
         if not batches:
             raise ValueError("calibration holds no batch; give at least one")

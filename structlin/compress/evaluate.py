@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from structlin.batches import (
     Forward,
+    check_several,
     copied,
     device_of,
     divergence,
@@ -59,6 +60,7 @@ class Evaluator:
         evaluate: Evaluate | None = None,
         forward: Forward | None = None,
     ) -> None:
+        check_several("batches", batches)
         self.batches = tuple(batches)
         self._evaluate, self._forward = evaluate, forward
         self._size = sum(parameter.numel() for parameter in model.parameters())

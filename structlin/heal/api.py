@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structlin.batches import Forward, evaluating, progress_bar
+from structlin.batches import Forward, check_several, evaluating, progress_bar
 from structlin.heal.losses import Loss, distillation_loss, find_blocks, objective
 from structlin.heal.options import HealOptions, HealReport, Parameters
 from structlin.heal.run import Run, Stream, requiring_gradients
@@ -73,13 +73,12 @@ def heal(
         ('steps', True)
     """
     options = _options(options, settings)
-    for name, value in {"batches": batches, "validation": () if validation is None else validation}.items():
-        if isinstance(value, Tensor | Mapping | str) or not isinstance(value, Iterable):
-            raise TypeError(f"{name} is a {type(value).__name__}; give an iterable of batches, for one batch [batch]")
-    if options.patience is not None and validation is None:
-        raise ValueError(f"patience={options.patience} counts measurements on validation; give validation= too")
+    check_several("batches", batches)
+    check_several("validation", () if validation is None else validation)
     if validation is None and isinstance(batches, list | tuple):
         batches, validation = _held_back(batches, int(options.held_back * len(batches)))
+    if options.patience is not None and validation is None:
+        raise ValueError(f"patience={options.patience} counts measurements on validation; give validation= too")
     length = _schedule(batches, options)
     trained = _select(student, options.parameters)
     _check_pair(student, teacher, trained)

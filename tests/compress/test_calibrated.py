@@ -190,6 +190,18 @@ def test_bad_calibration(mlp, calibration, error, message):
         compress_model(mlp, "lowrank", ratio=0.5, calibration=calibration)
 
 
+def test_one_batch_in_place_of_several_is_refused(mlp):
+    one = r"(validation|batches) is a Tensor; give an iterable of batches, for one batch \[batch\]"
+    for call in (
+        lambda x: compress_model(mlp, "lowrank", ratio=0.5, calibration=batches(2), validation=x),
+        lambda x: collect_statistics(mlp, x),
+        lambda x: Evaluator(mlp, x),
+    ):
+        with pytest.raises(TypeError, match=one):
+            call(torch.ones(3, 32))
+    assert type(mlp[0]) is nn.Linear
+
+
 # Auto ----------------------------------------------------------------------------------------------------------------
 
 
