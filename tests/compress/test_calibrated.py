@@ -480,6 +480,20 @@ class Task:
         return 1.0
 
 
+def test_complex_outputs_are_compared():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 16, dtype=torch.complex64) for _ in range(3)))
+    given = list(torch.randn(6, 20, 16, dtype=torch.complex64))
+    evaluator = Evaluator(copy.deepcopy(model), given)
+    report = compress_model(model, "auto", ratio=0.5, calibration=given, refine=2, skip_last=False)
+    assert all(row.output_error < 1 for row in report.layers)
+    assert 0.5 < report.qualities[-1].cosine < 1
+    assert all(block.after < block.before for block in report.blocks)
+    found = evaluator(model, "compressed").cosine
+    model.register_forward_hook(lambda _module, _inputs, y: -y)
+    assert evaluator(model, "turned").cosine == pytest.approx(-found, abs=1e-5)
+
+
 def test_a_report_without_batches_has_no_quality(mlp):
     assert compress_model(mlp, "lowrank", ratio=0.5).qualities == ()
 
