@@ -40,7 +40,7 @@ from structlin.compress.output import declared_output, last_target, vocabulary_o
 from structlin.compress.patched import Patched, model_runs
 from structlin.compress.plan import CompressionPlan
 from structlin.compress.processes import ranks, shared, together
-from structlin.compress.refine import refine
+from structlin.compress.refine import check_refinable, refine
 from structlin.compress.report import BlockReport, Coverage, Outcome, Report
 from structlin.compress.scramble import widened
 from structlin.compress.speed import only_faster
@@ -133,6 +133,7 @@ def work(
 
 def compress(found: Found, evaluate: Evaluate | Evaluator | None, dry_run: bool, progress: bool | None) -> Report:
     """Carry the settings out: steps 2 to 6."""
+    check_refinable(found.model, found.config.block_epochs, found.data.batches)
     found, model, targets = observe(found), found.model, found.targets
     evaluator = together(lambda: Evaluator.of(model, found.data, evaluate))
     patched = Patched(model, openings(targets))

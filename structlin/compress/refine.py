@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,15 @@ class _WideAdam(torch.optim.AdamW):
         super().step()
         for group, parameter in zip(self.param_groups, self.narrow, strict=True):
             parameter.copy_(group["params"][0])
+
+
+def check_refinable(model: nn.Module, epochs: int | None, batches: Sequence[Any]) -> None:
+    """Refuse to refine, where there are batches for it, the blocks of a model that can take no gradients."""
+    if batches and epochs != 0 and any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            "the model was made under torch.inference_mode, and its blocks cannot be refined: make it outside, or pass "
+            "block_epochs=0"
+        )
 
 
 def refine(

@@ -463,6 +463,17 @@ def test_bad_arguments(mlp, arguments, message):
     assert type(mlp[0]) is nn.Linear
 
 
+def test_a_model_made_in_inference_mode_is_not_refined():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    given = {"ratio": 0.5, "calibration": list(torch.randn(4, 8, 64)), "output_metric": False}
+    with pytest.raises(ValueError, match=r"made under torch.inference_mode, and its blocks .* or pass block_epochs=0"):
+        compress_model(model, "lowrank", **given)
+    assert plan_compression(model, "lowrank", **given).entries[0].structure
+    compress_model(model, "lowrank", block_epochs=0, **given)
+    assert isinstance(model[0], LowRankLinear)
+
+
 @pytest.mark.parametrize("value", [3, {"structure": 3}, {"structure": None, "ratio": 0.5}])
 def test_bad_rule_value(mlp, value):
     with pytest.raises(TypeError, match=r"a rule holds (int|NoneType); use"):
