@@ -32,6 +32,7 @@ from structlin.runtime.contract import to_dense
 from structlin.structures import Sum
 
 JUDGES = 8  # passes that tell which way of narrowing an MLP moves its block less
+NOT_FASTER = "its MLP with fewer hidden units is not faster, and require_speedup was asked for"
 SMALL = 2**16  # entries of a weight whose race costs little, as often as it is run
 
 
@@ -188,7 +189,9 @@ def fit_part(
         if mlp is not None:
             aims = shifted([mlp.down], part.passes, data.shrinkage) if shift else {}
             options = narrow(mlp, wanted, data, aims.get(mlp.down.name), config.budget)
-            built = _best([_built(group, fits, data) for fits in options], part, patched)
+            screened = [screen(_built(group, fits, data)) for fits in options]
+            ways = [way for way in screened if all(outcome.modules for outcome in way)]
+            built = _best(ways, part, patched) if ways else [outcome.kept(NOT_FASTER) for outcome in screened[-1]]
             advance(len(group), mlp.down.name)
         else:
             behind = [t for t in group if shift and _is_fitted(wanted[t.name]) and t.name in grams]
