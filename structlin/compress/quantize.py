@@ -208,7 +208,7 @@ class _Job:
         return _row(names[0], module.structure, f"int{bits}", before, after, roundings)
 
     def dense_layer(self, target: Target, bits: int) -> tuple[QuantizedLayer, Factored]:
-        """Build the quantised layer that takes the place of a dense one."""
+        """Build the quantised layer that takes the place of a dense one, whose bias `replacements` gives it."""
         linear = target.linear
         weights = [weight.detach() for weight in target.matrices]
         grams = self._grams(target.names, (len(weights),) if target.stacked else ())
@@ -226,8 +226,6 @@ class _Job:
         roundings = [rounding for _, rounding in found]
         for name, factor in _held(layer.spec, roundings, target.stacked).items():
             layer.hold(name, factor)
-        if linear.bias is not None:
-            layer.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=linear.bias.requires_grad)
         text = f"int{bits}" if structure == Dense() else f"int{bits} + int{CORRECTION}"
         before = sum(weight.nbytes for weight in weights)
         return _row(target.name, structure, text, before, layer.nbytes, roundings), layer.train(linear.training)
