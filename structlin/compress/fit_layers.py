@@ -43,12 +43,12 @@ class Purse:
     Args:
         ratios: what each layer is to keep, by name; layers without one do not take part.
         spare: parameters left over so far.
-        winners: name of the structure that the first layer of each large shape (out, in) chose; None forgets.
+        winners: name of the structure that the first layer of each large size (entries, out, in) chose; None forgets.
     """
 
     ratios: Mapping[str, float]
     spare: float = 0.0
-    winners: dict[torch.Size, str] | None = None
+    winners: dict[tuple[int, ...], str] | None = None
 
     def choice(self, target: Target, choice: Wanted, count: int) -> Wanted:
         """Return a choice with its ratio from the budget; `count` layers share what is left over.
@@ -57,7 +57,8 @@ class Purse:
         what close structures differ in is less than what the race costs.
         """
         if isinstance(choice, Choice) and isinstance(choice.structure, Sequence) and self.winners is not None:
-            winner = self.winners.get(target.linear.weight.shape)
+            linear = target.linear
+            winner = self.winners.get((linear.weight.numel(), linear.out_features, linear.in_features))
             left = tuple(f for f in choice.structure if f.name == winner or (winner and not f.refine_steps))
             choice = replace(choice, structure=left or choice.structure)
         ratio = self.ratios.get(target.name)
@@ -68,14 +69,14 @@ class Purse:
         size = target.linear.weight.numel()
         return replace(choice, ratio=min(max(ratio + self.spare / count / size, 1e-9), 1.0))
 
-    def settle(self, outcomes: Sequence[Outcome]) -> None:
+    def settle(self, entries: Sequence[PlanEntry]) -> None:
         """Take the parameters of compressed layers from the budget, and remember their structures."""
-        compressed = [outcome.entry for outcome in outcomes if outcome.entry.structure]
+        compressed = [entry for entry in entries if entry.structure]
         if self.winners is not None:
-            for outcome in outcomes:
-                kind = _kind(outcome.entry.structure)
-                if kind and outcome.target.linear.weight.numel() > SMALL:
-                    self.winners.setdefault(outcome.target.linear.weight.shape, kind)
+            for entry in compressed:
+                kind = _kind(entry.structure)
+                if kind and entry.parameters_before > SMALL:
+                    self.winners.setdefault((entry.parameters_before, entry.out_features, entry.in_features), kind)
         self.spare += sum(
             self.ratios[entry.name] * entry.parameters_before - entry.parameters_after
             for entry in compressed
@@ -200,7 +201,7 @@ def fit_part(
                 _fit_some, wanted=wanted, behind=behind, part=part, data=data, config=config, advance=advance
             )
             built = _built(group, spread(work, group, costs), data)
-        purse.settle(built)
+        purse.settle([outcome.entry for outcome in built])
         for outcome in built if mlp else screen(built):
             patched.swaps.update(outcome.modules)
             result.append(outcome)

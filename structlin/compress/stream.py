@@ -32,7 +32,7 @@ from structlin.compress.decide import Choices, choose
 from structlin.compress.fit_layers import Purse, fit_part
 from structlin.compress.output import last_target, vocabulary_of
 from structlin.compress.patched import Pass, Patched, model_passes, model_runs, without_cache
-from structlin.compress.plan import CompressionPlan
+from structlin.compress.plan import CompressionPlan, PlanEntry
 from structlin.compress.refine import refine
 from structlin.compress.report import BlockReport, Coverage, LayerReport, Outcome, Report
 from structlin.compress.scramble import widened
@@ -105,6 +105,8 @@ def compress_stream(
                 work.outside(members)
             elif number is not None and chains[number][position][0] not in work.done:
                 work.block(number, position, members, f"model-{shards:05d}-of-{total:05d}.safetensors")
+            elif number is not None:
+                work.purse.settle(_entries(work.done[chains[number][position][0]]))
         if REST not in work.done:
             model = work.rest(f"model-{total:05d}-of-{total:05d}.safetensors")
     swap_modules(model, {})  # tells integrations that layers were swapped
@@ -123,6 +125,7 @@ class _Work:
         self.config = config.changed(block_epochs=config.block_epochs or 0)
         self.choices, self.device, self.dtype, self.advance = choices, device, dtype, advance
         self.data = replace(data, shrinkage=config.shrinkage)
+        self.purse = Purse({}, winners={} if data.batches else None)  # without, layers in memory are fitted at once
         self.done = {found["part"]: found for found in journal.records}
         batches = widened(data.batches, config.seed, vocabulary_of(model))
         self.masks = masks_of(config.mask, batches)
@@ -227,7 +230,7 @@ class _Work:
         data = replace(self.data, statistics=statistics)
         screen = only_faster if self.config.require_speedup else list
         with seeded(self.config.seed):
-            outcomes = fit_part(part, self.choices, Purse({}), data, self.config, patched, self.advance, screen)
+            outcomes = fit_part(part, self.choices, self.purse, data, self.config, patched, self.advance, screen)
             blocks = []
             if self.config.block_epochs and part.passes and part.own:
                 swaps = {old: new for outcome in outcomes for old, new in outcome.modules.items()}
@@ -314,6 +317,11 @@ def _table(model: nn.Module, journal: Journal) -> Checkpoint:
     return read_table({**tables[0], **merged}, limit, str(journal.path))
 
 
+def _entries(found: Mapping[str, Any]) -> Sequence[PlanEntry]:
+    """Read what the layers of a finished part became."""
+    return CompressionPlan.from_record({**CompressionPlan(None).to_record(), "layers": found["entries"]}).entries
+
+
 def _report(
     model: nn.Module, config: Compression, targets: Sequence[Target], sizes: Mapping[str, int], covered: Coverage,
     journal: Journal,
@@ -324,9 +332,7 @@ def _report(
     pieces = {piece: size for t in targets if rows[t.name].structure for piece, size in t.pieces()}  # a tied one once
     compressed = sum(pieces.values())
     covered = replace(covered, compressed=compressed, skipped=covered.skipped - compressed)
-    written = CompressionPlan(None).to_record()
-    written["layers"] = [entry for found in journal.records for entry in found["entries"]]
-    entries = {entry.name: entry for entry in CompressionPlan.from_record(written).entries}
+    entries = {entry.name: entry for found in journal.records for entry in _entries(found)}
     order = [target.name for target in targets]
     plan = CompressionPlan.of(config, [entries[name] for name in order], None)
     return Report(model, tuple(rows[name] for name in order), covered, plan.settings(), blocks=blocks)

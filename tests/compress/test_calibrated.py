@@ -267,7 +267,7 @@ def test_what_a_layer_cannot_use_the_next_one_gets(mlp):
     choice = purse.choice(first, given, 1)
     assert choice.ratio == 0.5
     entry = replace(dense_entry(first, None), structure=LowRank(8))  # 8 * 96 of the 1024 parameters
-    purse.settle([SimpleNamespace(entry=entry)])
+    purse.settle([entry])
     assert purse.spare == 256
     assert purse.choice(second, given, 2).ratio == pytest.approx(0.5 + 128 / 4096)
     assert purse.choice(third, given, 1) == "the allocation leaves it dense"
@@ -280,14 +280,14 @@ def test_large_layers_of_a_shape_race_once(mlp, monkeypatch):
     given = Choice(AUTO, 0.5)
     purse = Purse({}, winners={})
     assert purse.choice(first, given, 1) == given
-    purse.settle([SimpleNamespace(entry=replace(entry, structure=LowRank(4)), target=first)])
+    purse.settle([replace(entry, structure=LowRank(4))])
     assert purse.choice(first, given, 1) == given  # a closed form is no winner
-    purse.settle([SimpleNamespace(entry=entry, target=first)])
+    purse.settle([entry])
     assert purse.choice(first, given, 1) == given  # small ones race each time
     monkeypatch.setattr(fit_layers, "SMALL", first.linear.weight.numel() - 1)
-    purse.settle([SimpleNamespace(entry=entry, target=first)])
+    purse.settle([entry])
     assert purse.choice(first, given, 1).structure == (AUTO[0], AUTO[1])
-    purse.settle([SimpleNamespace(entry=replace(entry, structure=Sum((LowRank(4), Blast(4, 2)))), target=first)])
+    purse.settle([replace(entry, structure=Sum((LowRank(4), Blast(4, 2))))])
     assert purse.choice(first, given, 1).structure == (AUTO[0], AUTO[1])  # the first to win remains
     assert purse.choice(first, Choice(AUTO[2:], 0.5), 1).structure == AUTO[2:]
     assert purse.choice(first, Choice(LowRank, 0.5), 1).structure is LowRank

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,28 @@ def test_hidden_units_are_those_of_the_model_in_memory(option, tmp_path, monkeyp
     check_same(tmp_path / "small", tmp_path / "memory")
     assert any(entry.sizes for entry in report.compression.entries)
     assert [row.output_error for row in report.layers] == [row.output_error for row in expected.layers]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_large_layers_race_once_as_in_memory(killed, tmp_path, monkeypatch):
+    monkeypatch.setattr(fit_layers, "SMALL", 0)
+    source = folder_of(llama(), tmp_path / "dense")
+    config = Compression("auto", ratio=0.5, refine=40, hidden_units=False)
+    in_memory(source, tmp_path / "memory", batches(), structure="auto", refine=40, hidden_units=False)
+    raced, size = [], fit_layers.size_layer
+
+    def size_layer(target, choice, *args):
+        raced.append((target.name, isinstance(choice, str) or len(choice.structure)))
+        if killed and len(raced) == 10:  # in the second block
+            raise KilledError
+        return size(target, choice, *args)
+
+    monkeypatch.setattr(fit_layers, "size_layer", size_layer)
+    for _ in range(1 + killed):
+        with suppress(KilledError):
+            streaming.stream_folder(str(source), tmp_path / "small", config, batches=batches())
+    check_same(tmp_path / "small", tmp_path / "memory")
+    assert {count for name, count in raced if "layers.1.self_attn.q_proj" in name} == {2}
 
 
 def test_tied_weights_count_once(tmp_path):
