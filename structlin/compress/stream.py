@@ -60,7 +60,8 @@ def compress_stream(
     """Compress a model part by part into the shards of a journal; parts that it has already are not done again.
 
     Layers are fitted as `compress_model` fits them with `output_metric=False, allocation="uniform"`, and blocks refined
-    where `block_epochs` says so. Memory: what lies outside of the chains, one block, and the fits of its layers.
+    where `block_epochs` says so. Memory: what lies outside of the chains, one block, and the Grams and fits of its
+    layers; hidden states are in files.
 
     Args:
         model: the skeleton: parameters and persistent buffers on the meta device. It becomes the skeleton of the
