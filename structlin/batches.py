@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import fields, is_dataclass
@@ -62,6 +62,13 @@ def to_device(value: Any, device: torch.device | None) -> Any:
             return type(value)(*items)
         return items if isinstance(value, list) else tuple(items)
     return value
+
+
+def held_apart(batches: Sequence[Any], count: int) -> tuple[list[Any], list[Any]]:
+    """Split off a number of batches, evenly spread, as batches are often sorted by length: the others, and these."""
+    chosen = {round((k + 0.5) * len(batches) / count - 0.5) for k in range(count)}
+    parts = [[batch for k, batch in enumerate(batches) if (k in chosen) == apart] for apart in (False, True)]
+    return parts[0], parts[1]
 
 
 def updated(mapping: Mapping[Any, Any], items: Mapping[Any, Any]) -> Any:

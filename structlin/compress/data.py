@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from structlin.batches import Forward, check_several
+from structlin.batches import Forward, check_several, held_apart
 from structlin.compress.statistics import SHRINKAGE, Statistics
 from structlin.fitting.objective import InputGram
 
@@ -62,10 +62,7 @@ class Data:
             raise ValueError("calibration holds no batch; give at least one")
         if validation is None and len(batches) > 1:
             count = min(MOST_HELD_BACK, max(1, round(share * len(batches))))
-            # Evenly spread: batches are often sorted by length.
-            chosen = {round((k + 0.5) * len(batches) / count - 0.5) for k in range(count)}
-            held_back = tuple(batch for k, batch in enumerate(batches) if k in chosen)
-            batches = tuple(batch for k, batch in enumerate(batches) if k not in chosen)
+            batches, held_back = map(tuple, held_apart(batches, count))
         return cls(None, batches, held_back, forward)
 
     def checked(self, sizes: Mapping[str, tuple[int, int]], shrinkage: float) -> Self:
@@ -75,7 +72,7 @@ class Data:
         return replace(self, shrinkage=shrinkage)
 
     def expert_grams(self, names: Sequence[str]) -> list[tuple[InputGram | None, Tensor | None]]:
-        """Return the same for the matrices of a stack, each shrunk towards the pooled Gram where it saw few inputs.
+        """Return what `grams` does for each matrix of a stack, shrunk towards the pooled Gram where it saw few inputs.
 
         The pooled Gram counts as `in_features` further inputs of each matrix: an expert that saw none of its own is
         fitted to the inputs of all.
