@@ -241,7 +241,7 @@ def _fit_some(
         known = None if choice is entry and aim is not None else entry.fit_of(target.linear.weight)
         return fit_layer(entry, target, data, aim, known)
 
-    for found in each(work, mine, False, ""):
+    for found in each(work, mine):
         error = found.error if found.output_error is None else found.output_error
         advance(1, found.entry.name + ("" if error is None else f" {error:.3f}"))
         yield found

@@ -511,7 +511,7 @@ def test_threads_change_neither_results_nor_settings(mlp):
             compress_model(models[-1], "auto", ratio=0.6, refine=20, calibration=collect_statistics(mlp, batches(3)))
             assert torch.get_num_threads() == count
         with pytest.raises(ZeroDivisionError):
-            list(workers.each(lambda k: 1 // k, [1, 1, 0, 1], False, ""))
+            list(workers.each(lambda k: 1 // k, [1, 1, 0, 1]))
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
