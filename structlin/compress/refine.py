@@ -84,8 +84,8 @@ def refine(
     """
     new = _copies(part, swaps)
     patched.values |= new
-    layers = dict.fromkeys(swaps.values())
-    owned = dict.fromkeys(p for layer in layers for p in layer.parameters() if p not in patched.values)
+    layers, dense = dict.fromkeys(swaps.values()), {*patched.values, *_biases(swaps)}
+    owned = dict.fromkeys(p for layer in layers for p in layer.parameters() if p not in dense)
     trained = {str(k): p for k, p in enumerate([*owned, *new.values()])}
     if not trained or not part.passes:
         return []
@@ -127,13 +127,23 @@ def _in_turn(given: int, count: int) -> list[int]:
     return sorted(range(count), key=lambda number: (number % given, number))
 
 
+def _biases(swaps: Mapping[nn.Module, nn.Module]) -> set[nn.Parameter]:
+    """Return the biases of dense leaves, which the structured layers have too."""
+    return {bias for leaf in swaps if (bias := leaf._parameters.get("bias")) is not None}
+
+
 def _copies(part: Part, swaps: Mapping[nn.Module, nn.Module]) -> dict[nn.Parameter, nn.Parameter]:
-    """Copy the norms and biases of a block that nothing outside of it uses: vectors, of modules that stay."""
+    """Copy the norms and biases of a block that nothing outside of it uses: vectors, of modules that stay.
+
+    A leaf of an opened module has a view of a packed bias, which is no parameter of the block.
+    """
     answering = [m for layer in swaps.values() for m in layer.modules()]
     stay = [m for m in part.module.modules() if m not in swaps and not isinstance(m, Factored)]
+    views = _biases(swaps) - set(part.module.parameters())
     return {
         p: nn.Parameter(p.detach().clone())
         for module in (*stay, *answering)
         for p in module._parameters.values()
-        if p is not None and p.ndim == 1 and p.is_floating_point() and p in part.own
+        if p is not None
+        and (p in views or (p.ndim == 1 and (p.is_floating_point() or p.is_complex()) and p in part.own))
     }

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from structlin import compress_model
+from structlin import compress_model, to_dense_
 from structlin.compress import blocks, pipeline
 from structlin.compress.blocks import Shelf, Stream, find_chains, parts
 from structlin.compress.output import vocabulary_of
@@ -267,6 +267,43 @@ def test_a_dry_run_and_a_failure_change_nothing(monkeypatch):
     assert model.state_dict().keys() == values.keys()
     assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
     assert not any(vars(module).get("forward") for module in model.modules())
+
+
+class Complex(nn.Sequential):
+    def __init__(self):
+        super().__init__(*(nn.Linear(32, 32, dtype=torch.complex64) for _ in range(3)))
+
+    def forward(self, x):
+        return super().forward(x.to(torch.complex64))
+
+
+class OneBias(nn.Sequential):
+    """Blocks that share a bias."""
+
+    def __init__(self):
+        super().__init__(*(nn.Sequential(nn.Linear(32, 32), nn.Tanh()) for _ in range(3)))
+        for block in self:
+            block[0].bias = self[0][0].bias
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "trained"),
+    [
+        (lambda: nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), "self_attn.out_proj.bias", True),
+        (lambda: nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), "self_attn.in_proj_bias", True),
+        (Complex, "0.bias", True),
+        (OneBias, "0.0.bias", False),
+    ],
+)
+def test_biases_of_the_dense_model_stay_as_they_are_until_the_end(make, name, trained):
+    torch.manual_seed(0)
+    model, data = make(), list(torch.randn(6, 2, 20, 32))
+    values = copy.deepcopy(model.state_dict())
+    settings = {"ratio": 0.5, "calibration": data, "block_epochs": 2, "skip_last": False, **FITS}
+    compress_model(model, "lowrank", dry_run=True, **settings)
+    assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
+    compress_model(model, "lowrank", **settings)
+    assert torch.equal(to_dense_(model).state_dict()[name], values[name]) != trained
 
 
 def test_an_error_restores_the_cache_setting_at_once(monkeypatch):
