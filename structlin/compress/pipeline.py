@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,7 +29,7 @@ from structlin.batches import evaluating, progress_bar
 from structlin.compress.allocate import allocate
 from structlin.compress.blocks import find_chains, parts
 from structlin.compress.calibrate import both_sides, masks_of
-from structlin.compress.commit import commit
+from structlin.compress.commit import committed
 from structlin.compress.config import Compression
 from structlin.compress.data import Data
 from structlin.compress.decide import Choices, choose, shares_of, sizes_of
@@ -139,12 +139,11 @@ def compress(found: Found, evaluate: Evaluate | Evaluator | None, dry_run: bool,
     patched = Patched(model, openings(targets))
     outcomes, blocks = work(found, divide(found, evaluator), patched, True, progress)
     covered = Coverage.of(model, targets, {outcome.target.name for outcome in outcomes if outcome.modules})
-    root = model if dry_run else commit(patched, targets)
     planned = CompressionPlan.of(found.config, [outcome.entry for outcome in outcomes], found.data.statistics)
-    report = Report(root, tuple(o.row for o in outcomes), covered, planned.settings(), blocks=tuple(blocks))
-    if evaluator is not None:
-        report = replace(report, qualities=(evaluator.dense,))
-    report = report if dry_run else together(lambda: measured(report, outcomes, evaluator, found.data))
+    qualities = () if evaluator is None else (evaluator.dense,)
+    with nullcontext(model) if dry_run else committed(patched, targets) as root:
+        report = Report(root, tuple(o.row for o in outcomes), covered, planned.settings(), qualities, tuple(blocks))
+        report = report if dry_run else together(lambda: measured(report, outcomes, evaluator, found.data))
     if report.verdict:
         warnings.warn(report.verdict, stacklevel=3)
     return replace(report, qualities=shared(lambda: report.qualities))

@@ -261,7 +261,7 @@ def test_a_dry_run_and_a_failure_change_nothing(monkeypatch):
     model = Deep(2)
     values = copy.deepcopy(model.state_dict())
     compress_model(model, "lowrank", ratio=0.5, calibration=batches(6), block_epochs=1, dry_run=True)
-    monkeypatch.setattr(pipeline, "commit", lambda *a: 1 / 0)
+    monkeypatch.setattr(pipeline, "committed", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         compress_model(model, "lowrank", ratio=0.5, calibration=batches(6), block_epochs=1)
     assert model.state_dict().keys() == values.keys()
@@ -304,6 +304,35 @@ def test_biases_of_the_dense_model_stay_as_they_are_until_the_end(make, name, tr
     assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
     compress_model(model, "lowrank", **settings)
     assert torch.equal(to_dense_(model).state_dict()[name], values[name]) != trained
+
+
+def rejects_compressed(model):
+    """A task that knows no other layers than those of the dense model."""
+    assert not any(isinstance(module, Factored) for module in model.modules())
+    return 1.0
+
+
+@pytest.mark.parametrize(
+    ("make", "given"),
+    [
+        (lambda: Deep(2), batches(6)),
+        (lambda: nn.Linear(32, 32), list(torch.randn(6, 20, 32))),
+        (lambda: nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), list(torch.randn(6, 2, 20, 32))),
+    ],
+    ids=["blocks", "root", "opened"],
+)
+def test_a_task_that_fails_on_the_compressed_model_leaves_it_dense(make, given):
+    torch.manual_seed(0)
+    model = make()
+    modules, values = list(model.modules()), copy.deepcopy(model.state_dict())
+    settings = {"ratio": 0.5, "calibration": given, "block_epochs": 1, "skip_last": False}
+    with pytest.raises(AssertionError):
+        compress_model(model, "lowrank", evaluate=rejects_compressed, **settings)
+    assert list(model.modules()) == modules
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+    assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
+    model(given[0]) if isinstance(given[0], torch.Tensor) else model(**given[0])
+    compress_model(model, "lowrank", **settings)
 
 
 def test_an_error_restores_the_cache_setting_at_once(monkeypatch):
