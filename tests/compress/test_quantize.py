@@ -98,6 +98,18 @@ def test_dense_layers_are_taken_on_request_and_the_output_layer_is_not():
     assert f"{report.bytes_after:,} B" in str(report)
 
 
+@pytest.mark.parametrize("asked", [{"dense": True}, {"rules": {"*": "int8"}}], ids=["dense", "rule"])
+def test_a_dense_layer_that_must_stay_says_why(asked):
+    model = nn.ModuleDict({"table": nn.Embedding(16, 8), "tied": nn.Linear(8, 16, bias=False), "free": nn.Linear(8, 8)})
+    model["tied"].weight = model["table"].weight
+    model["last"] = nn.Linear(8, 3)
+    rows = {row.name: row for row in structlin.quantize_(model, "int8", **asked).layers}
+    assert rows["free"].format == "int8"
+    assert "its weight is tied to table.weight" in rows["tied"].format
+    assert rows["tied"].bytes_before == rows["tied"].bytes_after == 16 * 8 * 4
+    assert type(model["tied"]) is nn.Linear
+
+
 @pytest.mark.parametrize("structure", [LowRank(rank=6), Kaleidoscope()])
 def test_a_correction_makes_up_for_what_rounding_lost(structure):
     torch.manual_seed(0)
