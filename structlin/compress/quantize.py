@@ -178,6 +178,12 @@ class _Job:
             for t, bits in wanted.items()
             if bits is not None and t.reason is None and not t.stacked and not t.on_request
         }
+        known = self.statistics.grams
+        if narrowed := [name for name, (inside, _) in sizes.items() if name in known and len(known[name]) > inside]:
+            raise ValueError(
+                f"layers {narrowed[:5]} have fewer inputs than the statistics, as where hidden units were removed: "
+                "leave statistics out, or compress with hidden_units=False"
+            )
         self.statistics.check(sizes)
 
     def _known(self, names: Sequence[str]) -> list[str]:

@@ -253,6 +253,16 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(options, message):
     assert not model[0].formats
 
 
+def test_statistics_of_units_that_are_gone_are_refused():
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 4))
+    data = list(torch.randn(6, 30, 16))
+    statistics = structlin.collect_statistics(model, data)
+    structlin.compress_model(model, "auto", ratio=0.3, calibration=data, refine=2, block_epochs=1)
+    with pytest.raises(ValueError, match=r"layers \['2'\] have fewer inputs than the statistics, .* hidden_units=F"):
+        structlin.quantize_(model, "int8", statistics=statistics)
+    assert structlin.quantize_(model, "int8").layers[0].format == "int8"
+
+
 def test_other_refusals():
     with pytest.raises(ValueError, match="no structured layer to quantise; call compress_model first"):
         structlin.quantize_(dense(), "int8")
