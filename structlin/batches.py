@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import fields, is_dataclass
 from itertools import chain
 from typing import Any
@@ -36,19 +37,45 @@ def run(model: nn.Module, batch: Any, forward: Forward | None = None) -> Any:
     )
 
 
+def check_several(name: str, batches: Any, way_out: str = "") -> None:
+    """Refuse one batch, whose rows or keys would be taken for batches, and what holds none, in place of several.
+
+    Raises:
+        TypeError: naming the argument.
+    """
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"{name} is a {type(batches).__name__}; give {way_out}an iterable of batches, for one batch [batch]"
+        )
+
+
 def to_device(value: Any, device: torch.device | None) -> Any:
-    """Move the tensors of nested mappings (which become dicts), tuples (named ones too) and lists; None moves none."""
+    """Move the tensors of nested mappings, tuples (named ones too) and lists, into new ones; None moves none."""
     if device is not None and isinstance(value, Tensor | PackedSequence):
         # A copy to the CPU that does not block may be read before it is complete.
         return value.to(device, non_blocking=device.type != "cpu")  # type: ignore[arg-type]  # stub of PackedSequence
     if isinstance(value, Mapping):
-        return {key: to_device(item, device) for key, item in value.items()}
+        return updated(value, {key: to_device(item, device) for key, item in value.items()})
     if isinstance(value, tuple | list) and not isinstance(value, PackedSequence):
         items = [to_device(item, device) for item in value]
         if hasattr(value, "_fields"):
             return type(value)(*items)
         return items if isinstance(value, list) else tuple(items)
     return value
+
+
+def held_apart(batches: Sequence[Any], count: int) -> tuple[list[Any], list[Any]]:
+    """Split off a number of batches, evenly spread, as batches are often sorted by length: the others, and these."""
+    chosen = {round((k + 0.5) * len(batches) / count - 0.5) for k in range(count)}
+    parts = [[batch for k, batch in enumerate(batches) if (k in chosen) == apart] for apart in (False, True)]
+    return parts[0], parts[1]
+
+
+def updated(mapping: Mapping[Any, Any], items: Mapping[Any, Any]) -> Any:
+    """Copy a mapping with other values of some items: to its own type, which has attributes perhaps, or to a dict."""
+    found: Any = copy(mapping) if isinstance(mapping, MutableMapping) else dict(mapping)
+    found.update(items)
+    return found
 
 
 def cast_to(value: Any, like: Tensor) -> Any:
@@ -67,7 +94,7 @@ def copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.clone()
     if isinstance(value, Mapping):
-        return {key: copied(item) for key, item in value.items()}
+        return updated(value, {key: copied(item) for key, item in value.items()})
     if isinstance(value, tuple | list) and not isinstance(value, PackedSequence):
         items = [copied(item) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

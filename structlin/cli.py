@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _plan(given: argparse.Namespace) -> None:
     model = _folders().load_model(given.model, dtype=DTYPES.get(given.dtype), device=given.device)
-    plan = plan_compression(model, given.structure, calibration=_calibration(given), **_settings(given))
+    structure, settings = _settings(given)
+    plan = plan_compression(model, structure, calibration=_calibration(given), **settings)
     if given.output:
         Path(given.output).write_text(plan.to_json() + "\n", "utf-8")
     print(plan.to_json() if given.json else plan)
@@ -68,11 +69,7 @@ def _compress_here(given: argparse.Namespace) -> None:
     folders = _folders()
     target = Path(given.output)
     folders.check_free(target)  # before the work, not after it
-    settings = _settings(given)
-    structure: Any = given.structure
-    if "layers" in settings["rules"]:
-        structure, settings = CompressionPlan.from_record(settings["rules"]), {}
-    settings |= {n: v for n in ("block_epochs", "blocks") if (v := getattr(given, n)) is not None}
+    structure, settings = _settings(given)
     if given.stream or (given.device is None and shared(lambda: _is_large(given.model))):
         _stream(given, with_settings(structure, settings, "structlin compress"))
         return
@@ -190,17 +187,16 @@ def _optional(module: str, package: str) -> Any:
         raise ImportError(f"{error}; pip install {package}") from error
 
 
-def _settings(given: argparse.Namespace) -> dict[str, Any]:
+def _settings(given: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Return the structure, or a plan, and the settings that were given."""
     rules = json.loads(Path(given.rules).read_text("utf-8")) if given.rules else {}
     if not isinstance(rules, dict):
         raise ValueError(f"{given.rules} holds no JSON object; give patterns with structures, or a plan")
-    return {
-        "ratio": given.ratio,
-        "rules": rules,
-        "exclude": given.exclude,
-        "allocation": given.allocation,
-        "tied": given.tied,
-    }
+    names = ("structure", "ratio", "exclude", "allocation", "tied", "block_epochs", "blocks")
+    settings = {name: value for name in names if (value := getattr(given, name, None)) is not None}
+    if "layers" in rules:
+        return CompressionPlan.from_record(rules).changed(**settings), {}
+    return settings.pop("structure", "auto"), {"ratio": 0.5, "rules": rules, **settings}
 
 
 def _calibration(given: argparse.Namespace) -> list[dict[str, Any]] | None:
@@ -245,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
             added.add_argument(
                 "--block-epochs",
                 type=int,
-                help="of refinement, 0 for none; default 10 with calibration, 0 with --stream",
+                help="of refinement, 0 for none; default 5 with calibration, 0 with --stream",
             )
         _add_settings(added)
     for name, run, text in (
@@ -276,12 +272,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--structure", default="auto", help='a name, "a+b" for a sum, or auto (the default)')
-    parser.add_argument("--ratio", type=float, default=0.5, help="parameters kept / dense; default 0.5")
+    parser.add_argument("--structure", help='a name, "a+b" for a sum, or auto (the default)')
+    parser.add_argument("--ratio", type=float, help="parameters kept / dense; default 0.5")
     parser.add_argument("--rules", metavar="FILE", help="JSON: patterns with structures, or a plan")
-    parser.add_argument("--exclude", nargs="*", default=[], metavar="PATTERN", help="layers that stay dense")
-    parser.add_argument("--allocation", choices=ALLOCATIONS, default="auto")
-    parser.add_argument("--tied", choices=("skip", "replace"), default="skip")
+    parser.add_argument("--exclude", nargs="*", metavar="PATTERN", help="layers that stay dense")
+    parser.add_argument("--allocation", choices=ALLOCATIONS, help="default auto")
+    parser.add_argument("--tied", choices=("skip", "replace"), help="default skip")
     parser.add_argument("--calibration", metavar="FILE", help='text lines, or JSON lines with "text"')
     parser.add_argument("--samples", type=int, default=256, help="texts to take at most; default 256")
     parser.add_argument("--batch-size", type=int, default=8)

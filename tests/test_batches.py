@@ -2,13 +2,14 @@
 
 from collections import UserDict, namedtuple
 from contextlib import suppress
+from types import MappingProxyType
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
-from structlin.batches import device_of, evaluating, pick, progress_bar, run, to_device, unmasked
+from structlin.batches import copied, device_of, evaluating, pick, progress_bar, run, to_device, unmasked
 
 Pair = namedtuple("Pair", ["x", "y"])
 META = torch.device("meta")
@@ -32,6 +33,24 @@ def test_tensors_and_packed_sequences_are_the_only_argument():
     assert run(nn.Identity(), packed) is packed
     with pytest.raises(TypeError, match=r"a batch is a str; use a mapping, .* or pass forward="):
         run(nn.Identity(), "text")
+
+
+class Fields(dict):
+    """A mapping whose items are attributes, as those of transformers' BatchEncoding are."""
+
+    __getattr__ = dict.__getitem__
+
+
+@pytest.mark.parametrize("change", [copied, lambda batch: to_device(batch, torch.device("cpu"))])
+def test_mappings_keep_their_type(change):
+    batch = Fields(x=X, inner=UserDict(y=Y), fixed=MappingProxyType({"x": X}))
+    found = change(batch)
+    assert torch.equal(found.x, X)
+    assert torch.equal(found.inner["y"], Y)
+    assert [type(value) for value in (found, found.inner, found.fixed)] == [Fields, UserDict, dict]
+    found["x"] = found.inner["y"] = None
+    assert batch.x is X
+    assert batch.inner["y"] is Y
 
 
 def test_tensors_inside_a_batch_are_moved():

@@ -57,6 +57,16 @@ def test_compress_inspect_verify_merge(source, tmp_path, capsys):
     torch.testing.assert_close(dense(ids).last_hidden_state, model(ids).last_hidden_state, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["out", "made/here/out"])
+def test_a_target_inside_the_source_is_no_part_of_it(name, source):
+    (source / "1_Pooling").mkdir()
+    (source / "1_Pooling" / "config.json").write_text("{}")
+    assert main(["compress", str(source), str(source / name), "--structure", "lowrank"]) == 0
+    found = {str(path.relative_to(source / name)) for path in (source / name).rglob("*")}
+    assert "1_Pooling/config.json" in found
+    assert not any(part in path.split("/") for path in found for part in ("made", "out"))
+
+
 def test_quantize_writes_integers(source, tmp_path, capsys):
     out, small = tmp_path / "out", tmp_path / "small"
     assert main(["compress", str(source), str(out), "--structure", "lowrank", "--ratio", "0.5"]) == 0
@@ -75,6 +85,9 @@ def test_a_plan_is_written_edited_and_carried_out(source, tmp_path, capsys):
     record = json.loads(plan.read_text())
     next(layer for layer in record["layers"] if layer["name"].endswith("0.attention.self.query"))["structure"] = None
     plan.write_text(json.dumps(record))
+    for option, value in (("exclude", "query"), ("ratio", "0.3"), ("structure", "monarch"), ("tied", "replace")):
+        assert main(["compress", str(source), str(out), "--rules", str(plan), f"--{option}", value]) == 1
+        assert f"a plan holds its {option} layer by layer; edit the plan" in capsys.readouterr().err
     capsys.readouterr()
     assert main(["compress", str(source), str(out), "--rules", str(plan), "--json"]) == 0
     layers = {layer["name"]: layer for layer in json.loads(capsys.readouterr().out)["layers"]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from structlin.batches import Forward, copied, device_of, evaluating, kept, run, to_device
+from structlin.batches import Forward, check_several, copied, device_of, evaluating, kept, run, to_device
 from structlin.compress.config import Compression, Mask, check_mask
 from structlin.compress.data import Data
 from structlin.compress.gradients import add_gradients, sampled_loss, through, watch
@@ -118,6 +118,7 @@ def collect_statistics(
         torch.Size([8, 8])
     """
     how = Collecting(**options)
+    check_several("batches", batches)
     return collect(model, _chosen(model, names, how.tied), batches, forward, loss, how)
 
 
@@ -262,21 +263,20 @@ def collect_shifted(
 
 
 def collect_passes(
-    targets: Sequence[Target], passes: Sequence[Pass], how: Collecting, blank: bool = False
+    targets: Sequence[Target], passes: Sequence[Pass], how: Collecting, blanks: Collection[str] = ()
 ) -> Statistics:  # fmt: skip
     """Collect the input Grams of targets in the part of the model that the passes run, on its dense inputs.
 
-    With `blank`, only which layers share inputs is wanted: Grams stay zero, but for those of stacks, and the passes end
-    as soon as all layers were called.
+    Of `blanks` only which layers share inputs is wanted: their Grams stay zero. If these are all the targets, the
+    passes end as soon as each was called.
     """
     leaves = [(leaf, keys_of(target)) for target in targets for leaf in target.leaves]
-    blanks = {target.name for target in targets if blank and not target.stacked}
     sums = Sums(how.dtype, how.exact, blanks)
     for each in passes:
         with hooked(leaves, partial(sums.add, keep=each.keep)):
             each.dense()
         sums.settle()
-        if len(blanks) == len(targets) and blanks <= frozenset().union(*sums.totals):
+        if len(blanks) == len(targets) and frozenset(blanks) <= frozenset().union(*sums.totals):
             break
     (grams,), tokens = sums.result(targets, 1)
     return Statistics(grams, tokens)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from structlin.adapters import Origin
 from structlin.adapters.adapter import shell_of
@@ -92,8 +93,9 @@ def assemble(swaps: Mapping[nn.Module, nn.Module], targets: Sequence[Target]) ->
     return result
 
 
-def commit(patched: Patched, targets: Sequence[Target]) -> nn.Module:
-    """Swap all modules, or none, and give the norms and biases of refined blocks their values.
+@contextmanager
+def committed(patched: Patched, targets: Sequence[Target]) -> Iterator[nn.Module]:
+    """Swap all modules, and give the norms and biases of refined blocks their values; an error inside undoes both.
 
     Args:
         patched: the model with its compressed layers and refined parameters.
@@ -101,11 +103,22 @@ def commit(patched: Patched, targets: Sequence[Target]) -> nn.Module:
     Returns:
         The root, or its replacement.
     """
-    root = swap_modules(patched.model, assemble(patched.swaps, targets))
-    with torch.no_grad():
-        for parameter, value in patched.values.items():
-            parameter.copy_(value)
-    return root
+    swaps = assemble(patched.swaps, targets)
+    before = {parameter: parameter.detach().clone() for parameter in patched.values}
+    root = swap_modules(patched.model, swaps)
+    try:
+        _set(patched.values)
+        yield root
+    except BaseException:
+        swap_modules(root, {new: old for old, new in swaps.items()})
+        _set(before)
+        raise
+
+
+@torch.no_grad()
+def _set(values: Mapping[nn.Parameter, Tensor]) -> None:
+    for parameter, value in values.items():
+        parameter.copy_(value)
 
 
 def _own(user: User) -> None:

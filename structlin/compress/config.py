@@ -140,6 +140,8 @@ class Compression:
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
         _check_count("seed", self.seed)
+        if self.ratio is not None:
+            check_ratio(self.ratio)
         check_mask(self.mask)
         if not 0 < self.held_back < 1:
             raise ValueError(f"held_back={self.held_back} is outside (0, 1); it is a share of the calibration batches")
@@ -166,30 +168,27 @@ class Compression:
         return default, kept + [(pattern, self._choice(value, default)) for pattern, value in self.rules.items()]
 
     def _choice(self, value: Value, default: Choice | None) -> Choice | None:
-        if self.ratio is not None:
-            check_ratio(self.ratio)
-        if value is None:
+        if value is None or value == {"structure": None}:
             return None
         if isinstance(value, Mapping):
             return _from_mapping(value, default, self.ratio, self.refine)
-        if isinstance(value, str):
-            if self.ratio is None:
-                raise ValueError(
-                    f"structure {value!r} needs a ratio (or an instance such as LowRank(rank=8) with its sizes)"
-                )
-            return Choice(_family(value), self.ratio, self.refine)
-        if isinstance(value, type) and issubclass(value, StructuredLinear) and value.structure_class is not None:
-            return self._choice(value.structure_class.name, default)
-        if isinstance(value, Structure):
-            return Choice(value, None, self.refine)
-        raise TypeError(
-            f"a rule holds {type(value).__name__}; use a structure, its name, its layer class, a mapping, or None to "
-            "stay dense"
-        )
+        structure = _named(value)
+        if isinstance(structure, Structure):
+            return Choice(structure, None, self.refine)
+        if self.ratio is None:
+            raise ValueError(
+                f"structure {value!r} needs a ratio (or an instance such as LowRank(rank=8) with its sizes)"
+            )
+        return Choice(structure, self.ratio, self.refine)
 
     def changed(self, **settings: Any) -> Self:
         """Return a copy with other values of some settings, checked again."""
         return dataclasses.replace(self, **settings)
+
+    def check_batches(self, batches: Sequence[Any]) -> None:
+        """Refuse to go without batches where a stage that was asked for runs the model."""
+        if (self.sequential or self.block_epochs) and not batches:
+            raise ValueError("sequential=True and block_epochs run the model again: pass calibration as batches")
 
     # JSON ------------------------------------------------------------------------------------------------------------
 
@@ -278,29 +277,36 @@ def _from_mapping(
 ) -> Choice:  # fmt: skip
     """Read a rule such as {"structure": "kronecker", "terms": 4} or {"ratio": 0.25}."""
     fields = dict(value)
-    named = fields.pop("structure", default.structure if default else None)
+    structure: Any = _named(fields.pop("structure")) if "structure" in fields else default and default.structure
     # Hyperparameters fix the sizes, so that the general ratio does not apply to them.
     ratio, refine = fields.pop("ratio", None if fields else ratio), fields.pop("refine", refine)
     if ratio is not None:
         check_ratio(ratio)
     if refine is not None:
         _check_count("refine", refine)
-    if named is None:
+    if structure is None:
         raise ValueError(f"rule {dict(value)} names no structure and there is no default; add structure=")
-    structure = _family(named) if isinstance(named, str) else named
     if fields or (not isinstance(structure, Structure) and ratio is None):
         if ratio is not None or isinstance(structure, Structure):
             raise ValueError(f"rule {dict(value)} gives hyperparameters besides a ratio or an instance; give one")
         if not isinstance(structure, type):
-            raise ValueError(f"rule {dict(value)}: {named!r} finds its sizes from a ratio; add ratio=")
+            raise ValueError(f"rule {dict(value)}: {value.get('structure')!r} finds its sizes from a ratio; add ratio=")
         return Choice(_instance(structure, fields), None, refine)
     if isinstance(structure, Structure) and "ratio" in value:
         structure = type(structure)
     return Choice(structure, None if isinstance(structure, Structure) else ratio, refine)
 
 
-def _family(name: str) -> Families:
-    return AUTO if name == "auto" else family(name)
+def _named(value: Any) -> Structure | Families:
+    """Return an instance, or what a name or a layer class stands for."""
+    if isinstance(value, type) and issubclass(value, StructuredLinear) and value.structure_class is not None:
+        value = value.structure_class.name
+    if isinstance(value, str):
+        return AUTO if value == "auto" else family(value)
+    if isinstance(value, Structure):
+        return value
+    kind = type(value).__name__
+    raise TypeError(f"a rule holds {kind}; use a structure, its name, its layer class, a mapping, or None (dense)")
 
 
 def _instance(cls: type[Structure], fields: Mapping[str, Any]) -> Structure:

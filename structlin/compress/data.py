@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from structlin.batches import Forward
+from structlin.batches import Forward, check_several, held_apart
 from structlin.compress.statistics import SHRINKAGE, Statistics
 from structlin.fitting.objective import InputGram
 
@@ -48,23 +48,21 @@ class Data:
         """Sort what the caller gave, and hold a share of the batches back (at most 8) if there is no `validation`.
 
         Raises:
-            TypeError: if calibration is neither statistics nor an iterable of batches.
+            TypeError: if calibration is neither statistics nor an iterable of batches, or validation is no iterable.
             ValueError: if it holds no batch.
         """
-        held_back = tuple(validation) if validation is not None else ()
+        given = () if validation is None else validation
+        check_several("validation", given)
+        held_back = tuple(given)
         if calibration is None or isinstance(calibration, Statistics):
             return cls(calibration, (), held_back, forward)
-        if isinstance(calibration, (Tensor, Mapping, str)) or not isinstance(calibration, Iterable):
-            raise TypeError(f"calibration is a {type(calibration).__name__}; give Statistics or an iterable of batches")
+        check_several("calibration", calibration, "Statistics or ")
         batches = tuple(calibration)
         if not batches:
             raise ValueError("calibration holds no batch; give at least one")
         if validation is None and len(batches) > 1:
             count = min(MOST_HELD_BACK, max(1, round(share * len(batches))))
-            # Evenly spread: batches are often sorted by length.
-            chosen = {round((k + 0.5) * len(batches) / count - 0.5) for k in range(count)}
-            held_back = tuple(batch for k, batch in enumerate(batches) if k in chosen)
-            batches = tuple(batch for k, batch in enumerate(batches) if k not in chosen)
+            batches, held_back = map(tuple, held_apart(batches, count))
         return cls(None, batches, held_back, forward)
 
     def checked(self, sizes: Mapping[str, tuple[int, int]], shrinkage: float) -> Self:
@@ -74,7 +72,7 @@ class Data:
         return replace(self, shrinkage=shrinkage)
 
     def expert_grams(self, names: Sequence[str]) -> list[tuple[InputGram | None, Tensor | None]]:
-        """Return the same for the matrices of a stack, each shrunk towards the pooled Gram where it saw few inputs.
+        """Return what `grams` does for each matrix of a stack, shrunk towards the pooled Gram where it saw few inputs.
 
         The pooled Gram counts as `in_features` further inputs of each matrix: an expert that saw none of its own is
         fitted to the inputs of all.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from structlin.compress.allocate import Share
-from structlin.compress.config import AUTO, Choice, Compression, describe, matches
+from structlin.compress.config import AUTO, Choice, Compression, Pattern, describe, matches
 from structlin.compress.plan import CompressionPlan, Wanted
 from structlin.compress.targets import Target
 from structlin.equation.structure import Structure
@@ -73,14 +73,13 @@ def choose(config: Compression, targets: Sequence[Target], last: Target | None) 
 
 
 def _choice(
-    target: Target, rules: Sequence[tuple[object, Choice | None]], default: Choice | None, is_last: bool
+    target: Target, rules: Sequence[tuple[Pattern, Choice | None]], default: Choice | None, is_last: bool
 ) -> Choice | str:
     if target.reason:
         return target.reason
     for pattern, chosen in rules:
-        if matches(pattern, target.spellings, target.linear):  # type: ignore[arg-type]
-            kept = f"rule {describe(pattern)} keeps it dense"  # type: ignore[arg-type]
-            return _over_taps(chosen, target) if chosen else kept
+        if matches(pattern, target.spellings, target.linear):
+            return _over_taps(chosen, target) if chosen else f"rule {describe(pattern)} keeps it dense"
     if target.on_request:
         return "it is an embedding; name it in a rule to compress it"
     if is_last and not _tied(target):

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from structlin.batches import (
     Forward,
+    check_several,
     copied,
     device_of,
     divergence,
@@ -59,6 +60,7 @@ class Evaluator:
         evaluate: Evaluate | None = None,
         forward: Forward | None = None,
     ) -> None:
+        check_several("batches", batches)
         self.batches = tuple(batches)
         self._evaluate, self._forward = evaluate, forward
         self._size = sum(parameter.numel() for parameter in model.parameters())
@@ -115,8 +117,13 @@ class Evaluator:
             kl = mean([divergence(found, expected) for found, expected in pairs])
             same = [(found.argmax(-1) == expected.argmax(-1)).double().mean() for found, expected in pairs]
             return Quality(stage, size, task, kl=kl, top1=mean(same))
-        cosines = [torch.cosine_similarity(found, expected, dim=-1).mean() for found, expected in pairs]
+        cosines = [torch.cosine_similarity(_real(found), _real(expected), dim=-1).mean() for found, expected in pairs]
         return Quality(stage, size, task, cosine=mean(cosines))
+
+
+def _real(output: Tensor) -> Tensor:
+    """Return the real and the imaginary part of complex entries side by side."""
+    return torch.view_as_real(output).flatten(-2) if output.is_complex() else output
 
 
 def _are_logits(kind: str, output: Tensor) -> bool:

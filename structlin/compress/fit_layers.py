@@ -32,6 +32,7 @@ from structlin.runtime.contract import to_dense
 from structlin.structures import Sum
 
 JUDGES = 8  # passes that tell which way of narrowing an MLP moves its block less
+NOT_FASTER = "its MLP with fewer hidden units is not faster, and require_speedup was asked for"
 SMALL = 2**16  # entries of a weight whose race costs little, as often as it is run
 
 
@@ -42,12 +43,12 @@ class Purse:
     Args:
         ratios: what each layer is to keep, by name; layers without one do not take part.
         spare: parameters left over so far.
-        winners: name of the structure that the first layer of each large shape (out, in) chose; None forgets.
+        winners: name of the structure that the first layer of each large size (entries, out, in) chose; None forgets.
     """
 
     ratios: Mapping[str, float]
     spare: float = 0.0
-    winners: dict[torch.Size, str] | None = None
+    winners: dict[tuple[int, ...], str] | None = None
 
     def choice(self, target: Target, choice: Wanted, count: int) -> Wanted:
         """Return a choice with its ratio from the budget; `count` layers share what is left over.
@@ -56,7 +57,8 @@ class Purse:
         what close structures differ in is less than what the race costs.
         """
         if isinstance(choice, Choice) and isinstance(choice.structure, Sequence) and self.winners is not None:
-            winner = self.winners.get(target.linear.weight.shape)
+            linear = target.linear
+            winner = self.winners.get((linear.weight.numel(), linear.out_features, linear.in_features))
             left = tuple(f for f in choice.structure if f.name == winner or (winner and not f.refine_steps))
             choice = replace(choice, structure=left or choice.structure)
         ratio = self.ratios.get(target.name)
@@ -67,14 +69,14 @@ class Purse:
         size = target.linear.weight.numel()
         return replace(choice, ratio=min(max(ratio + self.spare / count / size, 1e-9), 1.0))
 
-    def settle(self, outcomes: Sequence[Outcome]) -> None:
+    def settle(self, entries: Sequence[PlanEntry]) -> None:
         """Take the parameters of compressed layers from the budget, and remember their structures."""
-        compressed = [outcome.entry for outcome in outcomes if outcome.entry.structure]
+        compressed = [entry for entry in entries if entry.structure]
         if self.winners is not None:
-            for outcome in outcomes:
-                kind = _kind(outcome.entry.structure)
-                if kind and outcome.target.linear.weight.numel() > SMALL:
-                    self.winners.setdefault(outcome.target.linear.weight.shape, kind)
+            for entry in compressed:
+                kind = _kind(entry.structure)
+                if kind and entry.parameters_before > SMALL:
+                    self.winners.setdefault((entry.parameters_before, entry.out_features, entry.in_features), kind)
         self.spare += sum(
             self.ratios[entry.name] * entry.parameters_before - entry.parameters_after
             for entry in compressed
@@ -188,7 +190,9 @@ def fit_part(
         if mlp is not None:
             aims = shifted([mlp.down], part.passes, data.shrinkage) if shift else {}
             options = narrow(mlp, wanted, data, aims.get(mlp.down.name), config.budget)
-            built = _best([_built(group, fits, data) for fits in options], part, patched)
+            screened = [screen(_built(group, fits, data)) for fits in options]
+            ways = [way for way in screened if all(outcome.modules for outcome in way)]
+            built = _best(ways, part, patched) if ways else [outcome.kept(NOT_FASTER) for outcome in screened[-1]]
             advance(len(group), mlp.down.name)
         else:
             behind = [t for t in group if shift and _is_fitted(wanted[t.name]) and t.name in grams]
@@ -197,7 +201,7 @@ def fit_part(
                 _fit_some, wanted=wanted, behind=behind, part=part, data=data, config=config, advance=advance
             )
             built = _built(group, spread(work, group, costs), data)
-        purse.settle(built)
+        purse.settle([outcome.entry for outcome in built])
         for outcome in built if mlp else screen(built):
             patched.swaps.update(outcome.modules)
             result.append(outcome)
@@ -237,7 +241,7 @@ def _fit_some(
         known = None if choice is entry and aim is not None else entry.fit_of(target.linear.weight)
         return fit_layer(entry, target, data, aim, known)
 
-    for found in each(work, mine, False, ""):
+    for found in each(work, mine):
         error = found.error if found.output_error is None else found.output_error
         advance(1, found.entry.name + ("" if error is None else f" {error:.3f}"))
         yield found

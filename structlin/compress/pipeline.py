@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,7 +29,7 @@ from structlin.batches import evaluating, progress_bar
 from structlin.compress.allocate import allocate
 from structlin.compress.blocks import find_chains, parts
 from structlin.compress.calibrate import both_sides, masks_of
-from structlin.compress.commit import commit
+from structlin.compress.commit import committed
 from structlin.compress.config import Compression
 from structlin.compress.data import Data
 from structlin.compress.decide import Choices, choose, shares_of, sizes_of
@@ -40,7 +40,7 @@ from structlin.compress.output import declared_output, last_target, vocabulary_o
 from structlin.compress.patched import Patched, model_runs
 from structlin.compress.plan import CompressionPlan
 from structlin.compress.processes import ranks, shared, together
-from structlin.compress.refine import refine
+from structlin.compress.refine import check_refinable, refine
 from structlin.compress.report import BlockReport, Coverage, Outcome, Report
 from structlin.compress.scramble import widened
 from structlin.compress.speed import only_faster
@@ -73,8 +73,7 @@ def find(model: nn.Module, config: Compression, data: Data, checks: bool, meta: 
         raise ValueError(
             "allocation='global' is checked from end to end: pass calibration as two or more batches, or validation="
         )
-    if (config.sequential or config.block_epochs) and not data.batches:
-        raise ValueError("sequential=True and block_epochs run the model again: pass calibration as batches")
+    config.check_batches(data.batches)
     return Found(model, config, data, targets, choices)
 
 
@@ -134,17 +133,17 @@ def work(
 
 def compress(found: Found, evaluate: Evaluate | Evaluator | None, dry_run: bool, progress: bool | None) -> Report:
     """Carry the settings out: steps 2 to 6."""
+    check_refinable(found.model, found.config.block_epochs, found.data.batches)
     found, model, targets = observe(found), found.model, found.targets
     evaluator = together(lambda: Evaluator.of(model, found.data, evaluate))
     patched = Patched(model, openings(targets))
     outcomes, blocks = work(found, divide(found, evaluator), patched, True, progress)
     covered = Coverage.of(model, targets, {outcome.target.name for outcome in outcomes if outcome.modules})
-    root = model if dry_run else commit(patched, targets)
     planned = CompressionPlan.of(found.config, [outcome.entry for outcome in outcomes], found.data.statistics)
-    report = Report(root, tuple(o.row for o in outcomes), covered, planned.settings(), blocks=tuple(blocks))
-    if evaluator is not None:
-        report = replace(report, qualities=(evaluator.dense,))
-    report = report if dry_run else together(lambda: measured(report, outcomes, evaluator, found.data))
+    qualities = () if evaluator is None else (evaluator.dense,)
+    with nullcontext(model) if dry_run else committed(patched, targets) as root:
+        report = Report(root, tuple(o.row for o in outcomes), covered, planned.settings(), qualities, tuple(blocks))
+        report = report if dry_run else together(lambda: measured(report, outcomes, evaluator, found.data))
     if report.verdict:
         warnings.warn(report.verdict, stacklevel=3)
     return replace(report, qualities=shared(lambda: report.qualities))

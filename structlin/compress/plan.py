@@ -177,11 +177,6 @@ class CompressionPlan(Compression):
                 )
         return replace(self, **settings)
 
-    def entries_for(self, targets: Sequence[Target]) -> list[PlanEntry]:
-        """Return the entries in the order of targets; a layer that the plan does not name stays dense."""
-        known = {entry.name: entry for entry in self.entries}
-        return [known.get(target.name) or _unnamed(target) for target in targets]
-
     def settings(self) -> Self:
         """Return the plan without fits and statistics, as reports carry it."""
         entries = tuple(replace(entry, fitted=None) for entry in self.entries)
@@ -258,10 +253,6 @@ def dense_entry(target: Target, reason: str | None) -> PlanEntry:
     """Return the entry of a layer that stays dense, for a reason."""
     sizes = target.linear.in_features, target.linear.out_features
     return PlanEntry(target.name, target.names[1:], *sizes, None, reason, count=len(target.parts))
-
-
-def _unnamed(target: Target) -> PlanEntry:
-    return dense_entry(target, target.reason or "the plan does not name it")
 
 
 def _rule(entry: PlanEntry) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from structlin.compress.commit import assemble, replacements, swap_modules
 from structlin.compress.config import Pattern, describe, matches
@@ -69,7 +70,8 @@ def quantize_(
         rules: pattern -> "int8", "int4" or None (stays as it is), as for `compress_model`; the first match wins. A
             dense layer that a rule names is quantised, `dense` or not.
     Returns:
-        A report; its `model` is the model, another object only where the root itself was dense.
+        A report, which has asked-for layers that must stay dense too, with the reason; its `model` is the model,
+        another object only where the root itself was dense.
     Raises:
         ValueError: if a setting is unknown, a rule or the whole call matches no layer, statistics lack a layer, or
             factors are not finite; the model is unchanged.
@@ -97,8 +99,12 @@ def quantize_(
     for module, bits in chosen.items():
         found = _explained(structured[module][0], job.structured, module, structured[module], bits, factors)
         rows.append(found)
+    left: list[QuantizedLayer] = []
     for target, bits in wanted.items():
-        if bits is not None and target.reason is None:
+        if bits is not None and target.reason is not None:
+            size = sum(parameter.nbytes for parameter in target.linear.parameters() if not is_lazy(parameter))
+            left.append(QuantizedLayer(target.name, "dense", target.reason, size, size))
+        elif bits is not None:
             row, layer = _explained(target.name, job.dense_layer, target, bits)
             rows.append(row)
             swaps |= replacements(target, layer)
@@ -110,7 +116,7 @@ def quantize_(
     for module, held in factors.items():
         for name, factor in held.items():
             module.hold(name, factor)
-    return Quantization(swap_modules(model, assemble(swaps, targets)), tuple(rows))
+    return Quantization(swap_modules(model, assemble(swaps, targets)), (*rows, *left))
 
 
 @dataclass
@@ -172,6 +178,12 @@ class _Job:
             for t, bits in wanted.items()
             if bits is not None and t.reason is None and not t.stacked and not t.on_request
         }
+        known = self.statistics.grams
+        if narrowed := [name for name, (inside, _) in sizes.items() if name in known and len(known[name]) > inside]:
+            raise ValueError(
+                f"layers {narrowed[:5]} have fewer inputs than the statistics, as where hidden units were removed: "
+                "leave statistics out, or compress with hidden_units=False"
+            )
         self.statistics.check(sizes)
 
     def _known(self, names: Sequence[str]) -> list[str]:
@@ -208,7 +220,7 @@ class _Job:
         return _row(names[0], module.structure, f"int{bits}", before, after, roundings)
 
     def dense_layer(self, target: Target, bits: int) -> tuple[QuantizedLayer, Factored]:
-        """Build the quantised layer that takes the place of a dense one."""
+        """Build the quantised layer that takes the place of a dense one, whose bias `replacements` gives it."""
         linear = target.linear
         weights = [weight.detach() for weight in target.matrices]
         grams = self._grams(target.names, (len(weights),) if target.stacked else ())
@@ -226,8 +238,6 @@ class _Job:
         roundings = [rounding for _, rounding in found]
         for name, factor in _held(layer.spec, roundings, target.stacked).items():
             layer.hold(name, factor)
-        if linear.bias is not None:
-            layer.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=linear.bias.requires_grad)
         text = f"int{bits}" if structure == Dense() else f"int{bits} + int{CORRECTION}"
         before = sum(weight.nbytes for weight in weights)
         return _row(target.name, structure, text, before, layer.nbytes, roundings), layer.train(linear.training)

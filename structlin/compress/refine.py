@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,15 @@ class _WideAdam(torch.optim.AdamW):
             parameter.copy_(group["params"][0])
 
 
+def check_refinable(model: nn.Module, epochs: int | None, batches: Sequence[Any]) -> None:
+    """Refuse to refine, where there are batches for it, the blocks of a model that can take no gradients."""
+    if batches and epochs != 0 and any(parameter.is_inference() for parameter in model.parameters()):
+        raise ValueError(
+            "the model was made under torch.inference_mode, and its blocks cannot be refined: make it outside, or pass "
+            "block_epochs=0"
+        )
+
+
 def refine(
     part: Part,
     swaps: Mapping[nn.Module, nn.Module],
@@ -70,12 +80,12 @@ def refine(
         epochs: passes over the batches and their scrambled copies; None takes EPOCHS or ALONE.
         given: number of passes, the first ones, whose batches are as they were given: some of these judge.
     Returns:
-        One report, none if there is nothing to train.
+        One report, none if there is nothing to train, or no gradient of the outputs reaches it.
     """
     new = _copies(part, swaps)
     patched.values |= new
-    layers = dict.fromkeys(swaps.values())
-    owned = dict.fromkeys(p for layer in layers for p in layer.parameters() if p not in patched.values)
+    layers, dense = dict.fromkeys(swaps.values()), {*patched.values, *_biases(swaps)}
+    owned = dict.fromkeys(p for layer in layers for p in layer.parameters() if p not in dense)
     trained = {str(k): p for k, p in enumerate([*owned, *new.values()])}
     if not trained or not part.passes:
         return []
@@ -98,8 +108,12 @@ def refine(
     with requiring_gradients(modules, set(trained.values())), torch.enable_grad(), patched.changed():
         options = HealOptions(epochs=epochs, every=given, clip=None)
         stream = Stream(learning, epochs, next(iter(trained.values())).device)
+        first = loss(judges[0])
+        if not first.requires_grad:
+            return []
+        first = first.detach()  # frees its graph
         with torch.no_grad():
-            start = sum(loss(number).item() for number in judges) / len(judges)
+            start = sum([first.item(), *(loss(number).item() for number in judges[1:])]) / len(judges)
         optimizer = _WideAdam(list(trained.values()), RATE * min(1.0, REACH * math.sqrt(start)))
         run = Run(part.module, loss, optimizer, trained, stream, judges, options, epochs * len(learning))
         found = together(lambda: run.run(lambda *_, **__: None))
@@ -113,13 +127,23 @@ def _in_turn(given: int, count: int) -> list[int]:
     return sorted(range(count), key=lambda number: (number % given, number))
 
 
+def _biases(swaps: Mapping[nn.Module, nn.Module]) -> set[nn.Parameter]:
+    """Return the biases of dense leaves, which the structured layers have too."""
+    return {bias for leaf in swaps if (bias := leaf._parameters.get("bias")) is not None}
+
+
 def _copies(part: Part, swaps: Mapping[nn.Module, nn.Module]) -> dict[nn.Parameter, nn.Parameter]:
-    """Copy the norms and biases of a block that nothing outside of it uses: vectors, of modules that stay."""
+    """Copy the norms and biases of a block that nothing outside of it uses: vectors, of modules that stay.
+
+    A leaf of an opened module has a view of a packed bias, which is no parameter of the block.
+    """
     answering = [m for layer in swaps.values() for m in layer.modules()]
     stay = [m for m in part.module.modules() if m not in swaps and not isinstance(m, Factored)]
+    views = _biases(swaps) - set(part.module.parameters())
     return {
         p: nn.Parameter(p.detach().clone())
         for module in (*stay, *answering)
         for p in module._parameters.values()
-        if p is not None and p.ndim == 1 and p.is_floating_point() and p in part.own
+        if p is not None
+        and (p in views or (p.ndim == 1 and (p.is_floating_point() or p.is_complex()) and p in part.own))
     }

@@ -155,6 +155,15 @@ class Outcome:
         """The structured layer, None where the layer stays dense."""
         return next((module for module in self.modules.values() if isinstance(module, StructuredLinear)), None)
 
+    def kept(self, reason: str) -> Outcome:
+        """Return the outcome of a layer that stays dense after all, for this reason if it has none yet."""
+        entry = replace(self.entry, structure=None, reason=self.entry.reason or reason, sizes=None, fitted=None)
+        row = replace(
+            self.row, structure=None, reason=entry.reason, parameters_after=entry.parameters_after, bias_lost=0,
+            flops_after=self.row.flops_before, error=None, output_error=None,
+        )  # fmt: skip
+        return Outcome(self.target, entry, row, {})
+
 
 @dataclass(frozen=True)
 class BlockReport:
@@ -331,13 +340,8 @@ def _cells(row: LayerReport) -> tuple[str, ...]:
     if row.structure is None:
         return name, shape(row), f"dense: {row.reason}", f"{row.parameters_before:,}", "1", "1", "", "", ""
     return (
-        name,
-        shape(row),
-        row.structure,
-        f"{row.parameters_after:,}",
-        f"{row.parameters_after / row.parameters_before:.3f}",
-        f"{row.flops_after / row.flops_before:.2f}",
-        "" if row.error is None else f"{row.error:.4f}",
-        "" if row.output_error is None else f"{row.output_error:.4f}",
+        name, shape(row), row.structure, f"{row.parameters_after:,}",
+        f"{row.parameters_after / row.parameters_before:.3f}", f"{row.flops_after / row.flops_before:.2f}",
+        "" if row.error is None else f"{row.error:.4f}", "" if row.output_error is None else f"{row.output_error:.4f}",
         f"{row.seconds:.2f}",
-    )
+    )  # fmt: skip

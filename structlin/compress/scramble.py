@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from structlin.batches import updated
+
 # Share of the tokens that are exchanged, and copies of each batch. The dense blocks say what is right for any input, so
 # a block that is refined on more than the calibration text overfits it less: several copies seen a few times are
 # better than one seen often.
@@ -50,7 +52,7 @@ def scrambled(batches: Sequence[Any], share: float = SHARE, seed: int = 0, vocab
         ids = batch[KEY]
         drawn = pool[torch.randint(len(pool), ids.shape, generator=generator)].to(ids.device)
         chosen = free & (torch.rand(ids.shape, generator=generator) < share).to(ids.device)
-        found.append({**batch, KEY: torch.where(chosen, drawn, ids)})
+        found.append(updated(batch, {KEY: torch.where(chosen, drawn, ids)}))
     return found
 
 

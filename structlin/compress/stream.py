@@ -32,13 +32,14 @@ from structlin.compress.decide import Choices, choose
 from structlin.compress.fit_layers import Purse, fit_part
 from structlin.compress.output import last_target, vocabulary_of
 from structlin.compress.patched import Pass, Patched, model_passes, model_runs, without_cache
-from structlin.compress.plan import CompressionPlan
+from structlin.compress.plan import CompressionPlan, PlanEntry
 from structlin.compress.refine import refine
 from structlin.compress.report import BlockReport, Coverage, LayerReport, Outcome, Report
 from structlin.compress.scramble import widened
 from structlin.compress.skeleton import Read, StandIns, check_apart, empty, fill, slots_in
 from structlin.compress.speed import only_faster
 from structlin.compress.targets import Target, find_targets, openings
+from structlin.compress.units import asks
 from structlin.compress.workers import seeded
 from structlin.fitting.fit import check_weight
 
@@ -59,7 +60,8 @@ def compress_stream(
     """Compress a model part by part into the shards of a journal; parts that it has already are not done again.
 
     Layers are fitted as `compress_model` fits them with `output_metric=False, allocation="uniform"`, and blocks refined
-    where `block_epochs` says so. Memory: what lies outside of the chains, one block, and the fits of its layers.
+    where `block_epochs` says so. Memory: what lies outside of the chains, one block, and the Grams and fits of its
+    layers; hidden states are in files.
 
     Args:
         model: the skeleton: parameters and persistent buffers on the meta device. It becomes the skeleton of the
@@ -104,6 +106,8 @@ def compress_stream(
                 work.outside(members)
             elif number is not None and chains[number][position][0] not in work.done:
                 work.block(number, position, members, f"model-{shards:05d}-of-{total:05d}.safetensors")
+            elif number is not None:
+                work.purse.settle(_entries(work.done[chains[number][position][0]]))
         if REST not in work.done:
             model = work.rest(f"model-{total:05d}-of-{total:05d}.safetensors")
     swap_modules(model, {})  # tells integrations that layers were swapped
@@ -122,6 +126,7 @@ class _Work:
         self.config = config.changed(block_epochs=config.block_epochs or 0)
         self.choices, self.device, self.dtype, self.advance = choices, device, dtype, advance
         self.data = replace(data, shrinkage=config.shrinkage)
+        self.purse = Purse({}, winners={} if data.batches else None)  # without, layers in memory are fitted at once
         self.done = {found["part"]: found for found in journal.records}
         batches = widened(data.batches, config.seed, vocabulary_of(model))
         self.masks = masks_of(config.mask, batches)
@@ -220,19 +225,23 @@ class _Work:
         seen = [target for target in chosen if not target.on_request]
         statistics = None
         if seen and part.passes:
-            # Layers behind others are fitted to Grams of their own inputs.
-            how, blank = Collecting(mask=self.config.mask, exact=True), self.config.sequential is not False
-            passes = part.passes[: len(self.data.batches)]
-            statistics = collect_passes(seen, passes, how, blank).rounded(how.dtype)
+            how, passes = Collecting(mask=self.config.mask, exact=True), part.passes[: len(self.data.batches)]
+            blanks = {target.name for target in seen if self._is_shifted(target)}
+            statistics = collect_passes(seen, passes, how, blanks).rounded(how.dtype)
         data = replace(self.data, statistics=statistics)
         screen = only_faster if self.config.require_speedup else list
         with seeded(self.config.seed):
-            outcomes = fit_part(part, self.choices, Purse({}), data, self.config, patched, self.advance, screen)
+            outcomes = fit_part(part, self.choices, self.purse, data, self.config, patched, self.advance, screen)
             blocks = []
             if self.config.block_epochs and part.passes and part.own:
                 swaps = {old: new for outcome in outcomes for old, new in outcome.modules.items()}
                 blocks = refine(part, swaps, patched, self.config.block_epochs, len(self.data.batches))
         return outcomes, blocks
+
+    def _is_shifted(self, target: Target) -> bool:
+        """Whether a layer is fitted to a Gram of the inputs that it gets behind others; hidden units need their own."""
+        narrows = asks(self.choices[target.name], self.config.hidden_units)
+        return self.config.sequential is not False and not target.stacked and not narrows
 
     def _store(
         self, name: str, slots: Iterable[Slot], shard: str, outcomes: Sequence[Outcome],
@@ -309,6 +318,11 @@ def _table(model: nn.Module, journal: Journal) -> Checkpoint:
     return read_table({**tables[0], **merged}, limit, str(journal.path))
 
 
+def _entries(found: Mapping[str, Any]) -> Sequence[PlanEntry]:
+    """Read what the layers of a finished part became."""
+    return CompressionPlan.from_record({**CompressionPlan(None).to_record(), "layers": found["entries"]}).entries
+
+
 def _report(
     model: nn.Module, config: Compression, targets: Sequence[Target], sizes: Mapping[str, int], covered: Coverage,
     journal: Journal,
@@ -316,11 +330,10 @@ def _report(
     written_rows = [row for found in journal.records for row in found["rows"]]
     rows = {row["name"]: LayerReport(**{**row, "itemsize": sizes[row["name"]]}) for row in written_rows}
     blocks = tuple(BlockReport(**block) for found in journal.records for block in found["blocks"])
-    compressed = sum(size for t in targets if rows[t.name].structure for _, size in t.pieces())
+    pieces = {piece: size for t in targets if rows[t.name].structure for piece, size in t.pieces()}  # a tied one once
+    compressed = sum(pieces.values())
     covered = replace(covered, compressed=compressed, skipped=covered.skipped - compressed)
-    written = CompressionPlan(None).to_record()
-    written["layers"] = [entry for found in journal.records for entry in found["entries"]]
-    entries = {entry.name: entry for entry in CompressionPlan.from_record(written).entries}
+    entries = {entry.name: entry for found in journal.records for entry in _entries(found)}
     order = [target.name for target in targets]
     plan = CompressionPlan.of(config, [entries[name] for name in order], None)
     return Report(model, tuple(rows[name] for name in order), covered, plan.settings(), blocks=blocks)

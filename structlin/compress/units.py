@@ -105,7 +105,7 @@ def find_mlps(
         ValueError: if a plan counts units of maps that are no MLP.
     """
     planned = [t.name for t in targets if isinstance(c := choices[t.name], PlanEntry) and c.sizes]
-    able = [t for t in targets if _is_able(t) and _asks(choices[t.name], asked) and t.name in grams]
+    able = [t for t in targets if _is_able(t) and asks(choices[t.name], asked) and t.name in grams]
     found: list[Mlp] = []
     taken: set[str] = set()
     for position, down in enumerate(able if passes else ()):
@@ -132,14 +132,18 @@ def _is_able(target: Target) -> bool:
     return not others and not user.path and user.adapter is not None and user.adapter.narrows
 
 
-def _asks(choice: Wanted, asked: bool) -> bool:
+def asks(choice: Wanted, asked: bool) -> bool:
+    """Whether a map may get or give fewer hidden units; `asked`: whether "auto" may choose so."""
     if isinstance(choice, PlanEntry):
         return choice.sizes is not None
     return asked and isinstance(choice, Choice) and choice.structure is AUTO and choice.ratio is not None
 
 
 def _is_mlp(mlp: Mlp, one: Pass) -> bool:
-    """Run the part with half of the units and see whether it does what it does when the other half is not read."""
+    """Run the part with half of the units and see whether it does what it does when the other half is not read.
+
+    An output that does not show which units are read tells nothing.
+    """
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(mlp.units, generator=generator).to(mlp.down.linear.weight.device)
     stay = order[: max(1, mlp.units // 2)]  # in another order, too
@@ -154,7 +158,9 @@ def _is_mlp(mlp: Mlp, one: Pass) -> bool:
         return False
     if len(inputs) != 1 or len(fewer_inputs) != 1:
         return False
-    return _agree(fewer_inputs[0], inputs[0][..., stay]) and _agree(found, wanted)
+    if not (_agree(fewer_inputs[0], inputs[0][..., stay]) and _agree(found, wanted)):
+        return False
+    return not torch.equal(wanted, _run(one, {}, down)[0])
 
 
 def _run(one: Pass, modules: Mapping[nn.Module, nn.Module], watched: nn.Module) -> tuple[Tensor, list[Tensor]]:
@@ -268,7 +274,7 @@ def _fit(
 
 
 def _staying(weight: Tensor, gram: Tensor, metric: Tensor | None, count: int) -> Tensor:
-    if metric is not None:
+    if metric is not None and metric.any():  # zero: no gradient reaches the map
         outputs = metric.double()
         root = outputs.sqrt().unsqueeze(1) if outputs.ndim == 1 else torch.linalg.cholesky(outputs).mH
         weight = root * weight if outputs.ndim == 1 else root @ weight

@@ -9,13 +9,11 @@ from typing import TypeVar
 
 import torch
 
-from structlin.batches import progress_bar
-
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def each(work: Callable[[T], R], items: Sequence[T], progress: bool | None, what: str) -> Iterator[R]:
+def each(work: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
     """Yield work(item) for all items, in order; an error ends all of them.
 
     Small products gain little from threads within them: on two cores, two layers at a time are nearly twice as fast as
@@ -24,26 +22,19 @@ def each(work: Callable[[T], R], items: Sequence[T], progress: bool | None, what
     Args:
         work: a function without side effects.
         items: its arguments.
-        progress: show a progress bar on stderr (needs tqdm); None shows it on a terminal.
-        what: its label.
     """
     threads = torch.get_num_threads()
     count = min(threads, len(items))
-    with progress_bar(what, "layer", len(items), progress) as advance:
-        if count < 2:
-            for item in items:
-                yield work(item)
-                advance()
-            return
-        torch.set_num_threads(1)
-        pool = ThreadPoolExecutor(count, "structlin", initializer=torch.set_num_threads, initargs=(1,))
-        try:
-            for result in pool.map(work, items):
-                yield result
-                advance()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-            torch.set_num_threads(threads)
+    if count < 2:
+        yield from map(work, items)
+        return
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(count, "structlin", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield from pool.map(work, items)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -83,13 +83,14 @@ def fit(
         >>> found.structure, found.output_error < found.error
         (LowRank(rank=10), True)
     """
+    weight = weight.detach()  # of a model made in inference mode: its parameters require gradients all the same
     check_weight(weight)
     if isinstance(structure, Structure) == (ratio is not None):
         raise ValueError("give either hyperparameters or a ratio, and not both")
-    problem = _Problem(weight.detach(), *make_objective(weight, gram, output_gram))
+    problem = _Problem(weight, *make_objective(weight, gram, output_gram))
     if isinstance(structure, Structure):
         out_features, in_features = weight.shape
-        return problem.fit_with(structure.resolve(in_features, out_features, weight.detach()), refine)
+        return problem.fit_with(structure.resolve(in_features, out_features, weight), refine)
     assert ratio is not None
     options = []
     errors = []

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from structlin.batches import Forward, evaluating, progress_bar
+from structlin.batches import Forward, check_several, evaluating, held_apart, progress_bar
 from structlin.heal.losses import Loss, distillation_loss, find_blocks, objective
 from structlin.heal.options import HealOptions, HealReport, Parameters
 from structlin.heal.run import Run, Stream, requiring_gradients
@@ -73,13 +73,12 @@ def heal(
         ('steps', True)
     """
     options = _options(options, settings)
-    for name, value in {"batches": batches, "validation": () if validation is None else validation}.items():
-        if isinstance(value, Tensor | Mapping | str) or not isinstance(value, Iterable):
-            raise TypeError(f"{name} is a {type(value).__name__}; give an iterable of batches, for one batch [batch]")
+    check_several("batches", batches)
+    check_several("validation", () if validation is None else validation)
+    if validation is None and isinstance(batches, list | tuple) and (count := int(options.held_back * len(batches))):
+        batches, validation = held_apart(batches, count)
     if options.patience is not None and validation is None:
         raise ValueError(f"patience={options.patience} counts measurements on validation; give validation= too")
-    if validation is None and isinstance(batches, list | tuple):
-        batches, validation = _held_back(batches, int(options.held_back * len(batches)))
     length = _schedule(batches, options)
     trained = _select(student, options.parameters)
     _check_pair(student, teacher, trained)
@@ -100,15 +99,6 @@ def heal(
         progress_bar("heal", "step", length, progress) as advance,
     ):
         return Run(student, loss_of, optimizer, trained, stream, validation, options, length).run(advance)
-
-
-def _held_back(batches: list[Any] | tuple[Any, ...], count: int) -> tuple[Any, list[Any] | None]:
-    """Split evenly spread batches off: batches are often sorted by length."""
-    if not count:
-        return batches, None
-    chosen = {round((k + 0.5) * len(batches) / count - 0.5) for k in range(count)}
-    kept = [batch for k, batch in enumerate(batches) if k not in chosen]
-    return kept, [batch for k, batch in enumerate(batches) if k in chosen]
 
 
 def _options(options: HealOptions | None, settings: Mapping[str, Any]) -> HealOptions:

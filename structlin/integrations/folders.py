@@ -104,12 +104,13 @@ def save_folder(model: nn.Module, source: str, target: Path, report: Report | No
 
 
 def copy_others(source: str, target: Path) -> None:
-    """Copy what lies beside the weights of a folder, or the tokenizer of a model on the hub."""
+    """Copy what lies beside the weights of a folder (but a target in it), or the tokenizer of a model on the hub."""
     if Path(source).is_dir():
 
         def left_out(folder: str, names: list[str]) -> set[str]:
             top = NOT_COPIED if Path(folder) == Path(source) else set()
-            return {n for n in names if Path(n).suffix in WEIGHTS or n.endswith(".index.json") or n in top}
+            weights = {n for n in names if Path(n).suffix in WEIGHTS or n.endswith(".index.json") or n in top}
+            return weights | {n for n in names if target.resolve().is_relative_to(Path(folder, n).resolve())}
 
         shutil.copytree(source, target, ignore=left_out, dirs_exist_ok=True)
     else:

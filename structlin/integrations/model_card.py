@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +14,7 @@ from huggingface_hub import HfApi
 from structlin.checkpoint.table import METHOD
 from structlin.compress.report import Report
 from structlin.integrations.transformers import prepare
-from structlin.layers.linear import StructuredLinear
+from structlin.layers.factored import Factored
 
 CARD = "README.md"
 
@@ -33,7 +34,7 @@ def model_card(
     Raises:
         ValueError: if the model has no structured layers.
     """
-    layers = [module for module in model.modules() if isinstance(module, StructuredLinear)]
+    layers = [module for module in model.modules() if isinstance(module, Factored)]
     if not layers:
         raise ValueError("the model has no structured layers; compress it first, or write a card of its own")
     base = base_model or (model.name_or_path if not Path(model.name_or_path).exists() else None) or None
@@ -116,18 +117,22 @@ def push_to_hub(
     return str(commit.commit_url)
 
 
-def _sizes(model: Any, layers: list[StructuredLinear], report: Report | None) -> str:
+def _sizes(model: Any, layers: list[Factored], report: Report | None) -> str:
     kept = sum(layer.num_parameters for layer in layers)
-    dense = sum(layer.in_features * layer.out_features for layer in layers)
+    dense = sum(math.prod(_shape(layer)) for layer in layers)
     whole = f"{model.num_parameters():,} parameters"
     if report is not None:
         whole += f" of {report.parameters_before:,}"
     return f"It has {whole}; {len(layers)} layers keep {kept:,} of {dense:,} parameters ({kept / dense:.3f})."
 
 
-def _table(layers: list[StructuredLinear]) -> list[str]:
+def _shape(layer: Factored) -> tuple[int, ...]:
+    return *layer.stack, layer.out_features, layer.in_features
+
+
+def _table(layers: list[Factored]) -> list[str]:
     rows = Counter(
-        f"{layer.out_features} x {layer.in_features} | `{layer.structure}` | {layer.spec.ratio:.3f}" for layer in layers
+        f"{' x '.join(map(str, _shape(layer)))} | `{layer.structure}` | {layer.spec.ratio:.3f}" for layer in layers
     )
     lines = [f"| {count} | {row} |" for row, count in rows.items()]
     return ["| layers | weight | structure | kept |", "|---|---|---|---|", *lines, ""]

@@ -23,6 +23,13 @@ from structlin.layers.linear import StructuredLinear
 from structlin.structures.arithmetic import add_low_rank, scaled
 
 ALL_LINEAR = "all-linear"
+STARTS = (
+    True,
+    False,
+    "gaussian",
+    "orthogonal",
+    "eva",
+)  # of adapters; others (PiSSA, OLoRA) change the base weight, too
 
 
 class Merging(nn.Module, BaseTunerLayer):
@@ -91,9 +98,15 @@ class StructuredLoraLinear(Merging, lora.Linear):
         """Add an adapter.
 
         Raises:
-            ValueError: if it is DoRA and the structure's rows cannot be scaled, or another variant of LoRA.
+            ValueError: if it is DoRA and the structure's rows cannot be scaled, another variant of LoRA, or a start
+                that changes the base weight: a structured layer computes it, and peft would write into a temporary.
         """
         base = self.get_base_layer()
+        if isinstance(base, StructuredLinear) and config.init_lora_weights not in STARTS:
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r} changes the base weight, which structured layers do "
+                f"not store; use one of {STARTS}"
+            )
         if config.use_dora and isinstance(base, StructuredLinear):
             scaled(base, rows=torch.ones(base.out_features))
         super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)

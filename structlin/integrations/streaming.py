@@ -54,10 +54,12 @@ def stream_folder(
         run_dtype: in which they are; they are stored in `dtype` in any case.
         progress: as in `compress_model`.
     Raises:
-        ValueError: if a setting needs the whole model, the model has no chain of blocks, or there are several ranks.
+        ValueError: if a setting needs the whole model or lacks batches, the model has no chain of blocks, or there are
+            several ranks.
         CheckpointError: if the folder's tensors are not those of the model by name.
     """
     check_settings(config)
+    config.check_batches(batches)
     if ranks()[1] > 1:
         raise ValueError(
             f"{ranks()[1]} processes cannot stream a model together; run one, without torchrun, or compress the "

@@ -2,13 +2,14 @@
 
 import copy
 import gc
+from collections import UserDict
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from structlin import compress_model
+from structlin import compress_model, to_dense_
 from structlin.compress import blocks, pipeline
 from structlin.compress.blocks import Shelf, Stream, find_chains, parts
 from structlin.compress.output import vocabulary_of
@@ -260,12 +261,78 @@ def test_a_dry_run_and_a_failure_change_nothing(monkeypatch):
     model = Deep(2)
     values = copy.deepcopy(model.state_dict())
     compress_model(model, "lowrank", ratio=0.5, calibration=batches(6), block_epochs=1, dry_run=True)
-    monkeypatch.setattr(pipeline, "commit", lambda *a: 1 / 0)
+    monkeypatch.setattr(pipeline, "committed", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         compress_model(model, "lowrank", ratio=0.5, calibration=batches(6), block_epochs=1)
     assert model.state_dict().keys() == values.keys()
     assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
     assert not any(vars(module).get("forward") for module in model.modules())
+
+
+class Complex(nn.Sequential):
+    def __init__(self):
+        super().__init__(*(nn.Linear(32, 32, dtype=torch.complex64) for _ in range(3)))
+
+    def forward(self, x):
+        return super().forward(x.to(torch.complex64))
+
+
+class OneBias(nn.Sequential):
+    """Blocks that share a bias."""
+
+    def __init__(self):
+        super().__init__(*(nn.Sequential(nn.Linear(32, 32), nn.Tanh()) for _ in range(3)))
+        for block in self:
+            block[0].bias = self[0][0].bias
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "trained"),
+    [
+        (lambda: nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), "self_attn.out_proj.bias", True),
+        (lambda: nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), "self_attn.in_proj_bias", True),
+        (Complex, "0.bias", True),
+        (OneBias, "0.0.bias", False),
+    ],
+)
+def test_biases_of_the_dense_model_stay_as_they_are_until_the_end(make, name, trained):
+    torch.manual_seed(0)
+    model, data = make(), list(torch.randn(6, 2, 20, 32))
+    values = copy.deepcopy(model.state_dict())
+    settings = {"ratio": 0.5, "calibration": data, "block_epochs": 2, "skip_last": False, **FITS}
+    compress_model(model, "lowrank", dry_run=True, **settings)
+    assert all(torch.equal(value, values[key]) for key, value in model.state_dict().items())
+    compress_model(model, "lowrank", **settings)
+    assert torch.equal(to_dense_(model).state_dict()[name], values[name]) != trained
+
+
+def rejects_compressed(model):
+    """A task that knows no other layers than those of the dense model."""
+    assert not any(isinstance(module, Factored) for module in model.modules())
+    return 1.0
+
+
+@pytest.mark.parametrize(
+    ("make", "given"),
+    [
+        (lambda: Deep(2), batches(6)),
+        (lambda: nn.Linear(32, 32), list(torch.randn(6, 20, 32))),
+        (lambda: nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), list(torch.randn(6, 2, 20, 32))),
+    ],
+    ids=["blocks", "root", "opened"],
+)
+def test_a_task_that_fails_on_the_compressed_model_leaves_it_dense(make, given):
+    torch.manual_seed(0)
+    model = make()
+    modules, values = list(model.modules()), copy.deepcopy(model.state_dict())
+    settings = {"ratio": 0.5, "calibration": given, "block_epochs": 1, "skip_last": False}
+    with pytest.raises(AssertionError):
+        compress_model(model, "lowrank", evaluate=rejects_compressed, **settings)
+    assert list(model.modules()) == modules
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+    assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
+    model(given[0]) if isinstance(given[0], torch.Tensor) else model(**given[0])
+    compress_model(model, "lowrank", **settings)
 
 
 def test_an_error_restores_the_cache_setting_at_once(monkeypatch):
@@ -352,6 +419,7 @@ def test_scrambled_text_keeps_what_every_row_has_once_and_what_is_padded():
     assert set(found["input_ids"].flatten().tolist()) <= set(rows.flatten().tolist())
     assert torch.equal(scrambled([batch], share=0.9)[0]["input_ids"], found["input_ids"])
     assert not torch.equal(scrambled([batch], share=0.9, seed=1)[0]["input_ids"], found["input_ids"])
+    assert type(scrambled([UserDict(batch)])[0]) is UserDict  # what `forward` gets
 
 
 def test_words_that_the_text_lacks_are_drawn_too():

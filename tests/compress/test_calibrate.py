@@ -840,7 +840,7 @@ def test_sharing_is_found_without_grams_and_from_one_batch_where_that_calls_all(
     model, batches = TwoOfOneInput(late), [torch.randn(6, 4) for _ in range(3)]
     targets = find_targets(model)
     passes = [Pass(partial(model, x), partial(model, x), None) for x in batches]
-    found = collect_passes(targets, passes, Collecting(), blank=True)
+    found = collect_passes(targets, passes, Collecting(), {"a", "b", "c"})
     assert model.calls == (2 if late else 1)
     assert found.grams["a"] is found.grams["b"]
     assert found.grams["a"] is not found.grams["c"]

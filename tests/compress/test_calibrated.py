@@ -190,6 +190,18 @@ def test_bad_calibration(mlp, calibration, error, message):
         compress_model(mlp, "lowrank", ratio=0.5, calibration=calibration)
 
 
+def test_one_batch_in_place_of_several_is_refused(mlp):
+    one = r"(validation|batches) is a Tensor; give an iterable of batches, for one batch \[batch\]"
+    for call in (
+        lambda x: compress_model(mlp, "lowrank", ratio=0.5, calibration=batches(2), validation=x),
+        lambda x: collect_statistics(mlp, x),
+        lambda x: Evaluator(mlp, x),
+    ):
+        with pytest.raises(TypeError, match=one):
+            call(torch.ones(3, 32))
+    assert type(mlp[0]) is nn.Linear
+
+
 # Auto ----------------------------------------------------------------------------------------------------------------
 
 
@@ -255,7 +267,7 @@ def test_what_a_layer_cannot_use_the_next_one_gets(mlp):
     choice = purse.choice(first, given, 1)
     assert choice.ratio == 0.5
     entry = replace(dense_entry(first, None), structure=LowRank(8))  # 8 * 96 of the 1024 parameters
-    purse.settle([SimpleNamespace(entry=entry)])
+    purse.settle([entry])
     assert purse.spare == 256
     assert purse.choice(second, given, 2).ratio == pytest.approx(0.5 + 128 / 4096)
     assert purse.choice(third, given, 1) == "the allocation leaves it dense"
@@ -268,14 +280,14 @@ def test_large_layers_of_a_shape_race_once(mlp, monkeypatch):
     given = Choice(AUTO, 0.5)
     purse = Purse({}, winners={})
     assert purse.choice(first, given, 1) == given
-    purse.settle([SimpleNamespace(entry=replace(entry, structure=LowRank(4)), target=first)])
+    purse.settle([replace(entry, structure=LowRank(4))])
     assert purse.choice(first, given, 1) == given  # a closed form is no winner
-    purse.settle([SimpleNamespace(entry=entry, target=first)])
+    purse.settle([entry])
     assert purse.choice(first, given, 1) == given  # small ones race each time
     monkeypatch.setattr(fit_layers, "SMALL", first.linear.weight.numel() - 1)
-    purse.settle([SimpleNamespace(entry=entry, target=first)])
+    purse.settle([entry])
     assert purse.choice(first, given, 1).structure == (AUTO[0], AUTO[1])
-    purse.settle([SimpleNamespace(entry=replace(entry, structure=Sum((LowRank(4), Blast(4, 2)))), target=first)])
+    purse.settle([replace(entry, structure=Sum((LowRank(4), Blast(4, 2))))])
     assert purse.choice(first, given, 1).structure == (AUTO[0], AUTO[1])  # the first to win remains
     assert purse.choice(first, Choice(AUTO[2:], 0.5), 1).structure == AUTO[2:]
     assert purse.choice(first, Choice(LowRank, 0.5), 1).structure is LowRank
@@ -468,6 +480,20 @@ class Task:
         return 1.0
 
 
+def test_complex_outputs_are_compared():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 16, dtype=torch.complex64) for _ in range(3)))
+    given = list(torch.randn(6, 20, 16, dtype=torch.complex64))
+    evaluator = Evaluator(copy.deepcopy(model), given)
+    report = compress_model(model, "auto", ratio=0.5, calibration=given, refine=2, skip_last=False)
+    assert all(row.output_error < 1 for row in report.layers)
+    assert 0.5 < report.qualities[-1].cosine < 1
+    assert all(block.after < block.before for block in report.blocks)
+    found = evaluator(model, "compressed").cosine
+    model.register_forward_hook(lambda _module, _inputs, y: -y)
+    assert evaluator(model, "turned").cosine == pytest.approx(-found, abs=1e-5)
+
+
 def test_a_report_without_batches_has_no_quality(mlp):
     assert compress_model(mlp, "lowrank", ratio=0.5).qualities == ()
 
@@ -485,7 +511,7 @@ def test_threads_change_neither_results_nor_settings(mlp):
             compress_model(models[-1], "auto", ratio=0.6, refine=20, calibration=collect_statistics(mlp, batches(3)))
             assert torch.get_num_threads() == count
         with pytest.raises(ZeroDivisionError):
-            list(workers.each(lambda k: 1 // k, [1, 1, 0, 1], False, ""))
+            list(workers.each(lambda k: 1 // k, [1, 1, 0, 1]))
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)

@@ -10,7 +10,15 @@ import torch
 from torch import nn
 
 import structlin
-from structlin import CompressionPlan, LowRankLinear, StructuredLinear, compress_model, plan_compression, to_dense_
+from structlin import (
+    Compression,
+    CompressionPlan,
+    LowRankLinear,
+    StructuredLinear,
+    compress_model,
+    plan_compression,
+    to_dense_,
+)
 from structlin.compress import fit_layers
 from structlin.structures import Kronecker, LowRank, TensorTrain, families
 
@@ -455,9 +463,31 @@ def test_bad_arguments(mlp, arguments, message):
     assert type(mlp[0]) is nn.Linear
 
 
-def test_bad_rule_value(mlp):
-    with pytest.raises(TypeError, match="a rule holds int"):
-        compress_model(mlp, "lowrank", ratio=0.5, rules={"0": 3})
+def test_a_model_made_in_inference_mode_is_not_refined():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+    given = {"ratio": 0.5, "calibration": list(torch.randn(4, 8, 64)), "output_metric": False}
+    with pytest.raises(ValueError, match=r"made under torch.inference_mode, and its blocks .* or pass block_epochs=0"):
+        compress_model(model, "lowrank", **given)
+    assert plan_compression(model, "lowrank", **given).entries[0].structure
+    compress_model(model, "lowrank", block_epochs=0, **given)
+    assert isinstance(model[0], LowRankLinear)
+
+
+@pytest.mark.parametrize("value", [3, {"structure": 3}, {"structure": None, "ratio": 0.5}])
+def test_bad_rule_value(mlp, value):
+    with pytest.raises(TypeError, match=r"a rule holds (int|NoneType); use"):
+        compress_model(mlp, "lowrank", ratio=0.5, rules={"0": value})
+
+
+def test_a_mapping_holds_what_a_rule_may_be(mlp):
+    settings = Compression(
+        "lowrank", ratio=0.5, rules={"0": {"structure": LowRankLinear, "ratio": 0.25}, "2": {"structure": None}}
+    )
+    for each in (settings, Compression.from_json(settings.to_json())):
+        rows = rows_of(compress_model(copy.deepcopy(mlp), each))
+        assert rows["0"].structure == "lowrank(rank=4)"
+        assert rows["2"].reason == "rule '2' keeps it dense"
 
 
 @pytest.mark.parametrize("ratio", [0, -0.5, 1.5])

@@ -98,6 +98,18 @@ def test_dense_layers_are_taken_on_request_and_the_output_layer_is_not():
     assert f"{report.bytes_after:,} B" in str(report)
 
 
+@pytest.mark.parametrize("asked", [{"dense": True}, {"rules": {"*": "int8"}}], ids=["dense", "rule"])
+def test_a_dense_layer_that_must_stay_says_why(asked):
+    model = nn.ModuleDict({"table": nn.Embedding(16, 8), "tied": nn.Linear(8, 16, bias=False), "free": nn.Linear(8, 8)})
+    model["tied"].weight = model["table"].weight
+    model["last"] = nn.Linear(8, 3)
+    rows = {row.name: row for row in structlin.quantize_(model, "int8", **asked).layers}
+    assert rows["free"].format == "int8"
+    assert "its weight is tied to table.weight" in rows["tied"].format
+    assert rows["tied"].bytes_before == rows["tied"].bytes_after == 16 * 8 * 4
+    assert type(model["tied"]) is nn.Linear
+
+
 @pytest.mark.parametrize("structure", [LowRank(rank=6), Kaleidoscope()])
 def test_a_correction_makes_up_for_what_rounding_lost(structure):
     torch.manual_seed(0)
@@ -255,6 +267,16 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(options, message):
     with pytest.raises(ValueError, match=message):
         structlin.quantize_(model, **{"to": "int8", **options})
     assert not model[0].formats
+
+
+def test_statistics_of_units_that_are_gone_are_refused():
+    model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 4))
+    data = list(torch.randn(6, 30, 16))
+    statistics = structlin.collect_statistics(model, data)
+    structlin.compress_model(model, "auto", ratio=0.3, calibration=data, refine=2, block_epochs=1)
+    with pytest.raises(ValueError, match=r"layers \['2'\] have fewer inputs than the statistics, .* hidden_units=F"):
+        structlin.quantize_(model, "int8", statistics=statistics)
+    assert structlin.quantize_(model, "int8").layers[0].format == "int8"
 
 
 def test_other_refusals():

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from structlin import compress_model
-from structlin.compress import speed
+from structlin.compress import fit_layers, speed
 from structlin.compress.speed import time_ratio
-from structlin.structures import LowRank
+from structlin.structures import Dense, LowRank
 
 # Many models here are kept dense on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:nothing was compressed", "ignore:more than half of the parameters")
@@ -52,6 +52,29 @@ def test_shared_weights_are_taken_back_together(monkeypatch):
     monkeypatch.setattr(speed, "time_ratio", lambda layer, dense, tokens: 2.0)
     compress_model(model, LowRank(rank=4), skip_last=False, require_speedup=True)
     assert all(isinstance(module, nn.Linear) for module in model.values())
+
+
+@pytest.mark.parametrize("slow", [(), ("structured",), ("structured", "dense")])
+def test_mlps_with_fewer_units_are_timed_too(model, monkeypatch, slow):
+    def ratio(layer, dense, tokens):
+        time_ratio(layer, dense, tokens)  # runs on as many inputs as are left
+        return 2.0 if ("dense" if layer.structure == Dense() else "structured") in slow else 0.5
+
+    monkeypatch.setattr(speed, "time_ratio", ratio)
+    monkeypatch.setattr(fit_layers, "_best", lambda options, part, patched: options[0])
+    batches = list(torch.randn(6, 20, 32))
+    report = compress_model(
+        model, "auto", ratio=0.4, calibration=batches, refine=2, block_epochs=1, allocation="uniform",
+        require_speedup=True,
+    )  # fmt: skip
+    rows = report.layers[:2]
+    assert [row.speed for row in rows] == [2.0 if len(slow) == 2 else 0.5] * 2
+    if len(slow) == 2:
+        assert all("of the dense time" in row.reason for row in rows)
+        assert all(isinstance(model[k], nn.Linear) for k in (0, 2))
+    else:
+        assert all(row.structure.startswith("dense") == (slow == ("structured",)) for row in rows)
+    assert model(batches[0]).shape == (20, 8)
 
 
 def test_layers_are_timed_frozen_and_left_as_they_were(model):

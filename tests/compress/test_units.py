@@ -64,6 +64,25 @@ class Leaking(nn.Module):
         return self.down(hidden) + hidden.mean(-1, keepdim=True)
 
 
+class TwoHeads(nn.Module):
+    """The second output of a tuple is that of an MLP whose hidden units the third one reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.up, self.down = nn.Linear(SIZE, 8), nn.Linear(SIZE, 40), nn.Linear(40, SIZE)
+
+    def forward(self, x):
+        hidden = torch.relu(self.up(x))
+        return self.first(x), self.down(hidden), hidden.softmax(-1)
+
+
+class Detached(Gated):
+    """No gradient passes the MLP."""
+
+    def forward(self, x):
+        return x * self.gate.bias.mean() + super().forward(x).detach()
+
+
 def blocks(count=2):
     torch.manual_seed(0)
     return nn.Sequential(*(Block() for _ in range(count)))
@@ -89,6 +108,7 @@ def found_in(model, batches):
         (Block, {"mlp.down": ["mlp.gate", "mlp.up"]}),
         (Attention, {}),
         (Leaking, {}),
+        (TwoHeads, {}),
         (lambda: nn.Sequential(nn.Linear(SIZE, 40), nn.GELU(), nn.Dropout(0.5), nn.Linear(40, 8)), {"3": ["0"]}),
         (lambda: nn.Sequential(nn.Linear(SIZE, 40), nn.LayerNorm(40), nn.Linear(40, 8)), {}),
         (lambda: nn.Sequential(nn.Linear(SIZE, 40), nn.Softmax(-1), nn.Linear(40, 8)), {}),
@@ -97,11 +117,19 @@ def found_in(model, batches):
             {"2": ["0"]},
         ),
     ],
-    ids=["gated", "block", "attention", "leaking", "sequential", "norm", "softmax", "deep"],
+    ids=["gated", "block", "attention", "leaking", "two heads", "sequential", "norm", "softmax", "deep"],
 )
 def test_only_maps_around_hidden_units_are_found(make, expected):
     torch.manual_seed(0)
     assert found_in(make().eval(), inputs()) == expected
+
+
+@pytest.mark.parametrize("make", [TwoHeads, Detached])
+def test_maps_that_no_gradient_reaches_are_compressed_too(make):
+    torch.manual_seed(0)
+    report = compress_model(make(), "auto", ratio=0.4, calibration=inputs(), skip_last=False, **QUICK)
+    assert all(row.structure for row in report.layers)
+    assert ("dense 24x16" in str(report)) == (make is Detached)
 
 
 def test_the_unit_that_costs_least_goes_first():

@@ -340,8 +340,9 @@ def test_best_weights_are_kept(student, teacher):
     assert again == pytest.approx(report.loss_after, rel=1e-6)
 
 
-def test_patience(student, teacher):
-    report = heal(student, teacher, data(), steps=100, every=2, lr=10.0, validation=data(2, seed=2), patience=3)
+@pytest.mark.parametrize("given", [{"validation": data(2, seed=2)}, {"held_back": 0.25}], ids=["given", "held back"])
+def test_patience(student, teacher, given):
+    report = heal(student, teacher, data(), steps=100, every=2, lr=10.0, patience=3, **given)
     assert report.stopped == "patience"
     assert report.steps == 6
 

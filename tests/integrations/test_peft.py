@@ -137,6 +137,21 @@ def test_a_broken_adapter_is_refused():
         model.merge_adapter(safe_merge=True)
 
 
+@pytest.mark.parametrize("start", [True, False, "gaussian", "orthogonal", "pissa", "pissa_niter_2", "olora", "lora_ga"])
+def test_starts_that_change_the_base_weight_are_refused(start):
+    model, x = mlp("monarch"), torch.randn(5, 16)
+    expected = model(x)
+    if start not in structlin.integrations.peft.STARTS:
+        with pytest.raises(ValueError, match=f"init_lora_weights='{start}' changes the base weight"):
+            peft.get_peft_model(model, config_of("lora", init_lora_weights=start))
+        return
+    adapted = peft.get_peft_model(model, config_of("lora", init_lora_weights=start))
+    with adapted.disable_adapter():
+        torch.testing.assert_close(adapted(x), expected)
+    if start:
+        torch.testing.assert_close(adapted(x), expected, atol=1e-6, rtol=1e-5)
+
+
 def test_factors_are_no_targets():
     with pytest.raises(ValueError, match="target_parameters='left' is a factor of '0'; name it in target_modules"):
         peft.get_peft_model(mlp("lowrank"), peft.LoraConfig(target_parameters=["left"], target_modules=[]))

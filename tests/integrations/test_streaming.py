@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -87,11 +88,11 @@ def check_same(folder, expected):
             assert json.loads((folder / name).read_text()) == json.loads((expected / name).read_text())
 
 
-def in_memory(source, target, calibration=None, **settings):
+def in_memory(source, target, calibration=None, structure="lowrank", **settings):
     model = folders.load_model(str(source), dtype=None, device=None)
     settings = {"output_metric": False, "allocation": "uniform", "block_epochs": 0, **settings}
     given = {"calibration": calibration, "validation": []} if calibration else {}
-    report = structlin.compress_model(model, "lowrank", ratio=0.5, **given, **settings)
+    report = structlin.compress_model(model, structure, ratio=0.5, **given, **settings)
     folders.save_folder(report.model, str(source), target, report)
     return report
 
@@ -113,6 +114,46 @@ def test_the_folder_is_that_of_the_model_in_memory(name, calibrated, tmp_path):
     for key, value in loaded.state_dict().items():
         assert not value.isnan().any(), key
     assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", [0, 1], ids=["structured", "dense"])
+def test_hidden_units_are_those_of_the_model_in_memory(option, tmp_path, monkeypatch):
+    monkeypatch.setattr(fit_layers, "_best", lambda options, part, patched: options[option])
+    source, config = folder_of(llama(), tmp_path / "dense"), Compression("auto", ratio=0.5, refine=2)
+    expected = in_memory(source, tmp_path / "memory", batches(), "auto", refine=2)
+    report = streaming.stream_folder(str(source), tmp_path / "small", config, batches=batches())
+    check_same(tmp_path / "small", tmp_path / "memory")
+    assert any(entry.sizes for entry in report.compression.entries)
+    assert [row.output_error for row in report.layers] == [row.output_error for row in expected.layers]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_large_layers_race_once_as_in_memory(killed, tmp_path, monkeypatch):
+    monkeypatch.setattr(fit_layers, "SMALL", 0)
+    source = folder_of(llama(), tmp_path / "dense")
+    config = Compression("auto", ratio=0.5, refine=40, hidden_units=False)
+    in_memory(source, tmp_path / "memory", batches(), structure="auto", refine=40, hidden_units=False)
+    raced, size = [], fit_layers.size_layer
+
+    def size_layer(target, choice, *args):
+        raced.append((target.name, isinstance(choice, str) or len(choice.structure)))
+        if killed and len(raced) == 10:  # in the second block
+            raise KilledError
+        return size(target, choice, *args)
+
+    monkeypatch.setattr(fit_layers, "size_layer", size_layer)
+    for _ in range(1 + killed):
+        with suppress(KilledError):
+            streaming.stream_folder(str(source), tmp_path / "small", config, batches=batches())
+    check_same(tmp_path / "small", tmp_path / "memory")
+    assert {count for name, count in raced if "layers.1.self_attn.q_proj" in name} == {2}
+
+
+def test_tied_weights_count_once(tmp_path):
+    source = folder_of(llama(tie_word_embeddings=True), tmp_path / "dense")
+    expected = in_memory(source, tmp_path / "memory", tied="replace")
+    config = Compression("lowrank", ratio=0.5, tied="replace")
+    assert streaming.stream_folder(str(source), tmp_path / "small", config).coverage == expected.coverage
 
 
 def test_blocks_are_refined(tmp_path):
@@ -303,9 +344,11 @@ def test_models_without_blocks_or_with_converted_names_are_refused(tmp_path):
     refused(tmp_path / "albert", tmp_path, "no list of two or more blocks")
 
 
-def test_what_needs_the_whole_model_is_refused(tmp_path):
+def test_what_needs_the_whole_model_or_batches_is_refused(tmp_path):
     source = folder_of(llama(), tmp_path / "dense")
     refused(source, tmp_path, "allocation='global' runs the whole model", allocation="global")
+    for setting in ({"block_epochs": 3}, {"sequential": True}):
+        refused(source, tmp_path, "sequential=True and block_epochs run the model again: pass calib", **setting)
     plan = plan_compression(llama(), "lowrank", ratio=0.5, calibration=batches(), validation=[])
     refused(source, tmp_path, "made with statistics of the whole model", config=plan)
     in_memory(source, tmp_path / "compressed")

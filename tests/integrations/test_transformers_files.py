@@ -181,6 +181,17 @@ def test_the_card_says_what_the_model_is(tmp_path):
         structlin.hf.model_card(llama())
 
 
+def test_the_card_counts_experts():
+    sizes = {"num_local_experts": 4, "num_key_value_heads": 2, **SIZES}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
+    report = structlin.compress_model(model, "lowrank", ratio=0.5, exclude=["self_attn.*"])
+    rows = [row for row in report.layers if row.structure]
+    before, after = (sum(getattr(row, name) for row in rows) for name in ("parameters_before", "parameters_after"))
+    card = structlin.hf.model_card(model, report)
+    assert f"; {len(rows)} layers keep {after:,} of {before:,} parameters" in card
+    assert f"| 1 | 4 x 32 x {SIZES['intermediate_size']} | `LowRank(rank=" in card
+
+
 def test_the_model_is_pushed_with_its_card(tmp_path, monkeypatch):
     class Hub:
         def __init__(self, token):
