@@ -89,7 +89,7 @@ def observe(found: Found) -> Found:
     if isinstance(config, CompressionPlan):
         config.check_statistics(data.statistics)
     elif search.key is not None and declared_output(found.model) is None:
-        last = next(target for target in found.targets if target.name == search.key)
+        last = next(target for target in found.targets if search.key in target.parts)
         found = replace(found, choices=choose(config, found.targets, last))
     return replace(found, data=data)
 

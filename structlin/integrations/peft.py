@@ -23,13 +23,7 @@ from structlin.layers.linear import StructuredLinear
 from structlin.structures.arithmetic import add_low_rank, scaled
 
 ALL_LINEAR = "all-linear"
-STARTS = (
-    True,
-    False,
-    "gaussian",
-    "orthogonal",
-    "eva",
-)  # of adapters; others (PiSSA, OLoRA) change the base weight, too
+STARTS = (True, False, "gaussian", "orthogonal", "eva")  # of adapters; others (PiSSA) change the base weight, too
 
 
 class Merging(nn.Module, BaseTunerLayer):
