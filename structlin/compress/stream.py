@@ -36,7 +36,7 @@ from structlin.compress.plan import CompressionPlan, PlanEntry
 from structlin.compress.refine import refine
 from structlin.compress.report import BlockReport, Coverage, LayerReport, Outcome, Report
 from structlin.compress.scramble import widened
-from structlin.compress.skeleton import Read, StandIns, check_apart, empty, fill, slots_in
+from structlin.compress.skeleton import Read, StandIns, check_apart, empty, fill, give_back, slots_in
 from structlin.compress.speed import only_faster
 from structlin.compress.targets import Target, find_targets, openings
 from structlin.compress.units import asks
@@ -106,6 +106,7 @@ def compress_stream(
                 work.outside(members)
             elif number is not None and chains[number][position][0] not in work.done:
                 work.block(number, position, members, f"model-{shards:05d}-of-{total:05d}.safetensors")
+                give_back()
             elif number is not None:
                 work.purse.settle(_entries(work.done[chains[number][position][0]]))
         if REST not in work.done:

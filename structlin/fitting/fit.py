@@ -14,7 +14,7 @@ from structlin.equation.spec import Spec
 from structlin.equation.structure import Family, Structure
 from structlin.fitting.budget import Budget, NoMemberError, within
 from structlin.fitting.linear import solve, solves
-from structlin.fitting.objective import InputGram, Objective, divided, make_objective, norm
+from structlin.fitting.objective import PART, InputGram, Objective, divided, make_objective, norm
 from structlin.fitting.refine import Refinement, low_rank_summand
 from structlin.runtime.contract import to_dense
 
@@ -204,7 +204,7 @@ class _Problem:
                 f"{structure} approximates the weight by entries up to {largest:.4g}, and {self.weight.dtype} ends at "
                 f"{limit:.4g}; use a smaller weight or a wider dtype"
             )
-        error = relative_error(self.weight.to(dense.dtype), dense)
+        error = relative_error(self.weight, dense)
         dense = divided(dense, self.scale)  # the copy of before is freed
         measured = None if self.objective.plain else self.objective.relative_error(dense)
         return Fit(structure, spec, stored, error, measured)
@@ -269,7 +269,9 @@ def _is_low_rank(spec: Spec) -> bool:
 
 def relative_error(weight: Tensor, approximation: Tensor) -> float:
     """Compute ||weight - approximation|| / ||weight|| in the Frobenius norm; 0 for two zero matrices."""
-    error, total = norm(weight - approximation), norm(weight)
+    wide = torch.promote_types(weight.dtype, approximation.dtype)
+    pairs = zip(weight.split(PART), approximation.split(PART), strict=True)  # no wide copy of all rows at once
+    error, total = math.hypot(*(norm(rows.to(wide) - found) for rows, found in pairs)), norm(weight)
     return error / total if total > 0 else (0.0 if error == 0 else math.inf)
 
 

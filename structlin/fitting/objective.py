@@ -15,6 +15,7 @@ from structlin.fitting import linalg
 _NOISE = 1e-13
 RIDGE = 1e-6  # of an output Gram's mean eigenvalue, added to all: a singular one becomes invertible
 _INDEFINITE = "has negative eigenvalues; give sum x x^H, which has none"
+PART = 512  # rows or columns of a weight of which an error is computed at a time
 SLACK = 1e-3  # relative asymmetry and negative eigenvalues that rounded sums over many tokens may have
 
 
@@ -52,7 +53,9 @@ class Objective:
         if self.gram is None:
             return norm(self._image(difference))
         columns = self.weighted(difference.mT)
-        square = inner(columns, self._image(difference))
+        parts = columns.split(PART, dim=1)  # the products of all at once would be as large as the weight
+        images = self.targets.split(PART, dim=1) if difference is self.weight else map(self._times, parts)
+        square = sum(inner(part, image) for part, image in zip(parts, images, strict=True))
         if square < 0 and square < -SLACK * norm(columns) ** 2:
             raise ValueError(f"gram {_INDEFINITE}")
         return math.sqrt(max(square, 0.0))
@@ -134,7 +137,10 @@ class Objective:
 
     def _product(self, difference: Tensor) -> Tensor:
         """Multiply the columns of a difference by `inputs` or `gram`: (rows, out)."""
-        columns, factor = self.weighted(difference.mT), self.inputs if self.gram is None else self.gram
+        return self._times(self.weighted(difference.mT))
+
+    def _times(self, columns: Tensor) -> Tensor:
+        factor = self.inputs if self.gram is None else self.gram
         return columns if factor is None else (factor @ columns.to(factor.dtype)).to(columns.dtype)
 
     def _energy(self, difference: Tensor) -> Tensor:
