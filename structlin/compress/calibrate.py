@@ -17,8 +17,10 @@ from structlin.compress.config import Compression, Mask, check_mask
 from structlin.compress.data import Data
 from structlin.compress.gradients import add_gradients, sampled_loss, through, watch
 from structlin.compress.observe import OutputSearch, hooked, replaced
+from structlin.compress.output import vocabulary_of
 from structlin.compress.patched import Pass, Patched, model_passes, model_runs
 from structlin.compress.processes import dealt, shared, summed
+from structlin.compress.scramble import widened
 from structlin.compress.sequential import collect_behind
 from structlin.compress.statistics import Statistics
 from structlin.compress.sums import Sums, scalar, sum_dtype, zeros
@@ -287,12 +289,14 @@ def both_sides(
 ) -> Statistics:  # fmt: skip
     """Collect the statistics of a compression: Grams of the inputs and, with `metric`, of sampled loss gradients.
 
-    The batches are dealt to the ranks. A model that gradients do not pass is a warning, and its fits go without.
+    Batches of tokens take in their scrambled copies (see `scramble`): other texts have other words. They are dealt to
+    the ranks. A model that gradients do not pass is a warning, and its fits go without.
     """
     how = Collecting(mask=config.mask, output="auto", clip=CLIP, exact=True)
+    wide = widened(data.batches, config.seed, vocabulary_of(model))
 
     def batches() -> Iterator[Any]:
-        for number, batch in dealt(tuple(enumerate(data.batches))):
+        for number, batch in dealt(tuple(enumerate(wide))):
             torch.manual_seed(config.seed * 1_000_003 + number)  # the same labels are drawn on whichever rank
             yield batch
 

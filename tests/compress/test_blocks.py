@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from structlin import compress_model, to_dense_
+from structlin import compress_model, plan_compression, to_dense_
 from structlin.compress import blocks, pipeline
 from structlin.compress.blocks import Shelf, Stream, find_chains, parts
 from structlin.compress.output import vocabulary_of
@@ -482,6 +482,12 @@ def test_blocks_are_refined_on_scrambled_text_too_and_judged_on_the_given_one(mo
     monkeypatch.undo()
     report = compress_model(Reads(), "lowrank", ratio=0.5, calibration=data, validation=[], block_epochs=4, **FITS)
     assert [block.steps for block in report.blocks] == [4 * 47, 4 * 47]
+
+
+def test_statistics_are_of_scrambled_text_too():
+    data = [{"input_ids": torch.randint(50, (4, 7))} for _ in range(12)]
+    plan = plan_compression(Reads(), "lowrank", ratio=0.5, calibration=data, validation=[], **FITS)
+    assert plan.fitted_with.tokens == plan.fitted_with.layers * 4 * 12 * 4 * 7
 
 
 def test_a_stream_keeps_what_blocks_share():
