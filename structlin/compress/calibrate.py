@@ -289,11 +289,11 @@ def both_sides(
 ) -> Statistics:  # fmt: skip
     """Collect the statistics of a compression: Grams of the inputs and, with `metric`, of sampled loss gradients.
 
-    Batches of tokens take in their scrambled copies (see `scramble`): other texts have other words. They are dealt to
-    the ranks. A model that gradients do not pass is a warning, and its fits go without.
+    The batches are dealt to the ranks. A model that gradients do not pass is a warning, and its fits go without.
     """
     how = Collecting(mask=config.mask, output="auto", clip=CLIP, exact=True)
-    wide = widened(data.batches, config.seed, vocabulary_of(model))
+    widest = max((t.linear.in_features for t in targets), default=0)
+    wide = widened(data.batches, config.seed, vocabulary_of(model), widest)
 
     def batches() -> Iterator[Any]:
         for number, batch in dealt(tuple(enumerate(wide))):

@@ -14,13 +14,29 @@ from structlin.batches import updated
 # a block that is refined on more than the calibration text overfits it less: several copies seen a few times are
 # better than one seen often.
 SHARE, COPIES = 0.3, 3
+# Tokens for each input of a map from which on its Gram needs no other text: MiniLM (4 to 14) loses .02 less cosine on
+# other text with copies in its statistics, stories260k (340) gains nothing there, and .45 of perplexity on its own.
+ENOUGH = 16
 KEY = "input_ids"
 
 
-def widened(batches: Sequence[Any], seed: int, vocabulary: int = 0) -> tuple[Any, ...]:
-    """Return batches and, if they are tokens, scrambled copies of all of them behind; see `scrambled`."""
+def widened(batches: Sequence[Any], seed: int, vocabulary: int = 0, inputs: int | None = None) -> tuple[Any, ...]:
+    """Return batches and, if they are tokens, scrambled copies of all of them behind; see `scrambled`.
+
+    For statistics, `inputs` says how many a map has: without copies where the batches have ENOUGH tokens for each.
+    """
+    if inputs is not None and sum(map(_tokens, batches)) >= ENOUGH * inputs:
+        return tuple(batches)
     copies = (scrambled(batches, SHARE, seed + number, vocabulary) for number in range(COPIES))
     return (*batches, *(batch for copy in copies for batch in copy))
+
+
+def _tokens(batch: Any) -> int:
+    """Count the tokens of a batch, padding left out."""
+    ids, mask = (batch.get(name) for name in (KEY, "attention_mask")) if isinstance(batch, Mapping) else (None, None)
+    if not isinstance(ids, Tensor):
+        return 0
+    return int(mask.sum()) if isinstance(mask, Tensor) and mask.shape == ids.shape else ids.numel()
 
 
 def scrambled(batches: Sequence[Any], share: float = SHARE, seed: int = 0, vocabulary: int = 0) -> list[Any]:

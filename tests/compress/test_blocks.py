@@ -484,10 +484,11 @@ def test_blocks_are_refined_on_scrambled_text_too_and_judged_on_the_given_one(mo
     assert [block.steps for block in report.blocks] == [4 * 47, 4 * 47]
 
 
-def test_statistics_are_of_scrambled_text_too():
-    data = [{"input_ids": torch.randint(50, (4, 7))} for _ in range(12)]
+@pytest.mark.parametrize(("count", "copies"), [(27, 3), (28, 0)])  # 28 tokens each; the widest has 48 inputs
+def test_statistics_are_of_scrambled_text_too_if_it_is_short(count, copies):
+    data = [{"input_ids": torch.randint(50, (4, 7))} for _ in range(count)]
     plan = plan_compression(Reads(), "lowrank", ratio=0.5, calibration=data, validation=[], **FITS)
-    assert plan.fitted_with.tokens == plan.fitted_with.layers * 4 * 12 * 4 * 7
+    assert plan.fitted_with.tokens == plan.fitted_with.layers * (1 + copies) * count * 4 * 7
 
 
 def test_a_stream_keeps_what_blocks_share():
