@@ -61,6 +61,7 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "refinement without the metric": ("auto", {"output_metric": False}),
     "refinement, uniform": ("auto", {"allocation": "uniform"}),
     "low rank, all stages": ("lowrank", {}),
+    "sparse, all stages": ("sparse", {}),
     KNOWN: ("auto", {}),
     PLAIN: ("auto", {}),
 }
@@ -69,7 +70,8 @@ ALONE = "heal in place of refinement"
 WINDOW = 256
 NOTES = """\
 Each row switches one stage on more than the row above, from the SVD of the weights to the defaults; rows below that
-leave one out, or use low rank alone. *from known statistics* is given the Grams of both sides, which its seconds leave
+leave one out, or use low rank alone, or entries in places chosen one by one (*sparse*: smaller, but no faster than
+dense, and a bit more for each place). *from known statistics* is given the Grams of both sides, which its seconds leave
 out: nothing runs but the checks on held-back batches. *without the kernel* is the defaults in plain torch
 (STRUCTLIN_KERNELS=off), where all other rows have the native kernel. *heal in place of refinement* trains the whole
 model from end to end, not blocks, for as long as the refinement of the blocks took in the row of all stages. *on*: text
