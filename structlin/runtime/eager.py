@@ -46,11 +46,16 @@ def unobserved() -> bool:
     return (
         not _is_any_autocast_enabled()
         and _len_torch_dispatch_stack() == 0  # modes for operators, such as FakeTensorMode
-        and peek_interpreter_stack() is None  # vmap, grad, jvp
+        and not transformed()
         and forward_ad._current_level < 0
         and not _is_tracing()  # torch.jit.trace
         and (_len_torch_function_stack() == 0 or _only_devices())
     )
+
+
+def transformed() -> bool:
+    """Return whether a transform of torch.func runs: vmap, grad, jvp."""
+    return peek_interpreter_stack() is not None
 
 
 def undispatched() -> bool:
