@@ -16,6 +16,7 @@ from torch._C import (
     _len_torch_function_stack,
 )
 from torch._C._functorch import peek_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
@@ -30,6 +31,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 def plain(tensors: Sequence[Tensor]) -> bool:
     """Return whether all are tensors or parameters, none of a subclass."""
     return all(type(tensor) in TENSORS for tensor in tensors)
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Return whether a tensor is more than a shape: neither on the meta device nor made under FakeTensorMode."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def suits(tensors: Sequence[Tensor]) -> bool:
