@@ -17,6 +17,7 @@ from structlin.fitting.linear import solve, solves
 from structlin.fitting.objective import PART, InputGram, Objective, divided, make_objective, norm
 from structlin.fitting.refine import Refinement, low_rank_summand
 from structlin.runtime.contract import to_dense
+from structlin.runtime.eager import has_values
 
 STEPS = 300  # of refinement, for a closed form that is optimal for G = I only
 RACE = 60  # steps after which the best size of a family goes on
@@ -281,10 +282,10 @@ def check_weight(weight: Tensor) -> None:
         raise ValueError(
             f"weight has shape {tuple(weight.shape)}; a dense matrix (out_features, in_features) is needed"
         )
-    if not (weight.is_floating_point() or weight.is_complex()):
-        raise ValueError(f"weight has dtype {weight.dtype}; a float or complex matrix is needed")
-    if weight.is_meta:
-        raise ValueError("weight is on the meta device and has no values; load the weights first")
+    if not (weight.is_floating_point() or weight.is_complex()) or weight.itemsize < 2:  # torch computes with no float8
+        raise ValueError(f"weight has dtype {weight.dtype}; a float or complex matrix of 16 bits or more is needed")
+    if not has_values(weight):
+        raise ValueError("weight is fake or on the meta device and has no values; load the weights first")
     if not torch.isfinite(weight).all():
         raise ValueError("weight holds NaN or infinite values; repair it or leave the layer dense")
 

@@ -201,9 +201,9 @@ def make_objective(
         raise ValueError(f"the norm of the weight exceeds the largest {exact.dtype}; divide the weight by 2**20")
     exact = divided(exact, scale)
     inputs = outputs = matrix = None
-    if isinstance(gram, Tensor):
+    if gram is not None:
         _check("gram", gram, [(in_features, in_features)])
-        gram = InputGram.of(gram)
+        gram = InputGram.of(gram) if isinstance(gram, Tensor) else gram
     if gram is not None:
         digits = torch.promote_types(gram.matrix.dtype, weight.dtype)
         if in_features > out_features:  # a root would have as many entries, and cost more than all the rest
@@ -212,7 +212,7 @@ def make_objective(
             inputs = gram.root.to(digits)
     if output_gram is not None:
         _check("output_gram", output_gram, [(out_features, out_features), (out_features,)])
-        metric = output_gram.to(exact)
+        metric = output_gram.detach().to(exact)
         mean = (metric if metric.ndim == 1 else metric.diagonal()).real.mean()
         if mean > 0 and metric.ndim == 1:
             outputs = (metric / mean + RIDGE).sqrt()
@@ -232,10 +232,11 @@ def _invertible_root(metric: Tensor) -> Tensor:
     return (values.clamp_min(RIDGE * values[-1]).sqrt() * vectors).conj().resolve_conj()
 
 
-def _check(name: str, gram: Tensor, shapes: list[tuple[int, ...]]) -> None:
-    if tuple(gram.shape) not in shapes:
-        raise ValueError(f"{name} has shape {tuple(gram.shape)}; this weight needs {' or '.join(map(str, shapes))}")
-    if reason := defect(gram):
+def _check(name: str, gram: Tensor | InputGram, shapes: list[tuple[int, ...]]) -> None:
+    shape = tuple((gram if isinstance(gram, Tensor) else gram.matrix).shape)
+    if shape not in shapes:
+        raise ValueError(f"{name} has shape {shape}; this weight needs {' or '.join(map(str, shapes))}")
+    if isinstance(gram, Tensor) and (reason := defect(gram)):
         raise ValueError(f"{name} {reason}")
 
 

@@ -16,6 +16,7 @@ from structlin.equation.unfolding import unfoldings
 from structlin.layers.init import initial_factors
 from structlin.layers.quantized import QuantizedFactor
 from structlin.runtime import planner
+from structlin.runtime.eager import has_values
 from structlin.runtime.execution import Execution
 from structlin.runtime.quantized import Format
 
@@ -85,7 +86,7 @@ class Factored(nn.Module):
         if self.formats:
             raise ValueError(f"factors {[*self.formats]} are quantised and cannot be drawn; build a new layer")
         sample = self.factors[0]
-        if not sample.is_meta:
+        if has_values(sample):
             wide = sample.dtype if sample.is_complex() else torch.promote_types(sample.dtype, torch.float32)
             with torch.no_grad(), torch.device("cpu"):
                 for factors in self._matrices():

@@ -15,7 +15,7 @@ from structlin.equation.structure import Structure, hyperparameters
 from structlin.fitting.fit import Families, Fit, fit
 from structlin.fitting.objective import InputGram
 from structlin.layers.factored import Factored
-from structlin.layers.quantized import forward_quantized
+from structlin.layers.quantized import forward_quantized, stored
 from structlin.layers.weight import LazyWeight
 from structlin.runtime import contract, planner
 from structlin.runtime.execution import Execution, Option
@@ -216,7 +216,9 @@ class StructuredLinear(Factored):
 
     @frozen.setter
     def frozen(self, value: bool) -> None:
-        self._execution.freeze(self.factors if value else None)
+        # The factors of integers are computed here; a call that asks for the gradient of its input reads them as well.
+        with torch.inference_mode(False), torch.no_grad():
+            self._execution.freeze(self.factors if value else None, stored(self))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._execution.forget()

@@ -57,7 +57,7 @@ class LearnedPermutation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix (training) or permute (eval) the last axis of x, (..., n)."""
-        return self._route(x, self._straight())
+        return self._route(x, self._straight()) if self.training else x.index_select(-1, self.order())
 
     def _straight(self) -> Tensor:
         if not self.training:
@@ -68,7 +68,7 @@ class LearnedPermutation(nn.Module):
     def _route(self, x: Tensor, straight: Tensor) -> Tensor:
         shape = x.shape
         for digit, switches in zip(self.stages, straight, strict=True):
-            pairs = x.reshape(*shape[:-1], 2**digit, 2, -1)
+            pairs = x.reshape(*shape[:-1], 2**digit, 2, shape[-1] >> (digit + 1))
             p = switches.to(x.dtype).view(2**digit, 1, -1)
             x = p * pairs + (1 - p) * pairs.flip(-2)
         return x.reshape(shape)

@@ -85,10 +85,21 @@ def forward_quantized(layer: Any, x: Tensor) -> Tensor:
 
 
 def _plainly(layer: Any, x: Tensor) -> Tensor:
-    kept: tuple[Tensor, ...] | None = layer._execution.frozen
-    usable = kept is not None and not any(factor.requires_grad for factor in kept)
-    result: Tensor = layer._execution(x, (*(kept if kept is not None and usable else layer.factors), layer.bias))
+    execution, source = layer._execution, stored(layer)
+    usable = (
+        execution.frozen is not None
+        and not any(tensor.requires_grad for tensor in source)
+        # `train_scales_` and functional_call put other tensors in the place of those that were frozen.
+        and all(now is then for now, then in zip(source, execution.source, strict=True))
+    )
+    result: Tensor = execution(x, (*(execution.frozen if usable else layer.factors), layer.bias))
     return result
+
+
+def stored(layer: nn.Module) -> tuple[Tensor, ...]:
+    """Return the integers and scales that factors of a layer are computed from."""
+    held = [each for each in layer._modules.values() if isinstance(each, QuantizedFactor)]
+    return tuple(tensor for each in held for tensor in (each.codes, each.scale))
 
 
 def train_scales_(model: nn.Module, train: bool = True) -> nn.Module:

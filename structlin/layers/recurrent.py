@@ -100,6 +100,9 @@ class _Recurrent(nn.Module, ABC):
                 setattr(rnn, f"bias_{name}", linear.bias)
         return rnn.train(self.training)
 
+    def flatten_parameters(self) -> None:
+        """Do nothing: models call it to pack the weights of torch's networks for cuDNN."""
+
     # The forward pass ------------------------------------------------------------------------------------------------
 
     def _run(self, x: Tensor | PackedSequence, start: State | None) -> tuple[Tensor | PackedSequence, State]:
@@ -107,6 +110,7 @@ class _Recurrent(nn.Module, ABC):
         shape: tuple[int, ...] = ()
         if isinstance(x, PackedSequence):
             rows, sizes, batched = x.data, x.batch_sizes.tolist(), True
+            count = sizes[0]
         else:
             batched = x.ndim == 3
             if x.ndim not in (2, 3) or x.shape[-1] != self.input_size:
@@ -118,7 +122,7 @@ class _Recurrent(nn.Module, ABC):
             ordered = (x.transpose(0, 1) if self.batch_first else x) if batched else x.unsqueeze(1)
             shape = steps, count = tuple(ordered.shape[:2])
             rows, sizes = ordered.reshape(steps * count, self.input_size), [count] * steps
-        states = self._start(rows, max(sizes, default=0), start, batched, x)
+        states = self._start(rows, count, start, batched, x)
         ends: list[State] = []
         for layer in range(self.num_layers):
             if layer and self.dropout and self.training:
@@ -310,4 +314,6 @@ class StructuredGRU(_Recurrent):
         recurrent_r, recurrent_z, recurrent_n = recurrent.chunk(3, -1)
         update = torch.sigmoid(z + recurrent_z)
         new = torch.tanh(n + torch.sigmoid(r + recurrent_r) * recurrent_n)
-        return (torch.lerp(new, state[0], update),)
+        (hidden,) = state
+        # Under autocast the gates are in low precision and the state is not.
+        return (torch.lerp(new.to(hidden.dtype), hidden, update.to(hidden.dtype)),)

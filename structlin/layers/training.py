@@ -30,8 +30,9 @@ def param_groups(
     spectral norm of its orthogonal blocks at initialisation, of entries rms_g. That counts one step of one factor at a
     time. All together move the product by up to (1 + s)^N - 1 of its norm, s = lr_f sqrt(in_f out_f) / |f|, which is
     N s only for small s: where a product has two or more learned factors, s is at most 1, so that no step outgrows the
-    factor it changes. Weight decay is scaled so that the product decays as a dense weight does; vectors (biases, norms)
-    do not decay. All is read from the shapes, so that groups made again for a loaded optimizer state are the same.
+    factor it changes. Weight decay is scaled so that the product decays as a dense weight does; vectors that are no
+    factors (biases, norms) do not. All is read from the shapes, so that groups made again for a loaded optimizer state
+    are the same.
 
     Args:
         model: any module; its structured layers are found, all other parameters get `lr`.
@@ -62,7 +63,7 @@ def param_groups(
             if id(parameter) in seen or not parameter.requires_grad:
                 continue
             seen.add(id(parameter))
-            vector = name == "bias" or parameter.ndim < 2
+            vector = name not in rates and (name == "bias" or parameter.ndim < 2)
             scale, factors, most = rates.get(name, (1.0, 1, math.inf))
             width = 1.0 if base_width is None or inputs is None or vector else base_width / inputs
             rate = scale * min(lr * width, most)

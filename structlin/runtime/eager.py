@@ -16,6 +16,7 @@ from torch._C import (
     _len_torch_function_stack,
 )
 from torch._C._functorch import peek_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
@@ -32,6 +33,11 @@ def plain(tensors: Sequence[Tensor]) -> bool:
     return all(type(tensor) in TENSORS for tensor in tensors)
 
 
+def has_values(tensor: Tensor) -> bool:
+    """Return whether a tensor is more than a shape: neither on the meta device nor made under FakeTensorMode."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
+
+
 def suits(tensors: Sequence[Tensor]) -> bool:
     """Return whether the native kernel takes these plain tensors: on the CPU, all of one dtype of DTYPES."""
     dtype = tensors[0].dtype
@@ -46,11 +52,16 @@ def unobserved() -> bool:
     return (
         not _is_any_autocast_enabled()
         and _len_torch_dispatch_stack() == 0  # modes for operators, such as FakeTensorMode
-        and peek_interpreter_stack() is None  # vmap, grad, jvp
+        and not transformed()
         and forward_ad._current_level < 0
         and not _is_tracing()  # torch.jit.trace
         and (_len_torch_function_stack() == 0 or _only_devices())
     )
+
+
+def transformed() -> bool:
+    """Return whether a transform of torch.func runs: vmap, grad, jvp."""
+    return peek_interpreter_stack() is not None
 
 
 def undispatched() -> bool:

@@ -83,9 +83,12 @@ class Execution:
         """Clear everything derived from the parameters; the layer is not frozen any more."""
         self.freeze(None)
 
-    def freeze(self, factors: tuple[Tensor, ...] | None) -> None:
-        """Keep what is derived from these factors from now on; None: keep nothing."""
-        self.frozen = factors
+    def freeze(self, factors: tuple[Tensor, ...] | None, source: tuple[Tensor, ...] = ()) -> None:
+        """Keep what is derived from these factors from now on; None: keep nothing.
+
+        Source: what the factors were computed from, if they are not parameters.
+        """
+        self.frozen, self.source = factors, source
         self._facts: Facts | None = None
         self._known: kernels.Known | None = None
         self._dense: Tensor | None = None

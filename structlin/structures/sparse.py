@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -37,8 +38,6 @@ class Sparse(Structure):
     places: str | None = field(default=None, repr=False)  # base64, see `structlin.equation.ties`
 
     def resolve(self, in_features: int, out_features: int, weight: Tensor | None = None) -> Self:
-        largest = max(in_features, out_features)
-        check_range("block", self.block, largest, ", the larger side of the matrix; use a smaller block")
         rows, columns = self._grid(in_features, out_features)
         check_range("count", self.count, rows * columns, f", the places of a {rows} x {columns} grid; use fewer")
         if self.places is not None:
@@ -48,7 +47,7 @@ class Sparse(Structure):
         return self
 
     def _grid(self, in_features: int, out_features: int) -> tuple[int, int]:
-        return -(-out_features // self.block), -(-in_features // self.block)
+        return grid(in_features, out_features, self.block)
 
     def spec(self, in_features: int, out_features: int) -> Spec:
         grid, side = self._grid(in_features, out_features), (self.block, self.block)
@@ -77,6 +76,29 @@ class Sparse(Structure):
             yield cls(count=min(budget // block**2, count), block=block)
 
 
+def grid(in_features: int, out_features: int, block: int) -> tuple[int, int]:
+    """Return the rows and columns of blocks.
+
+    Raises:
+        ValueError: if the block is larger than the matrix, or below 1.
+    """
+    largest = max(in_features, out_features)
+    check_range("block", block, largest, ", the larger side of the matrix; use a smaller block")
+    return -(-out_features // block), -(-in_features // block)
+
+
+def _kept(places: Tensor | str, in_features: int, out_features: int, block: int) -> dict[str, Any]:
+    """Return the fields of a structure that keeps the places that are true."""
+    wanted = grid(in_features, out_features, block)
+    if isinstance(places, str):
+        kept = bits(places, math.prod(wanted))
+    elif tuple(places.shape) == wanted:
+        kept = places.bool()
+    else:
+        raise ValueError(f"places have shape {tuple(places.shape)}; give {wanted}, a place for each block of {block}")
+    return {"count": int(kept.sum()), "places": as_text(kept)}
+
+
 @layer_of(Sparse)
 class SparseLinear(StructuredLinear):
     """Apply a matrix with blocks of learned entries in fixed places, the others zero.
@@ -86,7 +108,8 @@ class SparseLinear(StructuredLinear):
 
     Args:
         ratio: share of the entries, 0 to 1, in place of a count.
-        places: (out_features, in_features), true where an entry is learned, in place of a ratio; or the structure's.
+        places: (out_features, in_features), true where an entry is learned, in place of a ratio; one place for each
+            block where these are larger; or the structure's.
         count: number of places that are kept.
         block: side of the blocks.
     Raises:
@@ -103,20 +126,18 @@ class SparseLinear(StructuredLinear):
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         given = {"ratio": ratio, "places": places} if count is None else {"ratio": ratio, "count": count}
-        if sum(value is not None for value in given.values()) != 1 or not 0 < (ratio or 1) <= 1:
+        if sum(value is not None for value in given.values()) != 1 or not 0 < (1 if ratio is None else ratio) <= 1:
             raise ValueError(f"ratio={ratio}; give a share above 0 and up to 1, or places=, or count=, and not several")
         in_features, out_features = operator.index(in_features), operator.index(out_features)
-        grid = -(-out_features // block) * -(-in_features // block)
-        if isinstance(places, Tensor):
-            count, places = int(places.sum()), as_text(places)
-        elif count is None:
-            count = int(bits(places, grid).sum()) if places else max(int((ratio or 1) * grid + 1e-9), 1)
-        structure = Sparse(count=count, block=block, places=places)
+        fields: dict[str, Any] = {} if places is None else _kept(places, in_features, out_features, block)
+        if ratio is not None:
+            count = max(int(ratio * math.prod(grid(in_features, out_features, block)) + 1e-9), 1)
+        structure = Sparse(block=block, **(fields if count is None else fields | {"count": count}))
         super().__init__(in_features, out_features, bias, structure=structure, device=device, dtype=dtype)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, places: Tensor | str | None = None, **options: Any) -> Self:
         """Take the entries of the largest scores, or given places, and fit them; see `StructuredLinear.from_linear`."""
-        if isinstance(places, Tensor):
-            options |= {"places": as_text(places), "count": int(places.sum())}
+        if places is not None:
+            options = _kept(places, linear.in_features, linear.out_features, options.get("block", 1)) | options
         return super().from_linear(linear, **options)

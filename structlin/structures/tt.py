@@ -207,7 +207,7 @@ class TTLinear(StructuredLinear):
         smaller = TensorTrain(rank=bonds, in_modes=in_modes, out_modes=out_modes, cores=structure.cores)
         layer = build(smaller, self.in_features, self.out_features, self.bias is not None, device="meta")
         assert isinstance(layer, TTLinear)
-        layer.fill([core.to(first.dtype) for core in smaller.stored(rounded)], self.bias, first.requires_grad)
+        layer.fill([core.to(first.dtype) for core in smaller.stored(rounded)], self.bias, self.is_trained)
         return layer.train(self.training)
 
 

@@ -111,7 +111,9 @@ class Train:
     def __mul__(self, other: Self | complex | Tensor) -> Self:
         """Multiply entry by entry with a train, ranks r_a r_b, or with a constant, ranks r."""
         if not isinstance(other, Train):
-            return self._of([self._flat()[0] * other, *self._flat()[1:]])
+            first, *others = self._flat()
+            first = first * self._number(other)
+            return self._of([first, *(core.to(first.dtype) for core in others)])  # complex, if the constant is
         self._check(other)
         pairs = zip(self._flat(), other._flat(), strict=True)
         return self._of([(a[:, None, :, :, None] * b[None, :, :, None, :]).flatten(3).flatten(0, 1) for a, b in pairs])
@@ -180,10 +182,12 @@ class Train:
         return type(self)([core.reshape(core.shape[0], *size, core.shape[-1]) for core, size in pairs])
 
     def _filled(self, value: complex | Tensor) -> Self:
+        return type(self)([torch.ones(1, *n, 1, dtype=self.dtype, device=self.device) for n in self.modes]) * value
+
+    def _number(self, value: complex | Tensor) -> complex | Tensor:
         if not isinstance(value, Number | Tensor) or (isinstance(value, Tensor) and value.ndim):
             raise TypeError(f"{value!r} is neither a {type(self).__name__} nor a number")
-        ones = [torch.ones(1, *size, 1, dtype=self.dtype, device=self.device) for size in self.modes]
-        return type(self)([ones[0] * value, *ones[1:]])
+        return value
 
     def _check(self, other: Train) -> None:
         if type(self) is not type(other) or self.modes != other.modes:
@@ -203,6 +207,10 @@ class Train:
         """Decompose a tensor whose axes are the modes in turn; its dtype is kept."""
         if sum(option is not None for option in (rank, tolerance, ratio)) != 1:
             raise ValueError(f"rank={rank}, tolerance={tolerance}, ratio={ratio}: give one of the three")
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            raise ValueError(
+                f"the tensor has dtype {tensor.dtype}, which its cores cannot have; convert it to a float one"
+            )
         ranks = _ranks(rank, tensor.ndim // cls.axes - 1) if ratio is None else _within(tensor, ratio, cls.axes)
         cores = tt_svd(tensor, ranks=ranks, tolerance=tolerance or 0.0, axes=cls.axes)
         return cls([core.to(tensor.dtype) for core in cores])

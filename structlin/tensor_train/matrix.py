@@ -85,12 +85,13 @@ class TTMatrix(Train):
         return cls([first.unsqueeze(0), *middle, last.unsqueeze(-1)])
 
     def to_layer(self, bias: Tensor | None = None) -> TTLinear:
-        """Return a layer that computes y = W x + b, with copies of the cores."""
+        """Return a layer that computes y = W x + b, with copies of the cores and the bias, all to be trained."""
         rows, columns = self.shape
         structure = TensorTrain(self.ranks, self.in_modes, self.out_modes, len(self.cores))
         layer = build(structure, columns, rows, bias is not None, device="meta")
         assert isinstance(layer, TTLinear)
-        layer.fill([core.detach().clone() for core in self._outer()], None if bias is None else bias.detach().clone())
+        given = None if bias is None else bias.detach().requires_grad_()
+        layer.fill([core.detach().clone() for core in self._outer()], given)
         return layer
 
     def full(self) -> Tensor:

@@ -175,6 +175,7 @@ def test_bad_requests(structure, options, message):
         (torch.randn(8), "a dense matrix"),
         (torch.randn(0, 8), "a dense matrix"),
         (torch.ones(8, 8, dtype=torch.int8), "dtype torch.int8"),
+        (torch.ones(8, 8).to(torch.float8_e4m3fn), "dtype torch.float8_e4m3fn"),
         (torch.randn(8, 8, device="meta"), "meta device"),
         (torch.full((8, 8), math.inf), "NaN or infinite"),
     ],

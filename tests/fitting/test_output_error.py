@@ -133,6 +133,15 @@ def test_a_root_of_a_gram(dtype, rank):
     torch.testing.assert_close(found.root.mT @ found.root.conj(), expected.to(dtype), rtol=0, atol=16 * tolerance)
 
 
+def test_grams_with_a_graph_get_no_gradients():
+    rows, columns = torch.randn(20, 6, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+    for output_gram in (rows.mT @ rows, rows.square().sum(0)):
+        gram = columns.mT @ columns
+        fit(torch.randn(6, 8), Blast(blocks=2, rank=2), gram=gram, output_gram=output_gram, refine=3)
+    assert rows.grad is None
+    assert columns.grad is None
+
+
 @pytest.mark.parametrize("shape", [(8, 32), (32, 8)])
 def test_a_zero_gram_counts_as_none(shape):
     weight, zero = torch.randn(shape), torch.zeros(shape[1], shape[1])
@@ -246,6 +255,7 @@ def test_degenerate_grams_and_weights(k):
     ("arguments", "message"),
     [
         ({"gram": torch.eye(3)}, r"gram has shape \(3, 3\); this weight needs \(8, 8\)"),
+        ({"gram": InputGram.of(torch.eye(3))}, r"gram has shape \(3, 3\); this weight needs \(8, 8\)"),
         ({"output_gram": torch.ones(8)}, r"output_gram has shape \(8,\); this weight needs \(6, 6\) or \(6,\)"),
         ({"gram": torch.full((8, 8), math.nan)}, "gram holds NaN or infinite values; collect it in float64"),
         ({"gram": -torch.eye(8)}, "gram has -1 on its diagonal; give sum x x^H"),

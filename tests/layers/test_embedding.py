@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from structlin import LowRankLinear, ShapeshifterLinear, StructuredEmbedding, TTEmbedding
 from structlin.layers.linear import build
 from structlin.runtime.contract import lookup
-from structlin.structures import LowRank, TensorTrain
+from structlin.structures import Kaleidoscope, LowRank, Shapeshifter, TensorTrain
 from structlin.testing import assert_close
 
 
@@ -136,6 +136,32 @@ def test_autocast_changes_nothing():
     with torch.autocast("cpu", torch.bfloat16):
         rows = embedding(ids)
     assert torch.equal(rows, embedding(ids))
+
+
+@pytest.mark.parametrize("name", ["shapeshifter", "kmatrix"])
+def test_many_tokens_under_transforms(name):
+    torch.manual_seed(0)
+    structures = {"shapeshifter": Shapeshifter(rank=32, order="reshape"), "kmatrix": Kaleidoscope()}
+    embedding = StructuredEmbedding.from_structure(3000, 64, structure=structures[name], dtype=torch.float64)
+    ids = torch.randint(3000, (3000,))  # some chunks, outside of transforms
+    values = {key: value.detach() for key, value in embedding.named_parameters()}
+    found = torch.func.grad(lambda v: torch.func.functional_call(embedding, v, (ids,)).square().sum())(values)
+    embedding(ids).square().sum().backward()
+    for key, value in embedding.named_parameters():
+        assert_close(found[key], value.grad, key)
+    with torch.no_grad():
+        assert_close(torch.func.vmap(embedding)(ids.view(2, -1)), embedding(ids.view(2, -1)), "vmap")
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_export_takes_any_number_of_tokens(strict):
+    tokens = torch.export.Dim("tokens", min=1, max=1 << 20)
+    for embedding in (TTEmbedding(300, 64, rank=4), StructuredEmbedding(build(Kaleidoscope(), 64, 300, False))):
+        ids = torch.randint(300, (128,))
+        program = torch.export.export(embedding, (ids,), dynamic_shapes=({0: tokens},), strict=strict).module()
+        for count in (1, 7, 5000):
+            ids = torch.randint(300, (count,))
+            assert_close(program(ids), embedding(ids), f"exported, {count} tokens")
 
 
 def test_meta():

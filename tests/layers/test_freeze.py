@@ -172,6 +172,41 @@ def test_an_order_that_was_asked_for_keeps_nothing():
     assert not keeps(structlin.freeze_(layer))
 
 
+def quantized():
+    layer = nn.Sequential(build(Kronecker(terms=2), 64, 64)).eval()
+    structlin.quantize_(layer, "int8")
+    return layer
+
+
+def test_scales_that_are_trained_once_it_is_frozen_get_their_gradients():
+    layer = structlin.freeze_(quantized())
+    structlin.train_scales_(layer)
+    x = torch.randn(5, 64)
+    gradients = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    assert all(gradient.any() for gradient in gradients)
+    with torch.no_grad():
+        before = layer(x)
+        layer[0].left.scale.mul_(2)
+        assert_close(layer(x) - layer[0].bias, 2 * (before - layer[0].bias), "after a step", 1e-5)
+
+
+def test_integers_frozen_in_inference_mode_serve_calls_with_gradients(monkeypatch):
+    layer, x = quantized(), torch.randn(5, 64, requires_grad=True)
+    with torch.inference_mode():
+        structlin.freeze_(layer)
+        layer(x)
+    layer(x).sum().backward()
+    assert_close(x.grad, layer[0].to_dense().sum(0).expand_as(x), "gradient of the input", 1e-5)
+
+
+def test_other_scales_in_place_of_those_frozen_are_used():
+    layer, x = structlin.freeze_(quantized()), torch.randn(5, 64, dtype=torch.float64)
+    layer = structlin.freeze_(layer.double())
+    other = {"0.left.scale": 2 * layer[0].left.scale}
+    with torch.no_grad():
+        assert_close(functional_call(layer, other, x) - layer[0].bias, 2 * (layer(x) - layer[0].bias), "twice", 1e-5)
+
+
 def test_constant_factors_are_frozen_too():
     layer = structlin.freeze_(build(PHM(algebra="hamilton"), 64, 64).eval())
     assert keeps(layer)

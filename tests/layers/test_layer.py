@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import CASES, ONE
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils import parametrize
 
 import structlin
@@ -245,6 +246,13 @@ def test_meta_device_as_context_and_assign(make):
     meta.load_state_dict(source.state_dict(), assign=True)
     assert torch.equal(meta(x), source(x))
     assert all(isinstance(p, nn.Parameter) for p in meta.parameters())
+
+
+def test_layers_are_built_under_fake_tensor_mode(make):
+    with FakeTensorMode():
+        layer = make(16, 20)
+        assert isinstance(layer.factors[0], FakeTensor)
+        assert layer(torch.empty(3, 16)).shape == (3, 20)
 
 
 def test_reset_parameters_after_to_empty(make):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -66,6 +68,25 @@ def test_toeplitz_like_outputs_are_those_of_its_circulants(n):
     assert_close(layer.to_dense(), expected, "W", 1e-12)
     x = torch.randn(3, n, dtype=torch.float64)
     assert_close(layer(x), F.linear(x, expected, layer.bias), "output", 1e-12)
+
+
+def test_toeplitz_like_takes_empty_batches():
+    layer = ToeplitzLikeLinear(16, rank=2)
+    x = torch.zeros(2, 0, 16, requires_grad=True)
+    gradients = torch.autograd.grad(layer(x).sum(), [x, layer.left, layer.right])
+    assert gradients[0].shape == x.shape
+    assert not any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_toeplitz_like_in_low_precision(dtype):
+    layer = ToeplitzLikeLinear(16, rank=2).to(dtype)
+    x = torch.randn(3, 16, dtype=dtype)
+    y = layer(x)
+    assert y.dtype is dtype
+    y.sum().backward()
+    assert layer.left.grad.dtype is dtype
+    assert_close(y.float(), copy.deepcopy(layer).float()(x.float()), "output", 0.02)
 
 
 def test_products_of_toeplitz_matrices_have_a_small_displacement():

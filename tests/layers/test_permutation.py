@@ -26,6 +26,19 @@ def test_a_matrix_in_training_is_doubly_stochastic_and_in_eval_a_permutation(n):
     assert_close(exact.permutation(layer.order(), dtype=x.dtype)(x), x[:, layer.order()], "hardened", 1e-12)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_empty_batches(training):
+    layer = LearnedPermutation(8).train(training)
+    assert layer(torch.zeros(2, 0, 8)).shape == (2, 0, 8)
+
+
+def test_in_eval_entries_that_are_not_finite_move_like_others():
+    layer = LearnedPermutation(8).eval()
+    x = torch.arange(8.0)
+    x[3], x[5] = -torch.inf, torch.nan
+    torch.testing.assert_close(layer(x), x[layer.order()], rtol=0, atol=0, equal_nan=True)
+
+
 def test_soft_outputs_are_those_of_the_matrix():
     layer = LearnedPermutation(16, noise=0.0, dtype=torch.float64)
     x = torch.randn(2, 3, 16, dtype=torch.float64)

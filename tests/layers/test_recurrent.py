@@ -135,12 +135,21 @@ def test_a_tensor_train_of_the_sources_scale():
     assert 0.1 < c.std() < 1
 
 
-def test_empty_and_autocast():
-    layer = StructuredLSTM(12, 8, structure=LowRank(rank=3))
-    assert layer(torch.zeros(0, 2, 12))[0].shape == (0, 2, 8)
-    assert layer(torch.zeros(3, 0, 12))[0].shape == (3, 0, 8)
+@every_kind
+def test_empty_and_autocast(kind):
+    layer = opened(kind(12, 8, bidirectional=True), structure=LowRank(rank=3))
+    for shape in ((0, 2), (3, 0)):
+        y, *states = flat(layer(torch.zeros(*shape, 12)))
+        assert y.shape == (*shape, 16)
+        assert all(state.shape == (2, shape[1], 8) for state in states)
+        again = layer(torch.zeros(*shape, 12), tuple(states) if kind is nn.LSTM else states[0])
+        assert all(torch.equal(a, b) for a, b in zip(flat(again)[1:], states, strict=True))
+    x = torch.randn(3, 2, 12)
     with torch.autocast("cpu", torch.bfloat16):
-        assert layer(torch.randn(3, 2, 12))[0].isfinite().all()
+        low = flat(layer(x))
+        low[0].sum().backward()
+    for a, b in zip(low, flat(layer(x)), strict=True):
+        assert_close(a, b, "under autocast", 0.02)
 
 
 @every_kind
@@ -153,6 +162,12 @@ def test_compiles_and_exports(kind):
     exported = torch.export.export(layer, (x,)).module()
     for a, b in zip(flat(exported(x)), flat(layer(x)), strict=True):
         assert_close(a, b, "exported")
+
+
+def test_code_that_packs_the_weights_of_torchs_networks_runs():
+    layer = StructuredLSTM(12, 8, structure=LowRank(rank=3))
+    layer.flatten_parameters()
+    assert layer(torch.zeros(3, 2, 12))[0].shape == (3, 2, 8)
 
 
 def test_errors_say_what_is_possible():

@@ -68,16 +68,17 @@ def test_no_step_is_larger_than_the_factor_that_it_changes(lr):
 
 
 def test_the_width_rule_divides_matrices_only():
-    model = nn.Sequential(nn.Linear(128, 32), LowRankLinear(128, 32, rank=4), nn.LayerNorm(32))
+    layers = LowRankLinear(128, 32, rank=4), CirculantLinear(128, 32)  # the values of a circulant are a vector
+    model = nn.Sequential(nn.Linear(128, 32), nn.LayerNorm(32), *layers)
     plain, narrow = rates(model), rates(model, base_width=32)
     for name in plain:
-        expected = 1 if "bias" in name or name.startswith("2.") else 1 / 4
+        expected = 1 if "bias" in name or name.startswith("1.") else 1 / 4
         assert narrow[name] == pytest.approx(plain[name] * expected), name
 
 
 @pytest.mark.parametrize(("lr", "decay"), [(1e-2, 0.1), (1.0, 1e-3)])  # the second with the largest steps
-def test_decay_of_a_product_is_that_of_a_dense_weight(lr, decay):
-    layer = LowRankLinear(64, 64, rank=4)
+@pytest.mark.parametrize("layer", [LowRankLinear(64, 64, rank=4), CirculantLinear(64, 64)], ids=["product", "vector"])
+def test_decay_of_a_product_is_that_of_a_dense_weight(lr, decay, layer):
     groups = param_groups(layer, lr, weight_decay=decay)
     before = layer.to_dense().detach().clone()
     optimizer = torch.optim.AdamW(groups)

@@ -12,9 +12,11 @@ from torch import nn
 
 from structlin import StructuredLinear, testing
 from structlin.equation.structure import registered
+from structlin.fitting.budget import within
 from structlin.fitting.fit import fit
 from structlin.layers.linear import build
 from structlin.runtime.planner import ORDERS
+from structlin.structures import families
 from structlin.testing import LAWS, assert_close, check_structure
 
 # A Latin square over the sizes, each twice as input and as output, and the corners; float32 on every other pair.
@@ -242,12 +244,26 @@ def test_forward_mode(structure):
     assert_close(derivative, tangent @ layer.to_dense().T, "derivative")
 
 
-@pytest.mark.slow
-@each(list(ONE.values()))
-def test_export_with_any_number_of_tokens(structure):
-    layer = build(structure, 16, 20)
+def exported_for_any_number_of_tokens(layer, sample):
     tokens = torch.export.Dim("tokens", min=1, max=4096)
-    program = torch.export.export(layer, (torch.randn(5, 16),), dynamic_shapes=({0: tokens},))
+    x = torch.randn(sample, layer.in_features)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: tokens},)).module()
     for count in (1, 7, 300):
-        x = torch.randn(count, 16)
-        assert_close(program.module()(x), layer(x), f"exported, {count} tokens")
+        x = torch.randn(count, layer.in_features)
+        assert_close(program(x), layer(x), f"exported, {count} tokens")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ORDERS)
+@each(list(ONE.values()))
+def test_export_with_any_number_of_tokens(structure, order):
+    layer = build(structure, 16, 20)
+    layer.use_plan(order)
+    for sample in (5, 128):
+        exported_for_any_number_of_tokens(layer, sample)
+
+
+@pytest.mark.parametrize("name", families())
+def test_export_of_a_large_layer(name):
+    structure = within(families()[name], 768, 768, 0.5)[0]
+    exported_for_any_number_of_tokens(build(structure, 768, 768), 128)

@@ -148,6 +148,9 @@ def test_given_places_are_kept():
     linear = nn.Linear(2, 2)
     layer = SparseLinear.from_linear(linear, places=places)
     assert torch.equal(layer.to_dense(), linear.weight * places)
+    for given in (layer.structure.places, 3 * places):  # as a structure has them; numbers that are not 0
+        assert SparseLinear.from_linear(linear, places=given).structure == layer.structure
+        assert SparseLinear(2, 2, places=given).structure == layer.structure
 
 
 def test_places_from_scratch_are_the_same_everywhere():
@@ -199,11 +202,15 @@ def test_experts_keep_the_same_places():
         (lambda: DiagonalLinear(4, 6, blocks=5), r"blocks=5 is outside 1\.\.4"),
         (lambda: SparseLinear(2, 2), "ratio=None"),
         (lambda: SparseLinear(2, 2, ratio=1.5), r"ratio=1\.5"),
+        (lambda: SparseLinear(2, 2, ratio=0.0), r"ratio=0\.0"),
         (lambda: SparseLinear(2, 2, ratio=0.5, count=2), "not several"),
         (lambda: SparseLinear(2, 2, count=5), r"count=5 is outside 1\.\.4"),
         (lambda: SparseLinear(2, 2, count=2, places="AA=="), "places keep 0 blocks, count=2"),
         (lambda: SparseLinear(2, 2, count=2, places="AAAA"), "3 B of places; 4 places take 1 B"),
-        (lambda: SparseLinear(2, 2, places=torch.ones(4, 4, dtype=torch.bool)), r"count=16 is outside 1\.\.4"),
+        (lambda: SparseLinear(2, 2, ratio=0.5, block=0), r"block=0 is outside 1\.\.2"),
+        (lambda: SparseLinear(2, 3, places=torch.ones(2, 3)), r"places have shape \(2, 3\); give \(3, 2\)"),
+        (lambda: SparseLinear(2, 3, places=torch.ones(3, 2), block=2), r"give \(2, 1\), a place for each block of 2"),
+        (lambda: SparseLinear.from_linear(nn.Linear(2, 3), places=torch.ones(2, 3)), r"give \(3, 2\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(call, message):

@@ -193,9 +193,20 @@ def test_a_layer_and_its_matrix_are_each_others_inverse():
     close(again(x), layer(x))
     assert again.structure == layer.structure
     assert all(a.data_ptr() != b.data_ptr() for a, b in zip(again.factors, layer.factors, strict=True))
+    assert all(parameter.requires_grad for parameter in found.to_layer(layer.bias.detach()).parameters())
     smaller = found.round(rank=2).to_layer()
     assert isinstance(smaller, StructuredLinear)
     close(smaller.to_dense(), layer.rounded(rank=2).to_dense())
+    for flag in (True, False):
+        assert {p.requires_grad for p in layer.requires_grad_(flag).rounded(rank=2).parameters()} == {flag}
+
+
+@pytest.mark.parametrize("make", [tensor, matrix])
+def test_complex_constants_make_a_real_train_complex(make):
+    a = make(MODES[1] if make is matrix else (2, 3, 4), 2)
+    for found, wanted in ((a * 2j, a.full() * 2j), (a + 1j, a.full() + 1j), (1 - a / 1j, 1 - a.full() / 1j)):
+        assert {core.dtype for core in found.cores} == {torch.complex128}
+        close(found.full(), wanted)
 
 
 def test_many_terms_are_added_at_the_ranks_of_their_sum():
@@ -279,6 +290,8 @@ def test_errors_name_what_is_wrong():
         a * TTMatrix([core.unsqueeze(2) for core in a.cores])
     with pytest.raises(TypeError, match="neither a TT nor a number"):
         a + torch.ones(4)
+    with pytest.raises(TypeError, match="neither a TT nor a number"):
+        a * torch.ones(2)  # as many as the first rank
     for index in ((0, 0, 0, 0), (..., ...), (None,), ([0], 1, 1), (2, 0, 0)):
         with pytest.raises(IndexError):
             a[index]
@@ -290,6 +303,8 @@ def test_errors_name_what_is_wrong():
         a.round(tolerance=-1)
     with pytest.raises(ValueError, match="give one of the three"):
         TT.from_full(a.full())
+    with pytest.raises(ValueError, match=r"dtype torch\.int64"):
+        TT.from_full(torch.arange(24).reshape(2, 3, 4), tolerance=1e-6)  # its cores would be rounded
     with pytest.raises(ValueError, match="do not fit a matrix of"):
         TTMatrix.from_full(torch.ones(6, 6), (2, 3), (2, 2), rank=1)
     m = matrix(MODES[1], 2)

@@ -124,8 +124,9 @@ def product(left: Tensor, right: Tensor, shared: bool) -> Tensor:
     """Multiply two matrices or two stacks; if `shared`, the matrix `left` with every item of the stack `right`."""
     if right.ndim == 2:
         return torch.mm(left, right)
-    # A stride of 0 over the batch: bmm reads the one matrix again and again, without a copy.
-    return torch.bmm(left.expand(len(right), -1, -1) if shared else left, right)
+    # A stride of 0 over the batch: bmm reads the one matrix again and again, without a copy. The batch may be the
+    # tokens: len(right) would make torch.export and torch.jit.trace take their number for a constant.
+    return torch.bmm(left.expand(right.shape[0], -1, -1) if shared else left, right)
 
 
 def read(tensor: Tensor, view: View) -> Tensor:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from structlin.equation.spec import Equation, Modes, Spec
 from structlin.runtime.contract.tied import expanded
 from structlin.runtime.costs import LOOKUP_BYTES
-from structlin.runtime.eager import constant
+from structlin.runtime.eager import constant, transformed
 from structlin.runtime.planner import TOKENS
 
 Pieces = tuple[tuple[int, Modes], ...]  # for each factor in the order of contraction: its index, the modes afterwards
@@ -24,7 +24,7 @@ def look_up(spec: Spec, factors: Sequence[Tensor], rows: Tensor) -> Tensor:
 
     A row number has one digit per output mode. Each factor is indexed at the digits of its output modes; what remains,
     bonds and input modes, is contracted for each token. Cost: `entries_per_token` beside the result, for as many
-    tokens at a time as keep this below twice the result or LOOKUP_BYTES.
+    tokens at a time as keep this below twice the result or LOOKUP_BYTES; under torch.compile and torch.func for all.
 
     Args:
         spec: the structured matrix.
@@ -35,11 +35,13 @@ def look_up(spec: Spec, factors: Sequence[Tensor], rows: Tensor) -> Tensor:
     Raises:
         IndexError: if a number lies outside 0 to out_features - 1 (on CUDA: an assertion of the device).
     """
-    tokens, itemsize = len(rows), factors[0].element_size()
+    tokens, itemsize = rows.shape[0], factors[0].element_size()  # len(rows) would be a constant of torch.export's graph
     if tokens == 0:  # one row, cut to none: the result keeps its graph
         return look_up(spec, factors, rows.new_zeros(1))[:0]
+    if is_compiling() or transformed():  # one graph for all numbers of tokens; torch.func takes no checkpoints
+        return _contracted(spec, rows, *factors)
     room = max(LOOKUP_BYTES // itemsize, 2 * tokens * spec.in_features)
-    most = tokens if is_compiling() else max(1, room // entries_per_token(spec))
+    most = max(1, room // entries_per_token(spec))
     if tokens <= most:
         return _contracted(spec, rows, *factors)
     if torch.is_grad_enabled() and any(factor.requires_grad for factor in factors):
@@ -51,7 +53,6 @@ def look_up(spec: Spec, factors: Sequence[Tensor], rows: Tensor) -> Tensor:
     return out
 
 
-@constant
 def entries_per_token(spec: Spec) -> int:
     """Count the entries that one step of a look-up holds for each token, at most: its operands and its result."""
     return max(_widest(eq, _pieces(eq)) for eq in spec.equations)
@@ -70,7 +71,7 @@ def _contracted(spec: Spec, rows: Tensor, *factors: Tensor) -> Tensor:
             operands = [piece, numbers[1]] if state is None else [state, numbers[0], piece, numbers[1]]
             state, kept = torch.einsum(*operands, numbers[2]), after
         assert state is not None
-        found = state.reshape(len(rows), eq.padded_in)[:, : spec.in_features]
+        found = state.reshape(rows.shape[0], eq.padded_in)[:, : spec.in_features]
         total = found if total is None else total + found
     assert total is not None
     return total

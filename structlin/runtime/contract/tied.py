@@ -10,6 +10,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from structlin.equation.spec import Equation, Spec
 from structlin.equation.ties import Tie
@@ -49,7 +50,11 @@ def _found(tie: Tie, rows: int, columns: int, device: torch.device) -> Tensor:
     """Return the number that each place reads, or, where each number stands in one place, those places."""
     with torch.inference_mode(False):  # autograd saves it
         numbers = pattern(tie, rows, columns).flatten()
-        return ((numbers < tie.numbers).nonzero().flatten() if tie.once else numbers).to(device)
+        if not tie.once:
+            return numbers.to(device)
+        if undispatched() or is_compiling():
+            return (numbers < tie.numbers).nonzero().flatten().to(device)
+        return numbers.argsort(stable=True)[: tie.numbers].to(device)  # slower; FakeTensorMode knows its size
 
 
 def pattern(tie: Tie, rows: int, columns: int) -> Tensor:
