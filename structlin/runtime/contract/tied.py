@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.utils._python_dispatch import _disable_current_modes
 
 from structlin.equation.spec import Equation, Spec
 from structlin.equation.ties import Tie
@@ -42,7 +42,12 @@ def _written(eq: Equation, modes: Sequence[str], tie: Tie, values: Tensor) -> Te
 
 @constant
 def _places(tie: Tie, rows: int, columns: int, device: torch.device) -> Tensor:
-    return (_found if undispatched() else _found.__wrapped__)(tie, rows, columns, device)
+    if undispatched():
+        return _found(tie, rows, columns, device)
+    # An export keeps the places as a constant, not what computes them; FakeTensorMode learns their number.
+    with _disable_current_modes():
+        places = _found(tie, rows, columns, torch.device("cpu")).tolist()
+    return torch.tensor(places, device=device)
 
 
 @lru_cache(64)
@@ -50,11 +55,7 @@ def _found(tie: Tie, rows: int, columns: int, device: torch.device) -> Tensor:
     """Return the number that each place reads, or, where each number stands in one place, those places."""
     with torch.inference_mode(False):  # autograd saves it
         numbers = pattern(tie, rows, columns).flatten()
-        if not tie.once:
-            return numbers.to(device)
-        if undispatched() or is_compiling():
-            return (numbers < tie.numbers).nonzero().flatten().to(device)
-        return numbers.argsort(stable=True)[: tie.numbers].to(device)  # slower; FakeTensorMode knows its size
+        return ((numbers < tie.numbers).nonzero().flatten() if tie.once else numbers).to(device)
 
 
 def pattern(tie: Tie, rows: int, columns: int) -> Tensor:
