@@ -22,8 +22,9 @@ from structlin.compress.processes import dealt, shared, summed
 from structlin.compress.sequential import collect_behind
 from structlin.compress.statistics import Statistics
 from structlin.compress.sums import Sums, scalar, sum_dtype, zeros
-from structlin.compress.targets import Target, find_targets, module_names, openings
+from structlin.compress.targets import Target, User, find_targets, module_names, openings
 from structlin.compress.workers import seeded
+from structlin.layers.factored import Factored
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -82,7 +83,7 @@ def collect_statistics(
     loss: Loss | None = None,
     **options: Any,
 ) -> Statistics:
-    """Run a model over batches and sum x x^H over the inputs x of each linear map.
+    """Run a model over batches and sum x x^H over the inputs x of each linear map, dense or structured.
 
     The model runs in evaluation mode, and is as it was afterwards, also on an error. Layers that receive one and the
     same tensor (query, key and value) share one Gram. Layers whose module is never called (its weight is read by other
@@ -104,7 +105,7 @@ def collect_statistics(
             metric of its squared error. Gradients in `.grad` stay untouched.
         **options: `output`, `dtype`, `mask` and `tied`, see `Collecting`.
     Returns:
-        The statistics by first dotted name, in module order, on the devices of the inputs.
+        The statistics by first dotted name, in module order and structured layers last, on the devices of the inputs.
     Raises:
         ValueError: if a name, a mask or an argument is bad, or inputs or gradients are not finite, naming the layer.
         TypeError: if a batch needs `forward`.
@@ -336,7 +337,8 @@ def _mask_of(mask: Mask, batch: Any) -> Tensor | None:
 
 
 def _chosen(model: nn.Module, names: Iterable[str] | None, tied: str) -> list[Target]:
-    targets = find_targets(model, tied=tied)
+    layers = [(module, found) for module, found in module_names(model).items() if isinstance(module, Factored)]
+    targets = find_targets(model, tied=tied) + [Target((User(m, found, m, m),)) for m, found in layers]
     if names is None:
         return [target for target in targets if not target.reason and not target.on_request]
     wanted = set(names)
