@@ -312,6 +312,12 @@ def test_unfinished_work_of_other_settings_is_refused(tmp_path, monkeypatch):
             streaming.stream_folder(str(source), tmp_path / "small", Compression("lowrank", ratio=0.5))
     with pytest.raises(CheckpointError, match="unfinished work of another model, text or setting"):
         streaming.stream_folder(str(source), tmp_path / "small", Compression("lowrank", ratio=0.25))
+    dense = next(source.glob("*.safetensors"))
+    times = dense.stat().st_atime_ns, dense.stat().st_mtime_ns
+    os.utime(dense, ns=(times[0], times[1] + 1_000_000))  # trained further, in as many bytes
+    with pytest.raises(CheckpointError, match="unfinished work of another model, text or setting"):
+        streaming.stream_folder(str(source), tmp_path / "small", Compression("lowrank", ratio=0.5))
+    os.utime(dense, ns=times)
     shard = tmp_path / ".small.structlin-unfinished" / "model" / "model-00002-of-00004.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
