@@ -221,6 +221,31 @@ class Knowing(BaseTuner):
                 module._modules.update(children)
             raise
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into all base layers, or into none if a structured layer cannot hold the sum."""
+        self._try_merge(safe_merge, adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:  # fmt: skip
+        if merge:
+            self._try_merge(safe_merge, adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _try_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        """Merge each structured layer and put it back: peft merges one after the other, and unloads for good."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, Merging) and _structured(module) and not module.merged:
+                try:
+                    module.merge(safe_merge, adapter_names)
+                except ValueError as error:
+                    raise ValueError(f"layer {name!r}: {error}") from error
+                finally:
+                    if module.merged:
+                        module.unmerge()
+
     def _create_new_module(self, config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         if _structured(target):
             return self.layer(target, adapter_name, config=config, **kwargs)

@@ -27,7 +27,7 @@ def mlp(name):
 
 def config_of(kind, **fields):
     if kind == "ia3":
-        return peft.IA3Config(target_modules="all-linear", feedforward_modules=["2"], **fields)
+        return peft.IA3Config(**{"target_modules": "all-linear", "feedforward_modules": ["2"], **fields})
     return peft.LoraConfig(r=4, target_modules="all-linear", use_dora=kind == "dora", **fields)
 
 
@@ -128,6 +128,20 @@ def test_a_dora_adapter_merges_alone():
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match="'other' is DoRA of the layer before"):
         model.merge_adapter()
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_all_layers_are_merged_or_none(merge):
+    x = torch.randn(5, 16)
+    model = nn.Sequential(build(LAYERS["lowrank"], 16, 16), build(LAYERS["kronecker"], 16, 16)).eval()
+    model = trained(peft.get_peft_model(model, config_of("ia3", feedforward_modules=[])))
+    y, shown = model(x), str(model)
+    with pytest.raises(ValueError, match=r"Kronecker.* has no factor with all modes o"):
+        getattr(model, merge)()
+    assert str(model) == shown
+    assert not any(module.merged for module in model.modules() if hasattr(module, "merged_adapters"))
+    assert torch.equal(model(x), y)
+    assert not torch.equal(model.unload()(x), y)
 
 
 def test_a_broken_adapter_is_refused():
