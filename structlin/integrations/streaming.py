@@ -24,7 +24,7 @@ from structlin.compress.data import Data
 from structlin.compress.plan import CompressionPlan
 from structlin.compress.processes import ranks
 from structlin.compress.stream import compress_stream
-from structlin.integrations.folders import class_of, copy_others, hub_id
+from structlin.integrations.folders import check_free, class_of, copy_others, hub_id
 from structlin.integrations.model_card import CARD, model_card
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -57,7 +57,9 @@ def stream_folder(
         ValueError: if a setting needs the whole model or lacks batches, the model has no chain of blocks, or there are
             several ranks.
         CheckpointError: if the folder's tensors are not those of the model by name.
+        FileExistsError: if the target holds files.
     """
+    check_free(target)  # before the work, not after it
     check_settings(config)
     config.check_batches(batches)
     if ranks()[1] > 1:

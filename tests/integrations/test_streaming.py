@@ -335,6 +335,14 @@ def refused(source, tmp_path, match, *, kind=ValueError, given=(), **settings):
         streaming.stream_folder(str(source), tmp_path / "out", config, batches=given)
 
 
+def test_a_target_with_files_is_refused_before_the_work(tmp_path):
+    source = folder_of(llama(), tmp_path / "dense")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    refused(source, tmp_path, "is not empty; give a new folder", kind=FileExistsError)
+    assert not list(tmp_path.glob(".out*"))
+
+
 def test_models_without_blocks_or_with_converted_names_are_refused(tmp_path):
     one = bert()
     one.encoder.layer = one.encoder.layer[:1]
