@@ -22,9 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from structlin.checkpoint import CheckpointError, verify
+from structlin.checkpoint import CheckpointError, bounded, verify
 from structlin.compress import Compression, CompressionPlan, compress_model, plan_compression, quantize_, to_dense_
-from structlin.compress.config import ALLOCATIONS, with_settings
+from structlin.compress.config import ALLOCATIONS, read_rule, with_settings
 from structlin.compress.processes import ranks, shared
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -52,8 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plan(given: argparse.Namespace) -> None:
-    model = _folders().load_model(given.model, dtype=DTYPES.get(given.dtype), device=given.device)
+    if given.output:
+        Path(given.output).parent.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     structure, settings = _settings(given)
+    model = _folders().load_model(given.model, dtype=DTYPES.get(given.dtype), device=given.device)
     plan = plan_compression(model, structure, calibration=_calibration(given), **settings)
     if given.output:
         Path(given.output).write_text(plan.to_json() + "\n", "utf-8")
@@ -73,6 +75,7 @@ def _compress_here(given: argparse.Namespace) -> None:
     if given.stream or (given.device is None and shared(lambda: _is_large(given.model))):
         _stream(given, with_settings(structure, settings, "structlin compress"))
         return
+    shared(lambda: folders.beside(given.model))
     model = folders.load_model(given.model, dtype=DTYPES.get(given.dtype), device=given.device)
     report = compress_model(model, structure, calibration=_calibration(given), **settings)
     shared(lambda: folders.save_folder(report.model, given.model, target, report))
@@ -150,6 +153,7 @@ def _verify(given: argparse.Namespace) -> None:
 def _quantize(given: argparse.Namespace) -> None:
     folders = _folders()
     folders.check_free(Path(given.output))
+    folders.beside(given.folder)
     model = folders.load_model(given.folder, dtype=DTYPES.get(given.dtype), device=None)
     report = quantize_(model, given.to, group=given.group, dense=given.dense)
     folders.save_folder(report.model, given.folder, Path(given.output), None)
@@ -159,6 +163,7 @@ def _quantize(given: argparse.Namespace) -> None:
 def _merge(given: argparse.Namespace) -> None:
     folders = _folders()
     folders.check_free(Path(given.output))
+    folders.beside(given.folder)
     model = folders.load_model(given.folder, dtype=DTYPES.get(given.dtype), device=None)
     folders.save_folder(to_dense_(model), given.folder, Path(given.output), None)
     print(json.dumps({"output": given.output}) if given.json else f"written to {given.output}")
@@ -189,13 +194,16 @@ def _optional(module: str, package: str) -> Any:
 
 def _settings(given: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """Return the structure, or a plan, and the settings that were given."""
-    rules = json.loads(Path(given.rules).read_text("utf-8")) if given.rules else {}
+    rules = bounded.parse(Path(given.rules).read_bytes()) if given.rules else {}
     if not isinstance(rules, dict):
-        raise ValueError(f"{given.rules} holds no JSON object; give patterns with structures, or a plan")
+        raise ValueError(f"{given.rules} holds no JSON object; give patterns with structures, settings or a plan")
     names = ("structure", "ratio", "exclude", "allocation", "tied", "block_epochs", "blocks")
     settings = {name: value for name in names if (value := getattr(given, name, None)) is not None}
     if "layers" in rules:
         return CompressionPlan.from_record(rules).changed(**settings), {}
+    if type(rules.get("version")) is int:  # no rule is one
+        return Compression.from_record(rules).changed(**settings), {}
+    rules = {pattern: read_rule(value) for pattern, value in rules.items()}
     return settings.pop("structure", "auto"), {"ratio": 0.5, "rules": rules, **settings}
 
 
@@ -263,25 +271,31 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("folder", help="a local folder, or an id on the hub")
     added.add_argument("--tasks", nargs="+", required=True, metavar="TASK", help="of lm-eval, such as wikitext")
     added.add_argument("--include", metavar="FOLDER", help="further tasks as YAML")
-    added.add_argument("--samples", type=int, help="judge the first samples of each task only")
+    added.add_argument("--samples", type=_count, help="judge the first samples of each task only")
     added.add_argument("--shots", type=int, help="examples in front of each sample; default: each task's own number")
-    added.add_argument("--batch-size", type=int, default=8)
+    added.add_argument("--batch-size", type=_count, default=8)
     added.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as stored")
     added.add_argument("--device", help="such as cuda; default: the CPU")
     return parser
 
 
+def _count(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return number
+
+
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--structure", help='a name, "a+b" for a sum, or auto (the default)')
     parser.add_argument("--ratio", type=float, help="parameters kept / dense; default 0.5")
-    parser.add_argument("--rules", metavar="FILE", help="JSON: patterns with structures, or a plan")
+    parser.add_argument("--rules", metavar="FILE", help="JSON: patterns with structures, settings or a plan")
     parser.add_argument("--exclude", nargs="*", metavar="PATTERN", help="layers that stay dense")
     parser.add_argument("--allocation", choices=ALLOCATIONS, help="default auto")
     parser.add_argument("--tied", choices=("skip", "replace"), help="default skip")
     parser.add_argument("--calibration", metavar="FILE", help='text lines, or JSON lines with "text"')
-    parser.add_argument("--samples", type=int, default=256, help="texts to take at most; default 256")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--max-length", type=int, default=256, help="tokens of a text; default 256")
+    parser.add_argument("--samples", type=_count, default=256, help="texts to take at most; default 256")
+    parser.add_argument("--batch-size", type=_count, default=8)
+    parser.add_argument("--max-length", type=_count, default=256, help="tokens of a text; default 256")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as stored")
     parser.add_argument("--device", help="such as cuda; default: the CPU")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +15,12 @@ from safetensors.torch import load_file
 
 transformers = pytest.importorskip("transformers")
 
+import huggingface_hub  # noqa: E402
+
 from structlin.cli import main  # noqa: E402
+from structlin.compress import Compression  # noqa: E402
+from structlin.integrations import folders  # noqa: E402
+from structlin.structures import Monarch  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz"]
@@ -96,6 +102,23 @@ def test_a_plan_is_written_edited_and_carried_out(source, tmp_path, capsys):
     assert layers["encoder.layer.1.attention.self.value"]["structure"] is None
 
 
+def test_rules_are_read_as_settings_write_them(source, tmp_path, capsys):
+    settings = Compression("lowrank", ratio=0.5, rules={"query": Monarch(blocks=4), "value": None})
+    rules = tmp_path / "rules.json"
+    for text, kept in ((json.dumps(settings.to_record()["rules"]), 0.3), (settings.changed(ratio=0.3).to_json(), 0.3)):
+        rules.write_text(text)
+        ratio = ["--ratio", "0.3", "--structure", "lowrank"] if "version" not in json.loads(text) else []
+        assert main(["plan", str(source), "--rules", str(rules), "--json", *ratio]) == 0
+        layers = {row["name"].split(".", 3)[-1]: row for row in json.loads(capsys.readouterr().out)["layers"]}
+        assert layers["attention.self.query"]["structure"]["kind"] == "monarch"
+        assert layers["attention.self.value"]["structure"] is None
+        key = layers["attention.self.key"]
+        assert key["structure"] == {"kind": "lowrank", "rank": int(kept * 64 * 64 / 128)}
+    rules.write_text('{"query": null, "query": "lowrank"}')
+    assert main(["plan", str(source), "--rules", str(rules)]) == 1
+    assert "duplicate key 'query'" in capsys.readouterr().err
+
+
 def test_json_lines_are_read(source, tmp_path, capsys):
     lines = tmp_path / "texts.jsonl"
     lines.write_text("\n".join(json.dumps({"text": text}) for text in ("a b c", "d e f", "g h")))
@@ -105,6 +128,56 @@ def test_json_lines_are_read(source, tmp_path, capsys):
     lines.write_text('{"txt": "a"}')
     assert main(["plan", str(source), *arguments]) == 1
     assert 'line 1: expected a string or an object with the string "text"' in capsys.readouterr().err
+
+
+def test_what_belongs_to_a_folder_is_copied_and_nothing_else(source, tmp_path):
+    (source / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}]')
+    files = {
+        "2_Dense/model.safetensors": True, "2_Dense/config.json": True, "1_Pooling/config.json": True,
+        "vocabulary/more.txt": True, "onnx/model.onnx": False, "onnx/model.onnx_data": False, ".git/lfs/ab": False,
+    }  # fmt: skip
+    for name in files:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    assert main(["compress", str(source), str(tmp_path / "out"), "--structure", "lowrank"]) == 0
+    assert {name: (tmp_path / "out" / name).exists() for name in files} == files
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model" not in card  # the path of a local folder is none, and nobody else's business
+    assert str(tmp_path) not in card
+
+
+def test_a_model_of_the_hub_needs_no_tokenizer(source, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(folders, "load_model", lambda name, **_: transformers.BertModel.from_pretrained(source))
+    assert main(["compress", "me/tiny", str(tmp_path / "out"), "--structure", "lowrank"]) == 1  # before the work
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "hub/models--me--tiny/refs").mkdir(parents=True)
+    (tmp_path / "hub/models--me--tiny/refs/main").write_text("abc")
+    snapshot = shutil.copytree(source, tmp_path / "hub/models--me--tiny/snapshots/abc")
+    for path in snapshot.glob("*token*"):
+        path.unlink()
+    (snapshot / "preprocessor_config.json").write_text("{}")
+    for command in ("compress", "merge", "quantize"):
+        arguments = ["--structure", "lowrank"] if command == "compress" else []
+        assert main([command, "me/tiny", str(tmp_path / command), *arguments]) == (command == "quantize")
+    assert "the model has no structured layer to quantise" in capsys.readouterr().err
+    assert (tmp_path / "compress" / "preprocessor_config.json").exists()
+    assert (tmp_path / "merge" / "modules.json").exists()
+    assert 'base_model: "me/tiny"' in (tmp_path / "compress" / "README.md").read_text()
+
+
+def test_a_plan_makes_its_folder_before_the_work(source, tmp_path):
+    assert main(["plan", str(source), str(tmp_path / "new" / "plan.json"), "--structure", "lowrank"]) == 0
+    assert json.loads((tmp_path / "new" / "plan.json").read_text())["layers"]
+
+
+@pytest.mark.parametrize("option", ["--samples", "--batch-size", "--max-length"])
+@pytest.mark.parametrize("value", ["0", "-1", "x"])
+def test_counts_are_from_1(option, value, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", "model", option, value])
+    assert option in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -29,10 +29,12 @@ class Embedding(Adapter):
         return isinstance(module, nn.Embedding) and _scale(module) is not None
 
     def reason(self, module: nn.Module) -> str | None:
-        """Refuse tables that lookups write into, and sparse gradients."""
+        """Refuse tables that lookups write into, and gradients that are sparse or divided by counts."""
         assert isinstance(module, nn.Embedding)
         if module.max_norm is not None:
             return "max_norm writes into the table at each lookup"
+        if module.scale_grad_by_freq:
+            return "scale_grad_by_freq divides the gradient of a row by its count"
         return "its gradient is sparse" if module.sparse else None
 
     def leaves(self, module: nn.Module) -> Mapping[str, tuple[str, str | None]]:

@@ -102,18 +102,23 @@ def _dense(opened: nn.Module, in_features: int, out_features: int) -> nn.Linear:
     return linear
 
 
+_EVERYWHERE = frozenset(vars(nn.Module()))  # attributes that every module has
 _PROBED: dict[tuple[object, ...], bool] = {}  # a model has many modules of one class and size
 
 
 def _is_linear(module: nn.Module, transposed: bool) -> bool:
-    settings = {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training"}
-    if not all(isinstance(value, (bool, int, float, str, type(None))) for value in settings.values()):
-        return _probe(module, transposed)
+    settings = {k: v for k, v in vars(module).items() if k not in _EVERYWHERE}
     shapes = ((name, p is None or tuple(p.shape)) for name, p in module._parameters.items())
     key = type(module), transposed, *shapes, *settings.items()
-    if key not in _PROBED:
-        _PROBED[key] = _probe(module, transposed)
-    return _PROBED[key]
+    # What a forward does may depend on values that no key holds.
+    known = not module._buffers and all(isinstance(v, (bool, int, float, str, type(None))) for v in settings.values())
+    if known and key in _PROBED:
+        return _PROBED[key]
+    with torch.device("cpu"):  # transformers loads under the meta device, which has no values to compare
+        found = _probe(module, transposed)
+    if known:
+        _PROBED[key] = found
+    return found
 
 
 def _probe(module: nn.Module, transposed: bool) -> bool:
@@ -135,7 +140,7 @@ def _probe(module: nn.Module, transposed: bool) -> bool:
     x = draw(2, 3, weight.shape[0 if transposed else 1])
     expected = x @ (weight if transposed else weight.mT) + (0 if bias is None else bias)
     try:
-        with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             found = copy(x)
     except Exception:  # whatever it is, it is not called like a linear map
         return False
@@ -143,5 +148,6 @@ def _probe(module: nn.Module, transposed: bool) -> bool:
     return (
         isinstance(found, Tensor)
         and found.shape == expected.shape
+        and not found.is_meta  # by a buffer
         and bool(((found - expected).abs() <= tolerance).all())
     )

@@ -24,8 +24,9 @@ from structlin.compress.scramble import widened
 from structlin.compress.sequential import collect_behind
 from structlin.compress.statistics import Statistics
 from structlin.compress.sums import Sums, scalar, sum_dtype, zeros
-from structlin.compress.targets import Target, find_targets, module_names, openings
+from structlin.compress.targets import Target, User, find_targets, module_names, openings
 from structlin.compress.workers import seeded
+from structlin.layers.factored import Factored
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -84,7 +85,7 @@ def collect_statistics(
     loss: Loss | None = None,
     **options: Any,
 ) -> Statistics:
-    """Run a model over batches and sum x x^H over the inputs x of each linear map.
+    """Run a model over batches and sum x x^H over the inputs x of each linear map, dense or structured.
 
     The model runs in evaluation mode, and is as it was afterwards, also on an error. Layers that receive one and the
     same tensor (query, key and value) share one Gram. Layers whose module is never called (its weight is read by other
@@ -106,7 +107,7 @@ def collect_statistics(
             metric of its squared error. Gradients in `.grad` stay untouched.
         **options: `output`, `dtype`, `mask` and `tied`, see `Collecting`.
     Returns:
-        The statistics by first dotted name, in module order, on the devices of the inputs.
+        The statistics by first dotted name, in module order and structured layers last, on the devices of the inputs.
     Raises:
         ValueError: if a name, a mask or an argument is bad, or inputs or gradients are not finite, naming the layer.
         TypeError: if a batch needs `forward`.
@@ -202,8 +203,7 @@ def statistics_by_layer(
         [['0'], ['2']]
     """
     how = Collecting(**options)
-    groups: list[list[str]] = []
-    size = 0
+    groups, size = list[list[str]](), 0
     for target in _chosen(model, names, how.tied):
         square, outs = target.linear.in_features**2, target.linear.out_features
         entries = square + (0 if loss is None else outs if how.diagonal(outs) else outs**2)
@@ -340,11 +340,11 @@ def _mask_of(mask: Mask, batch: Any) -> Tensor | None:
 
 
 def _chosen(model: nn.Module, names: Iterable[str] | None, tied: str) -> list[Target]:
-    targets = find_targets(model, tied=tied)
+    layers = [(module, found) for module, found in module_names(model).items() if isinstance(module, Factored)]
+    targets = find_targets(model, tied=tied) + [Target((User(m, found, m, m),)) for m, found in layers]
     if names is None:
         return [target for target in targets if not target.reason and not target.on_request]
     wanted = set(names)
-    unknown = sorted(wanted - {name for target in targets for name in target.names})
-    if unknown:
+    if unknown := sorted(wanted - {name for target in targets for name in target.names}):
         raise ValueError(f"names {unknown} are not linear layers; there are {[t.name for t in targets][:20]}")
     return [target for target in targets if wanted & set(target.names)]

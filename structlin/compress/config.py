@@ -176,9 +176,7 @@ class Compression:
         if isinstance(structure, Structure):
             return Choice(structure, None, self.refine)
         if self.ratio is None:
-            raise ValueError(
-                f"structure {value!r} needs a ratio (or an instance such as LowRank(rank=8) with its sizes)"
-            )
+            raise ValueError(f"structure {value!r} needs a ratio (or an instance with its sizes: LowRank(rank=8))")
         return Choice(structure, self.ratio, self.refine)
 
     def changed(self, **settings: Any) -> Self:
@@ -219,8 +217,8 @@ class Compression:
             raise ValueError(f"settings of version {record.get('version')}; this structlin reads version {VERSION}")
         settings = {name: value for name, value in record.items() if name != "version"}
         check_names(settings, "a stored Compression")
-        settings["structure"] = _read(settings.get("structure"))
-        settings["rules"] = {pattern: _read(value) for pattern, value in settings.get("rules", {}).items()}
+        settings["structure"] = read_rule(settings.get("structure"))
+        settings["rules"] = {pattern: read_rule(value) for pattern, value in settings.get("rules", {}).items()}
         return cls(**settings)
 
     @classmethod
@@ -278,6 +276,8 @@ def _from_mapping(
     """Read a rule such as {"structure": "kronecker", "terms": 4} or {"ratio": 0.25}."""
     fields = dict(value)
     structure: Any = _named(fields.pop("structure")) if "structure" in fields else default and default.structure
+    if "structure" in value and "ratio" in value and isinstance(structure, Structure):
+        raise ValueError(f"rule {dict(value)} gives a ratio beside {structure}, which has its sizes; give one")
     # Hyperparameters fix the sizes, so that the general ratio does not apply to them.
     ratio, refine = fields.pop("ratio", None if fields else ratio), fields.pop("refine", refine)
     if ratio is not None:
@@ -340,10 +340,10 @@ def _written(name: str, value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _read(value: Any) -> Any:
+def read_rule(value: Any) -> Any:
     """Read a structure or a rule: records of structures have a `kind`."""
     if not isinstance(value, Mapping):
         return value
     if "kind" in value:
         return bounded.read_structure(value)
-    return {name: _read(item) if name == "structure" else item for name, item in value.items()}
+    return {name: read_rule(item) if name == "structure" else item for name, item in value.items()}

@@ -49,12 +49,19 @@ def choose(config: Compression, targets: Sequence[Target], last: Target | None) 
         targets: the layers.
         last: the output layer.
     Raises:
-        ValueError: if a rule matches no layer, a plan does not fit the model, or a weight cannot be decomposed.
+        ValueError: if a rule matches no layer, nothing uses the ratio, a plan does not fit the model, or a weight
+            cannot be decomposed.
     """
     if isinstance(config, CompressionPlan):
         choices = _of_plan(config, targets)
     else:
         default, rules = config.choices()
+        used = {choice.ratio for choice in (default, *(chosen for _, chosen in rules)) if choice}
+        if config.ratio is not None and config.ratio not in used:
+            raise ValueError(
+                f"ratio={config.ratio} sizes nothing: structure={config.structure!r} and the rules have sizes or "
+                "ratios of their own; leave ratio out, or name a structure, such as 'lowrank'"
+            )
         for pattern, _ in rules:
             if not any(matches(pattern, target.spellings, target.linear) for target in targets):
                 raise ValueError(

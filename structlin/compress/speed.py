@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from structlin.compress.processes import shared
 from structlin.compress.report import Outcome
+from structlin.layers.embedding import StructuredEmbedding
 from structlin.layers.freeze import freeze_, unfreeze_
 from structlin.layers.linear import StructuredLinear
 from structlin.runtime import planner
@@ -22,13 +23,16 @@ TOKENS = (16, 512)  # rows of the inputs that are timed: a sentence, and a batch
 _SAMPLES, _SECONDS = 9, 2e-3  # samples of each layer, and the least length of one in s
 
 
-def time_ratio(layer: nn.Module, dense: nn.Linear, tokens: int) -> float:
-    """Measure the time of a frozen layer relative to the dense one, on `tokens` rows of random input.
+def time_ratio(layer: nn.Module, dense: nn.Linear | StructuredEmbedding, tokens: int) -> float:
+    """Measure the time of a frozen layer relative to the dense one, on `tokens` rows of random input, or random ids.
 
     Samples of both alternate, and the median of their ratios counts.
     """
-    x = torch.randn(tokens, dense.in_features).to(dense.weight)
-    own = x[:, : getattr(layer, "in_features", dense.in_features)].contiguous()  # fewer where hidden units went
+    if isinstance(dense, StructuredEmbedding):
+        own = x = torch.randint(dense.num_embeddings, (tokens,), device=dense.linear.weight.device)
+    else:
+        x = torch.randn(tokens, dense.in_features).to(dense.weight)
+        own = x[:, : getattr(layer, "in_features", dense.in_features)].contiguous()  # fewer where hidden units went
     modes = layer.training, dense.training
     try:
         freeze_(layer.eval())
@@ -69,28 +73,31 @@ def only_faster(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """
     found = []
     for outcome in outcomes:
-        layer, linear = outcome.layer, outcome.target.linear
+        layer, linear, table = outcome.layer, outcome.target.linear, outcome.target.on_request
         if layer is None:
             found.append(outcome)
             continue
-        ratios = shared(partial(_ratios, layer, linear))  # every rank is to leave the same layers dense
+        # A table that no matrix product uses is looked up.
+        pair = tuple(StructuredEmbedding(m).train(m.training) for m in (layer, linear)) if table else (layer, linear)
+        ratios = shared(partial(_ratios, *pair))  # every rank is to leave the same layers dense
         slowest = max(ratios, key=lambda tokens: ratios[tokens])
         measured = replace(outcome, row=replace(outcome.row, speed=ratios[slowest]))
         found.append(measured if ratios[slowest] < 1 else measured.kept(_reason(measured, layer, slowest)))
     return found
 
 
-def _ratios(layer: nn.Module, dense: nn.Linear) -> dict[int, float]:
+def _ratios(layer: nn.Module, dense: nn.Linear | StructuredEmbedding) -> dict[int, float]:
     return {tokens: time_ratio(layer, dense, tokens) for tokens in TOKENS}
 
 
 def _reason(outcome: Outcome, layer: StructuredLinear, tokens: int) -> str:
-    row, weight = outcome.row, layer.factors[0]
-    dense = planner.dense_seconds(
-        row.in_features, row.out_features, tokens, itemsize=weight.element_size(), machine=machine_of(weight.device)
-    )
-    predicted = layer.plan(tokens).seconds / dense
+    row, weight, predicted = outcome.row, layer.factors[0], ""
+    if not outcome.target.on_request:  # no plan tells what lookups take
+        dense = planner.dense_seconds(
+            row.in_features, row.out_features, tokens, itemsize=weight.element_size(), machine=machine_of(weight.device)
+        )
+        predicted = f" (predicted {layer.plan(tokens).seconds / dense:.2f})"
     return (
-        f"{row.structure} takes {row.speed:.2f} of the dense time at {tokens} rows (predicted {predicted:.2f}), "
-        "and require_speedup was asked for"
+        f"{row.structure} takes {row.speed:.2f} of the dense time at {tokens} rows{predicted}, and require_speedup was "
+        "asked for"
     )

@@ -122,8 +122,13 @@ def _schedule(batches: Any, options: HealOptions) -> int | None:
 
 def _select(student: nn.Module, parameters: Parameters) -> dict[str, nn.Parameter]:
     """Return the parameters to train by name: those chosen and not frozen."""
-    layers = [m for m in student.modules() if isinstance(m, Factored) or "norm" in type(m).__name__.lower()]
-    factors = {p for layer in layers for p in layer.parameters(recurse=False)}
+    # The scales of quantised factors are parameters of modules in the layer; a "PreNorm" may hold a whole block.
+    factors = {
+        parameter
+        for module in student.modules()
+        if isinstance(module, Factored) or "norm" in type(module).__name__.lower()
+        for parameter in module.parameters(recurse=isinstance(module, Factored))
+    }
 
     def choose(name: str, parameter: nn.Parameter) -> bool:
         if callable(parameters):

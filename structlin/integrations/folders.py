@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
@@ -17,7 +18,9 @@ from structlin.compress import Report
 from structlin.integrations.model_card import save_pretrained
 
 # Weights in any format: everything else in a folder (tokenizer, pooling, generation settings) is copied.
-WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".npz"}
+WEIGHTS = {
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".gguf", ".npz",
+}  # fmt: skip
 NOT_COPIED = {"config.json", "README.md", "structlin.json"}  # written anew
 
 
@@ -100,21 +103,48 @@ def save_folder(model: nn.Module, source: str, target: Path, report: Report | No
     if report is None:
         model.save_pretrained(target)  # type: ignore[operator]
     else:
-        save_pretrained(model, target, report, base_model=source)
+        save_pretrained(model, target, report, base_model=hub_id(source))
+
+
+def hub_id(source: str) -> str | None:
+    """Return the id of a model on the hub, None for a local folder, whose path is nobody else's business."""
+    return None if Path(source).is_dir() else source
 
 
 def copy_others(source: str, target: Path) -> None:
-    """Copy what lies beside the weights of a folder (but a target in it), or the tokenizer of a model on the hub."""
+    """Copy what lies beside the weights of a model, but for hidden files and a target in its folder."""
+    top = beside(source)
+    modules = _modules(top)
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        inside = Path(folder).relative_to(top)
+        unwanted = {n for n in names if n.startswith(".") or (inside == Path() and n in NOT_COPIED)}
+        if not any(inside.is_relative_to(module) for module in modules):
+            unwanted |= {n for n in names if Path(n).suffix in WEIGHTS or n.endswith(".index.json")}
+        return unwanted | {n for n in names if target.resolve().is_relative_to(Path(folder, n).resolve())}
+
+    shutil.copytree(top, target, ignore=left_out, dirs_exist_ok=True)
+
+
+def beside(source: str) -> Path:
+    """Return the folder with what lies beside a model's weights; of a model on the hub it is downloaded, if it can be.
+
+    Raises:
+        OSError: if there is no such model.
+    """
     if Path(source).is_dir():
+        return Path(source)
+    weights = [f"*{suffix}" for suffix in sorted(WEIGHTS)]
+    folder = Path(snapshot_download(source, ignore_patterns=[*weights, "*.index.json"]))
+    if modules := _modules(folder):
+        snapshot_download(source, allow_patterns=[f"{module}/*" for module in modules])
+    return folder
 
-        def left_out(folder: str, names: list[str]) -> set[str]:
-            top = NOT_COPIED if Path(folder) == Path(source) else set()
-            weights = {n for n in names if Path(n).suffix in WEIGHTS or n.endswith(".index.json") or n in top}
-            return weights | {n for n in names if target.resolve().is_relative_to(Path(folder, n).resolve())}
 
-        shutil.copytree(source, target, ignore=left_out, dirs_exist_ok=True)
-    else:
-        AutoTokenizer.from_pretrained(source).save_pretrained(target)
+def _modules(folder: Path) -> list[str]:
+    """Return the folders of sentence-transformers' modules behind the model: their weights belong to the folder."""
+    path = folder / "modules.json"
+    return [entry["path"] for entry in json.loads(path.read_text("utf-8")) if entry["path"]] if path.exists() else []
 
 
 def check_free(target: Path) -> None:

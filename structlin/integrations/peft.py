@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +30,13 @@ class Merging(nn.Module, BaseTunerLayer):
     """Merge adapters into a new structured layer, and put the old one back at `unmerge` (abstract)."""
 
     base_layer: nn.Module
+
+    def check(self, base: StructuredLinear, config: Any) -> None:
+        """Refuse a config that a structured layer cannot carry out, on an empty object and before anything is changed.
+
+        Raises:
+            ValueError: saying what is possible.
+        """
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the base layer, which becomes another structured layer with exactly the sum.
@@ -88,22 +95,19 @@ class StructuredLoraLinear(Merging, lora.Linear):
         """The variants of LoRA that are exact here."""
         return {(): None, ("use_dora",): DoraLinearVariant}
 
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any, **kwargs: Any) -> None:
-        """Add an adapter.
+    def check(self, base: StructuredLinear, config: Any) -> None:
+        """Refuse DoRA where rows cannot be scaled, other variants of LoRA, and starts that change the base weight.
 
-        Raises:
-            ValueError: if it is DoRA and the structure's rows cannot be scaled, another variant of LoRA, or a start
-                that changes the base weight: a structured layer computes it, and peft would write into a temporary.
+        A structured layer computes its weight, and peft would write into a temporary.
         """
-        base = self.get_base_layer()
-        if isinstance(base, StructuredLinear) and config.init_lora_weights not in STARTS:
+        if config.init_lora_weights not in STARTS:
             raise ValueError(
                 f"init_lora_weights={config.init_lora_weights!r} changes the base weight, which structured layers do "
                 f"not store; use one of {STARTS}"
             )
-        if config.use_dora and isinstance(base, StructuredLinear):
+        self.resolve_lora_variant(config=config)
+        if config.use_dora:
             scaled(base, rows=torch.ones(base.out_features))
-        super().update_layer(adapter_name, r, lora_alpha, config, **kwargs)
 
     def _adapters(self) -> Any:
         return self.lora_A
@@ -179,13 +183,14 @@ def linear_names(model: nn.Module) -> set[str]:
 class Knowing(BaseTuner):
     """A tuner of peft that knows structured layers (abstract)."""
 
-    layer: Callable[..., nn.Module]  # of adapters on a structured layer
+    layer: type[Merging]  # of adapters on a structured layer
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter; "all-linear" means structured layers too.
+        """Add an adapter; "all-linear" means structured layers too. Any error leaves the modules as they were.
 
         Raises:
-            ValueError: if `target_parameters` names a factor: an adapter of one factor is none of the weight.
+            ValueError: if `target_parameters` names a factor: an adapter of one factor is none of the weight; or if a
+                structured layer cannot carry out the config. Nothing was changed: a start may write into dense weights.
         """
         config: Any = self.peft_config[adapter_name]
         for name, module in model.named_modules():
@@ -195,7 +200,51 @@ class Knowing(BaseTuner):
                     raise ValueError(f"target_parameters={target!r} is a factor of {name!r}; name it in target_modules")
         if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
             config.target_modules = linear_names(model)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self._prepare_adapter_config(copy.copy(config), self.get_model_config(model))
+        for name, module in model.named_modules():
+            if name and _structured(module) and self._check_target_module_exists(config, name):
+                base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+                empty = self.layer.__new__(self.layer)
+                nn.Module.__init__(empty)
+                try:
+                    empty.check(base, config)
+                except ValueError as error:
+                    raise ValueError(f"layer {name!r}: {error}") from error
+        before = {module: dict(module._modules) for module in model.modules()}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:  # peft checks one module after the other
+            for module, children in before.items():
+                if isinstance(module, BaseTunerLayer):
+                    module.delete_adapter(adapter_name)
+                module._modules.clear()
+                module._modules.update(children)
+            raise
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into all base layers, or into none if a structured layer cannot hold the sum."""
+        self._try_merge(safe_merge, adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:  # fmt: skip
+        if merge:
+            self._try_merge(safe_merge, adapter_names)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _try_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        """Merge each structured layer and put it back: peft merges one after the other, and unloads for good."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, Merging) and _structured(module) and not module.merged:
+                try:
+                    module.merge(safe_merge, adapter_names)
+                except ValueError as error:
+                    raise ValueError(f"layer {name!r}: {error}") from error
+                finally:
+                    if module.merged:
+                        module.unmerge()
 
     def _create_new_module(self, config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         if _structured(target):

@@ -24,7 +24,7 @@ from structlin.compress.data import Data
 from structlin.compress.plan import CompressionPlan
 from structlin.compress.processes import ranks
 from structlin.compress.stream import compress_stream
-from structlin.integrations.folders import class_of, copy_others
+from structlin.integrations.folders import check_free, class_of, copy_others, hub_id
 from structlin.integrations.model_card import CARD, model_card
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -57,7 +57,9 @@ def stream_folder(
         ValueError: if a setting needs the whole model or lacks batches, the model has no chain of blocks, or there are
             several ranks.
         CheckpointError: if the folder's tensors are not those of the model by name.
+        FileExistsError: if the target holds files.
     """
+    check_free(target)  # before the work, not after it
     check_settings(config)
     config.check_batches(batches)
     if ranks()[1] > 1:
@@ -70,7 +72,7 @@ def stream_folder(
     about = {
         "work": 1, "config": config.to_record(), "dtypes": [str(model.dtype), str(run_dtype)],
         "batches": _digest(batches),
-        "files": {s: (folder / s).stat().st_size for s in sorted({stored.shard for stored in places.values()})},
+        "files": {s: _identity(folder / s) for s in sorted({stored.shard for stored in places.values()})},
     }  # fmt: skip
 
     def read(names: Sequence[str]) -> Mapping[str, Tensor]:
@@ -84,7 +86,7 @@ def stream_folder(
             copy_others(str(folder), journal.shards)
             _write_config(model, journal.shards)
             if any(row.structure for row in report.layers):
-                (journal.shards / CARD).write_text(model_card(model, report, base_model=source), "utf-8")
+                (journal.shards / CARD).write_text(model_card(model, report, base_model=hub_id(source)), "utf-8")
         journal.finish()
     return report
 
@@ -206,6 +208,12 @@ def _write_config(model: Any, folder: Path) -> None:
     model.config.save_pretrained(folder)
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
+
+
+def _identity(path: Path) -> list[int]:
+    """Tell a shard from one that was trained further meanwhile: its size is the same."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
 
 
 def _digest(batches: Sequence[Any]) -> str:

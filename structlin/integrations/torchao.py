@@ -35,16 +35,30 @@ def quantize_(model: nn.Module, config: Any, *, statistics: Statistics | None = 
     Returns:
         The report of the structured layers.
     Raises:
-        ValueError: if the model has no layer that could match.
+        ValueError: if the model has no layer that could match, or a factor is refused; an error leaves the model as it
+            was.
         TypeError: if factors have no such format.
     """
     to, group = _format(config)
     structured = any(isinstance(module, Factored) for module in model.modules())
-    if any(isinstance(module, nn.Linear) for module in model.modules()):
-        torchao_quantize_(model, config)
-    elif not structured:
+    dense = any(isinstance(module, nn.Linear) for module in model.modules())
+    if not (structured or dense):
         raise ValueError(f"{type(config).__name__} matches nothing: the model has no nn.Linear and no structured layer")
-    return structlin_quantize_(model, to, group=group, statistics=statistics) if structured else Quantization(model, ())
+    before = {
+        module: {**vars(module), "_parameters": dict(module._parameters), "_modules": dict(module._modules)}
+        for module in model.modules()
+    }
+    try:
+        if dense:
+            torchao_quantize_(model, config)
+        if not structured:
+            return Quantization(model, ())
+        return structlin_quantize_(model, to, group=group, statistics=statistics)  # all layers or none
+    except BaseException:  # torchao changes one linear layer after the other
+        for module, state in before.items():
+            vars(module).clear()
+            vars(module).update(state)
+        raise
 
 
 def _format(config: Any) -> tuple[str, int]:

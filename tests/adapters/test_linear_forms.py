@@ -11,6 +11,7 @@ from torch import nn
 import structlin
 from structlin.adapters import Adapter, adapter_of, register
 from structlin.adapters import adapter as module_of_adapters
+from structlin.adapters import linear as module_of_linear
 from structlin.compress.targets import find_targets
 from structlin.layers.linear import StructuredLinear
 
@@ -210,3 +211,31 @@ def test_a_form_defined_here_is_compressed_calibrated_stored_and_merged_back(rul
     torch.testing.assert_close(merged(x), y, atol=1e-5, rtol=1e-4)
     with pytest.raises(AttributeError):
         loaded[0].gate  # noqa: B018
+
+
+class Held(nn.Linear):
+    """Its scale is out of a key's sight: in a buffer, or in a private attribute."""
+
+    def __init__(self, scale: float, buffer: bool) -> None:
+        super().__init__(16, 16)
+        if buffer:
+            self.register_buffer("scale", torch.tensor(scale))
+        else:
+            self._scale = scale
+
+    def forward(self, x):
+        return super().forward(x) * getattr(self, "scale", getattr(self, "_scale", None))
+
+
+@pytest.mark.parametrize("buffer", [False, True])
+def test_one_module_that_is_linear_does_not_speak_for_another(buffer):
+    model = nn.Sequential(Held(1.0, buffer), Held(3.0, buffer))
+    assert [adapter_of(module) is not None for module in model] == [True, False]
+
+
+@pytest.mark.parametrize(("make", "linear"), FORMS)
+def test_the_first_probe_may_be_under_the_meta_device(make, linear, monkeypatch):
+    monkeypatch.setattr(module_of_linear, "_PROBED", {})
+    with torch.device("meta"):  # as transformers loads, in a process that has probed nothing
+        assert (adapter_of(make()) is not None) == linear
+        assert adapter_of(Held(1.0, buffer=True)) is None  # what the buffer does is not known

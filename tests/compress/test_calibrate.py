@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import structlin
 from structlin import LowRankLinear
 from structlin.compress.calibrate import (
     Collecting,
@@ -25,6 +26,7 @@ from structlin.compress.patched import Pass
 from structlin.compress.statistics import Statistics
 from structlin.compress.sums import Sums
 from structlin.compress.targets import find_targets
+from structlin.layers.factored import Factored
 
 F64 = {"rtol": 1e-12, "atol": 1e-12}  # sums of some hundred products, in another order
 F32 = {"rtol": 1e-4, "atol": 1e-4}
@@ -147,6 +149,35 @@ def test_targets_follow_tied():
     expected = model[0].weight.T @ model[0].weight
     for chosen in ({"tied": "replace"}, {"names": ["1"]}):
         torch.testing.assert_close(collect_statistics(model, batches, **chosen).grams["1"], expected.detach(), **F32)
+
+
+def test_structured_layers_are_watched_too():
+    model, x = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 24), nn.Linear(24, 8)), torch.randn(40, 16)
+    structlin.compress_model(model, "lowrank", ratio=0.5)
+    seen = recorded(model, lambda m: m(x), [model[0], model[2]])
+    statistics = collect_statistics(model, [x], loss=lambda y, batch: y.square().sum(), dtype=torch.float64)
+    assert statistics.tokens == {"3": 40, "0": 40, "2": 40}
+    for name in ("0", "2"):
+        torch.testing.assert_close(statistics.grams[name], seen[model[int(name)]].T @ seen[model[int(name)]], **F64)
+        assert statistics.output_grams[name].shape == (24, 24)
+    assert list(collect_statistics(model, [x], names=["2"]).grams) == ["2"]
+    with_statistics = structlin.quantize_(model, "int4", group=8, statistics=statistics)
+    assert len(with_statistics.layers) == 2
+
+
+def test_opened_modules_are_watched_inside():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.ModuleDict({"conv": nn.Conv1d(16, 16, 3, padding=1), "layer": layer, "rnn": nn.LSTM(16, 16)})
+
+    def forward(model, x):
+        return model["rnn"](model["layer"](model["conv"](x.mT).mT))[0]
+
+    structlin.compress_model(model, "lowrank", ratio=0.5, skip_last=False)
+    statistics = collect_statistics(model, [torch.randn(2, 5, 16)], forward=forward)
+    assert statistics.tokens.keys() == {name for name, m in model.named_modules() if isinstance(m, Factored)}
+    assert len(statistics.tokens) == 1 + 4 + 2 + 2
+    assert set(statistics.tokens.values()) == {10}
 
 
 def test_linears_of_one_weight_and_repeated_calls_are_summed():

@@ -66,6 +66,11 @@ BAD = [
     ({"rules": {"0": {"refine": -2}}}, ValueError, "refine=-2; use a whole number from 0"),
     ({"rules": {"0": "lowrnk"}}, ValueError, "structure 'lowrnk' is unknown"),
     ({"rules": {"nothing.*": None}}, ValueError, r"rule 'nothing\.\*' matches no linear layer"),
+    (
+        {"rules": {"0": {"structure": LowRank(2), "ratio": 0.5}}},
+        ValueError,
+        r"rule .* gives a ratio beside LowRank\(rank=2\), which has its sizes; give one",
+    ),
     ({"ratios": 0.5}, TypeError, "compress_model has no setting 'ratios'; did you mean 'ratio'"),
     ({"zzzz": 0.5}, TypeError, "compress_model has no setting 'zzzz'; the settings are"),
     (
@@ -84,6 +89,17 @@ def test_bad_settings_are_refused_before_anything_runs(model, settings, error, m
         compress_model(model, "lowrank", **arguments)
     assert model.passes == 0
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("structure", [LowRank(2), None])
+def test_a_ratio_that_nothing_uses_is_refused(model, structure):
+    for rules in ({}, {"0": LowRank(3)}, {"0": {"ratio": 0.3, "structure": "lowrank"}, "2": None}):
+        with pytest.raises(ValueError, match=r"ratio=0.5 sizes nothing: .* leave ratio out, or name a structure"):
+            compress_model(model, structure, ratio=0.5, rules=rules)
+    assert model.passes == 0
+    report = compress_model(model, structure, ratio=0.5, rules={"0": "lowrank"})  # the rule uses it
+    assert report.compression.entries[0].structure == LowRank(9)
+    assert CompressionPlan.from_json(report.compression.to_json()).ratio == 0.5
 
 
 def test_a_weight_that_is_not_finite_is_refused_before_anything_runs(model):

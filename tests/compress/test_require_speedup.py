@@ -11,6 +11,8 @@ from torch import nn
 from structlin import compress_model
 from structlin.compress import fit_layers, speed
 from structlin.compress.speed import time_ratio
+from structlin.layers.embedding import StructuredEmbedding
+from structlin.layers.linear import StructuredLinear
 from structlin.structures import Dense, LowRank
 
 # Many models here are kept dense on purpose.
@@ -95,3 +97,24 @@ def test_time_ratio_tells_fast_from_slow():
     assert time_ratio(small, dense, 64) < 0.5
     assert time_ratio(large, dense, 64) > 2
     assert dense.training
+
+
+def test_a_table_is_timed_by_lookups(monkeypatch):
+    model, seen = nn.Sequential(nn.Embedding(100, 32), nn.Linear(32, 8)), []
+
+    def called(layer, ids):
+        seen.append(ids)
+        return layer._dense_rows(ids) if isinstance(layer.linear, nn.Linear) else layer._rows(ids, layer.linear)
+
+    monkeypatch.setattr(StructuredEmbedding, "forward", called)
+    monkeypatch.setattr(StructuredLinear, "forward", lambda layer, x: pytest.fail("a table is no matrix product"))
+    monkeypatch.setattr(speed, "_seconds", lambda module, x, calls: module(x) is None or 1 + isinstance(
+        module.linear, StructuredLinear
+    ))  # fmt: skip
+    report = compress_model(model, None, rules={"0": LowRank(rank=4)}, require_speedup=True)
+    assert {(len(ids), ids.dtype) for ids in seen} == {(rows, torch.int64) for rows in speed.TOKENS}
+    assert report.layers[0].speed == 2
+    assert report.layers[0].reason == (
+        "lowrank(rank=4) takes 2.00 of the dense time at 16 rows, and require_speedup was asked for"
+    )
+    assert type(model[0]) is nn.Embedding

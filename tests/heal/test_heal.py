@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
+import structlin
 from structlin import StructuredLinear, compress_model, distillation_loss, freeze_
 from structlin.heal import HealReport, HealStep, heal
 from structlin.heal.run import learning_rate
@@ -192,6 +193,16 @@ def test_factors_norms_and_biases_only(pair):
     biases = {"running.bias", "head.bias", "norm.weight", "norm.bias", "running.weight"}
     layers = {f"blocks.{k}.0.{factor}" for k in range(3) for factor in ("left", "right", "bias")}
     assert changed == biases | layers
+
+
+def test_factors_are_scales_where_they_are_integers(student, teacher):
+    structlin.train_scales_(structlin.quantize_(student, "int8").model)
+    before = state_of(student)
+    heal(student, teacher, data(), steps=3, parameters="factors", lr=1e-2)
+    changed = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
+    scales = {name for name in before if name.endswith(".scale")}
+    assert scales
+    assert scales <= changed
 
 
 def test_predicate_chooses_and_frozen_stays_frozen(student, teacher):

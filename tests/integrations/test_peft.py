@@ -27,7 +27,7 @@ def mlp(name):
 
 def config_of(kind, **fields):
     if kind == "ia3":
-        return peft.IA3Config(target_modules="all-linear", feedforward_modules=["2"], **fields)
+        return peft.IA3Config(**{"target_modules": "all-linear", "feedforward_modules": ["2"], **fields})
     return peft.LoraConfig(r=4, target_modules="all-linear", use_dora=kind == "dora", **fields)
 
 
@@ -130,6 +130,20 @@ def test_a_dora_adapter_merges_alone():
         model.merge_adapter()
 
 
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_all_layers_are_merged_or_none(merge):
+    x = torch.randn(5, 16)
+    model = nn.Sequential(build(LAYERS["lowrank"], 16, 16), build(LAYERS["kronecker"], 16, 16)).eval()
+    model = trained(peft.get_peft_model(model, config_of("ia3", feedforward_modules=[])))
+    y, shown = model(x), str(model)
+    with pytest.raises(ValueError, match=r"Kronecker.* has no factor with all modes o"):
+        getattr(model, merge)()
+    assert str(model) == shown
+    assert not any(module.merged for module in model.modules() if hasattr(module, "merged_adapters"))
+    assert torch.equal(model(x), y)
+    assert not torch.equal(model.unload()(x), y)
+
+
 def test_a_broken_adapter_is_refused():
     model = trained(peft.get_peft_model(mlp("tt"), config_of("lora")))
     next(p for p in model.parameters() if p.requires_grad).data.fill_(torch.nan)
@@ -150,6 +164,36 @@ def test_starts_that_change_the_base_weight_are_refused(start):
         torch.testing.assert_close(adapted(x), expected)
     if start:
         torch.testing.assert_close(adapted(x), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "layer '1': init_lora_weights='pissa' changes the base weight"),
+        ({"use_dora": True}, r"layer '1': Kronecker.* has no factor with all modes o"),
+        (
+            {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"},
+            "layer '1': Invalid or unsupported variant combination",
+        ),
+        ({"target_modules": ["0", "1", "2"]}, "Target module LayerNorm.* is not supported"),
+    ],
+)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_refusal_leaves_no_half_of_an_adapter(adapted, fields, message):
+    model = nn.Sequential(nn.Linear(16, 16), build(LAYERS["kronecker"], 16, 16), nn.LayerNorm(16))
+    config = peft.LoraConfig(**{"r": 4, "target_modules": ["0", "1"], **fields})
+    if adapted:
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0", "1"]))
+    names, before = [*model.named_modules()], copy.deepcopy(model.state_dict())
+    shown, trained = str(model), [name for name, p in model.named_parameters() if p.requires_grad]
+    with pytest.raises(ValueError, match=message):
+        model.add_adapter("other", config) if adapted else peft.get_peft_model(model, config)
+    assert [*model.named_modules()] == names
+    assert str(model) == shown
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == trained
+    again = peft.LoraConfig(r=4, target_modules=["0", "1"])
+    model.add_adapter("other", again) if adapted else peft.get_peft_model(model, again)
 
 
 def test_factors_are_no_targets():

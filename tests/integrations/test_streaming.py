@@ -312,6 +312,12 @@ def test_unfinished_work_of_other_settings_is_refused(tmp_path, monkeypatch):
             streaming.stream_folder(str(source), tmp_path / "small", Compression("lowrank", ratio=0.5))
     with pytest.raises(CheckpointError, match="unfinished work of another model, text or setting"):
         streaming.stream_folder(str(source), tmp_path / "small", Compression("lowrank", ratio=0.25))
+    dense = next(source.glob("*.safetensors"))
+    times = dense.stat().st_atime_ns, dense.stat().st_mtime_ns
+    os.utime(dense, ns=(times[0], times[1] + 1_000_000))  # trained further, in as many bytes
+    with pytest.raises(CheckpointError, match="unfinished work of another model, text or setting"):
+        streaming.stream_folder(str(source), tmp_path / "small", Compression("lowrank", ratio=0.5))
+    os.utime(dense, ns=times)
     shard = tmp_path / ".small.structlin-unfinished" / "model" / "model-00002-of-00004.safetensors"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
@@ -327,6 +333,14 @@ def refused(source, tmp_path, match, *, kind=ValueError, given=(), **settings):
     config = settings.pop("config", None) or Compression("lowrank", ratio=0.5, **settings)
     with pytest.raises(kind, match=match):
         streaming.stream_folder(str(source), tmp_path / "out", config, batches=given)
+
+
+def test_a_target_with_files_is_refused_before_the_work(tmp_path):
+    source = folder_of(llama(), tmp_path / "dense")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    refused(source, tmp_path, "is not empty; give a new folder", kind=FileExistsError)
+    assert not list(tmp_path.glob(".out*"))
 
 
 def test_models_without_blocks_or_with_converted_names_are_refused(tmp_path):
