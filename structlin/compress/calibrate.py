@@ -20,7 +20,7 @@ from structlin.compress.observe import OutputSearch, hooked, replaced
 from structlin.compress.output import vocabulary_of
 from structlin.compress.patched import Pass, Patched, model_passes, model_runs
 from structlin.compress.processes import dealt, shared, summed
-from structlin.compress.scramble import widened
+from structlin.compress.scramble import scarce, widened
 from structlin.compress.sequential import collect_behind
 from structlin.compress.statistics import Statistics
 from structlin.compress.sums import Sums, scalar, sum_dtype, zeros
@@ -292,8 +292,7 @@ def both_sides(
     The batches are dealt to the ranks. A model that gradients do not pass is a warning, and its fits go without.
     """
     how = Collecting(mask=config.mask, output="auto", clip=CLIP, exact=True)
-    widest = max((t.linear.in_features for t in targets), default=0)
-    wide = widened(data.batches, config.seed, vocabulary_of(model), widest)
+    wide = widened(data.batches, config.seed, vocabulary_of(model)) if scarce(data.batches, targets) else data.batches
 
     def batches() -> Iterator[Any]:
         for number, batch in dealt(tuple(enumerate(wide))):

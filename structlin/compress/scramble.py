@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from structlin.batches import updated
+from structlin.compress.targets import Target
 
 # Share of the tokens that are exchanged, and copies of each batch. The dense blocks say what is right for any input, so
 # a block that is refined on more than the calibration text overfits it less: several copies seen a few times are
@@ -20,15 +21,16 @@ ENOUGH = 16
 KEY = "input_ids"
 
 
-def widened(batches: Sequence[Any], seed: int, vocabulary: int = 0, inputs: int | None = None) -> tuple[Any, ...]:
-    """Return batches and, if they are tokens, scrambled copies of all of them behind; see `scrambled`.
-
-    For statistics, `inputs` says how many a map has: without copies where the batches have ENOUGH tokens for each.
-    """
-    if inputs is not None and sum(map(_tokens, batches)) >= ENOUGH * inputs:
-        return tuple(batches)
+def widened(batches: Sequence[Any], seed: int, vocabulary: int = 0) -> tuple[Any, ...]:
+    """Return batches and, if they are tokens, scrambled copies of all of them behind; see `scrambled`."""
     copies = (scrambled(batches, SHARE, seed + number, vocabulary) for number in range(COPIES))
     return (*batches, *(batch for copy in copies for batch in copy))
+
+
+def scarce(batches: Sequence[Any], targets: Sequence[Target]) -> bool:
+    """Whether batches have so few tokens that statistics of targets take in the copies, too."""
+    widest = max((t.linear.in_features for t in targets if not t.reason and not t.on_request), default=0)
+    return sum(map(_tokens, batches)) < ENOUGH * widest
 
 
 def _tokens(batch: Any) -> int:

@@ -35,7 +35,7 @@ from structlin.compress.patched import Pass, Patched, model_passes, model_runs, 
 from structlin.compress.plan import CompressionPlan, PlanEntry
 from structlin.compress.refine import refine
 from structlin.compress.report import BlockReport, Coverage, LayerReport, Outcome, Report
-from structlin.compress.scramble import widened
+from structlin.compress.scramble import scarce, widened
 from structlin.compress.skeleton import Read, StandIns, check_apart, empty, fill, give_back, slots_in
 from structlin.compress.speed import only_faster
 from structlin.compress.targets import Target, find_targets, openings
@@ -89,13 +89,14 @@ def compress_stream(
     check_apart(model, chains)
     pieces, covered = split(targets, chains), Coverage.of(model, targets, set())
     sizes = {target.name: target.linear.weight.element_size() for target in targets}
+    few = scarce(data.batches, targets)
     if journal.records:
         replace_layers(model, _table(model, journal))
     total = sum(number is not None for number, _, _ in pieces) + 1
     bar = progress_bar("compress", "layer", len(targets), progress)
     with torch.inference_mode(False), torch.no_grad(), without_cache(model), bar as advance:
         advance(sum(len(found["rows"]) for found in journal.records))
-        work = _Work(model, config, data, read, journal, chains, choices, device, dtype, advance)
+        work = _Work(model, config, data, read, journal, chains, choices, few, device, dtype, advance)
         if REST not in work.done:
             work.look()
         journal.begin()
@@ -120,7 +121,7 @@ class _Work:
 
     def __init__(
         self, model: nn.Module, config: Compression, data: Data, read: Read, journal: Journal,
-        chains: Sequence[Chain], choices: Choices, device: str | None, dtype: torch.dtype | None,
+        chains: Sequence[Chain], choices: Choices, few: bool, device: str | None, dtype: torch.dtype | None,
         advance: Callable[..., None],
     ) -> None:  # fmt: skip
         self.model, self.source, self.journal, self.chains = model, read, journal, chains
@@ -130,6 +131,7 @@ class _Work:
         self.purse = Purse({}, winners={} if data.batches else None)  # without, layers in memory are fitted at once
         self.done = {found["part"]: found for found in journal.records}
         batches = widened(data.batches, config.seed, vocabulary_of(model))
+        self.learned = len(batches) if few else len(data.batches)  # of them: what statistics see
         self.masks = masks_of(config.mask, batches)
         self.stand_ins = StandIns(chains)
         runs = model_runs(model, batches, data.forward)
@@ -226,7 +228,7 @@ class _Work:
         seen = [target for target in chosen if not target.on_request]
         statistics = None
         if seen and part.passes:
-            how, passes = Collecting(mask=self.config.mask, exact=True), part.passes[: len(self.data.batches)]
+            how, passes = Collecting(mask=self.config.mask, exact=True), part.passes[: self.learned]
             blanks = {target.name for target in seen if self._is_shifted(target)}
             statistics = collect_passes(seen, passes, how, blanks).rounded(how.dtype)
         data = replace(self.data, statistics=statistics)

@@ -105,7 +105,7 @@ def test_models_with_fewer_hidden_units(make, down, tmp_path):
     model = make()
     units = make().get_submodule(down).weight.numel() // 32
     batches = [{"input_ids": torch.randint(3, 100, (2, 7))} for _ in range(6)]
-    settings = {"refine": 2, "block_epochs": 1, "progress": False, "hidden_units": True}
+    settings = {"refine": 2, "block_epochs": 1, "progress": False, "hidden_units": True, "allocation": "uniform"}
     structlin.compress_model(model, "auto", ratio=0.5, calibration=batches, **settings)
     assert model.get_submodule(down).in_features < units
     model.save_pretrained(tmp_path / "saved")

@@ -89,7 +89,9 @@ def as_text(kept: Tensor) -> str:
     """Write bits (bool, any shape) as base64, eight to a byte."""
     flat = kept.flatten().cpu()
     padded = F.pad(flat.to(torch.uint8), (0, -len(flat) % 8)).view(-1, 8)
-    return base64.b64encode(bytes((padded << torch.arange(8, dtype=torch.uint8)).sum(1).tolist())).decode()
+    return base64.b64encode(
+        bytes((padded << torch.arange(8, dtype=torch.uint8, device="cpu")).sum(1).tolist())
+    ).decode()
 
 
 def spread(count: int, kept: int) -> Tensor:
