@@ -309,8 +309,8 @@ def check_names(
 def _check_name(name: str) -> None:
     if len(name) > bounded.LETTERS:
         raise CheckpointError(f"name {name[:50]!r}.. has {len(name)} letters; expected at most {bounded.LETTERS}")
-    # Names reach setattr.
-    if any(not part or part.startswith("__") for part in name.split(".")):
+    # Names reach setattr. A file may have 10^5 of them.
+    if ".." in f".{name}." or ".__" in f".{name}":
         raise CheckpointError(f"name {name!r}; expected parts that are not empty and do not begin with '__'")
 
 

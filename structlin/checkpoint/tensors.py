@@ -178,18 +178,17 @@ def read_headers(directory: Path, shards: list[str], pairs: set[str]) -> dict[st
 
 
 def _stored(key: str, shard: str, shape: tuple[int, ...], name: str, pair: bool) -> Stored:
-    where = f"tensor {key!r} in {shard}"
-    if len(shape) > bounded.ITEMS or max(shape, default=0) > bounded.LARGEST_AXIS:
-        raise CheckpointError(
-            f"{where}: shape {shape}; expected up to {bounded.ITEMS} axes of up to {bounded.LARGEST_AXIS}"
-        )
+    if len(shape) > bounded.ITEMS or (shape and max(shape) > bounded.LARGEST_AXIS):
+        expected = f"expected up to {bounded.ITEMS} axes of up to {bounded.LARGEST_AXIS}"
+        raise CheckpointError(f"tensor {key!r} in {shard}: shape {shape}; {expected}")
     if name not in DTYPES:
-        raise CheckpointError(f"{where}: dtype {name}; expected one of {sorted(DTYPES)}")
+        raise CheckpointError(f"tensor {key!r} in {shard}: dtype {name}; expected one of {sorted(DTYPES)}")
     dtype = DTYPES[name]
     if not pair:
         return Stored(shard, shape, dtype)
     if shape[-1:] != (2,) or dtype not in COMPLEX:
-        raise CheckpointError(f"{where}: {name} {shape}; expected pairs of floats, as complex tensors are stored")
+        expected = "expected pairs of floats, as complex tensors are stored"
+        raise CheckpointError(f"tensor {key!r} in {shard}: {name} {shape}; {expected}")
     return Stored(shard, shape[:-1], COMPLEX[dtype])
 
 
