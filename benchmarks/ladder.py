@@ -180,6 +180,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", choices=[*STAGES, HEALED, ALONE], default=list(STAGES)[:9])
     parser.add_argument("--heal-lr", type=float, default=3e-3, help="peak learning rate of the rows that heal")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", type=Path, help="folder of the models of all stages, one for each ratio")
     args = parser.parse_args(argv)
     for stage in {HEALED, ALONE}.intersection(args.stages):
         if ALL not in args.stages[: args.stages.index(stage)]:
@@ -223,6 +224,8 @@ def main(argv: Sequence[str]) -> int:
                 )  # fmt: skip
             if stage == ALL:
                 refined = model, report, time.perf_counter() - start
+                if args.save is not None:
+                    structlin.save(model, args.save / str(ratio))
             elif stage == ALONE:
                 assert refined is not None
                 limit = sum(block.seconds for block in refined[1].blocks)

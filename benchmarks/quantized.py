@@ -5,8 +5,8 @@
 
 `stories`: model, texts and measures of ladder.py. `minilm`: calibrated on 300 docstring sentences; cosine to the dense
 embeddings on 300 others, rank correlation on the first 500 pairs of STS-B dev.
-Compressions are cheap on purpose: low rank at each ratio, calibrated (whitened SVD), with --epochs passes of block
-refinement; the best compressions are those of ladder_<model>.md. With torchao installed (--torchao) its weight-only
+Compressions: low rank at each ratio, calibrated (whitened SVD), with --epochs passes of block refinement; and models
+of all stages that ladder.py wrote (--compressed). With torchao installed (--torchao) its weight-only
 configs are rows too. Stores results/quantized_<model>.jsonl and .md.
 """
 
@@ -18,7 +18,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,38 +56,43 @@ NOTES = """\
 *KiB, linears*: the linear weights but the output layer, as stored, with scales; biases and embeddings are not counted.
 Scales and unquantised factors are bf16; all models compute in float32. int8 has a scale a row, int4 one for {group}
 entries. *loss*: {loss}. *loss added*: by the integers, relative to the loss of the same compression in bf16. Low rank:
-whitened SVD{refined}. `int4 + LowRank`: the dense weights in int4, what rounding lost fitted by a structure in int8.
-*s*: to compress, or to quantise.
+whitened SVD{refined}. *all stages*: the defaults, from ladder.py. `int4 + LowRank`: the dense weights in int4, what
+rounding lost fitted by a structure in int8. *s*: to compress (or to read the compressed model), or to quantise.
 
 {verdict}"""
 
 Row = dict[str, Any]
 
 
-def weights_of(model: nn.Module) -> tuple[dict[str, int], int]:
-    """Return the bytes of each linear weight but the output layer, structured or dense, and the dense entries."""
-    found = {name: m.nbytes for name, m in model.named_modules() if isinstance(m, Factored)}
-    entries = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, Factored))
-    targets = find_targets(model)
-    last = None if found else last_target(model, targets)
-    for target in targets:
-        if target is not last and target.reason is None and not target.on_request and target.name not in OUTPUTS:
-            found[target.name] = target.linear.weight.nbytes
-            entries += target.linear.weight.numel()
-    if last is not None:
-        OUTPUTS.add(last.name)
-    return found, entries
+def weights_of(dense: nn.Module) -> dict[str, int]:
+    """Return the entries of each linear weight of a dense model but the output layer."""
+    targets = find_targets(dense)
+    last = last_target(dense, targets)
+    chosen = (t for t in targets if t is not last and t.reason is None and not t.on_request)
+    return {target.name: target.linear.weight.numel() for target in chosen}
 
 
-OUTPUTS: set[str] = set()  # names of output layers, found on the dense model
+def bytes_of(model: nn.Module, weights: Iterable[str]) -> int:
+    """Count the bytes of weights, structured or dense; compression may have taken units out of dense ones."""
+    found = (model.get_submodule(name) for name in weights)
+    return sum(m.nbytes if isinstance(m, Factored) else m.weight.nbytes for m in found)
+
+
+BEST = "all stages"
+WEIGHTS: dict[str, int] = {}  # of the dense model: name -> entries
 
 
 def row_of(name: str, form: str, model: nn.Module, measure: Callable[[nn.Module], Row], seconds: float = 0.0) -> Row:
     """Measure a model stored as it is: merged and computed in float32."""
-    found, entries = weights_of(model)
-    size = sum(found.values())
+    size = bytes_of(model, WEIGHTS)
     merged = structlin.to_dense_(copy.deepcopy(model)).float()
-    row = {"model": name, "format": form, "kib": size / 2**10, "share": size / (2 * entries), "seconds": seconds}
+    row = {
+        "model": name,
+        "format": form,
+        "kib": size / 2**10,
+        "share": size / (2 * sum(WEIGHTS.values())),
+        "seconds": seconds,
+    }
     return row | measure(merged)
 
 
@@ -156,7 +161,7 @@ def torchao_rows(dense: nn.Module, measure: Any, group: int) -> Iterator[Row]:
         ("int4, torchao", int4, lambda o, i: o * i / 2 + 2 * o * i / group),
     ):
         model = copy.deepcopy(dense).bfloat16()
-        names, start = set(weights_of(model)[0]), time.perf_counter()
+        names, start = set(WEIGHTS), time.perf_counter()
         shapes = [tuple(model.get_submodule(name).weight.shape) for name in names]
         try:
             with warnings.catch_warnings():
@@ -174,21 +179,24 @@ def torchao_rows(dense: nn.Module, measure: Any, group: int) -> Iterator[Row]:
         yield row | {"kib": bytes_ / 2**10, "share": bytes_ / sum(2 * o * i for o, i in shapes)}
 
 
-def compressed_rows(
-    dense: nn.Module, measure: Any, batches: Any, statistics: Any, ratio: float, args: Any, options: Any
-) -> Iterator[Row]:
-    """Low rank at a ratio, in every format."""
-    start = time.perf_counter()
-    settings = OFF | {"block_epochs": args.epochs}
-    model = structlin.compress_model(
+def low_rank(dense: nn.Module, batches: Any, ratio: float, epochs: int, options: Any) -> nn.Module:
+    """Compress by the whitened SVD, refined for so many passes."""
+    settings = OFF | {"block_epochs": epochs}
+    return structlin.compress_model(
         copy.deepcopy(dense), "lowrank", ratio=ratio, calibration=batches, progress=False, **settings, **options
     ).model
-    half = model.bfloat16()
-    name = f"lowrank, {ratio}"
+
+
+def compressed_rows(
+    name: str, make: Callable[[], nn.Module], measure: Any, statistics: Any, group: int
+) -> Iterator[Row]:
+    """A compressed model in every format."""
+    start = time.perf_counter()
+    half = make().bfloat16()
     yield row_of(name, "bf16", half, measure, time.perf_counter() - start)
     for to in ("int8", "int4"):
         quantised, start = copy.deepcopy(half), time.perf_counter()
-        structlin.quantize_(quantised, to, group=args.group, statistics=statistics, dense=True)
+        structlin.quantize_(quantised, to, group=group, statistics=statistics, dense=True)
         yield row_of(name, to, quantised, measure, time.perf_counter() - start)
 
 
@@ -230,13 +238,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--epochs", type=int, default=2, help="of block refinement of the compressions")
     parser.add_argument("--group", type=int, default=128, help="entries that share an int4 scale")
     parser.add_argument("--torchao", action="store_true", help="rows of torchao, which must be installed")
+    parser.add_argument("--compressed", nargs="+", type=Path, default=[], help="folders that ladder.py --save wrote")
     parser.add_argument("--only", nargs="+", help="formats or ratios to run; other rows of an earlier run are kept")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     dense, batches, measure, options = (stories if args.kind == "stories" else minilm)(args)
-    weights_of(dense)  # finds the output layer
+    WEIGHTS.update(weights_of(dense))
     statistics = structlin.collect_statistics(dense, batches)
     about = {"block epochs": args.epochs, "group": args.group, **environment(argv)}
     tasks: dict[str, Callable[[], Iterator[Row]]] = {
@@ -244,12 +253,17 @@ def main(argv: Sequence[str]) -> int:
     }
     if args.torchao:
         tasks["torchao"] = partial(torchao_rows, dense, measure, args.group)
-    for ratio in args.ratios:
-        tasks[str(ratio)] = partial(compressed_rows, dense, measure, batches, statistics, ratio, args, options)
+    makers = {str(r): partial(low_rank, dense, batches, r, args.epochs, options) for r in args.ratios}
+    for folder in args.compressed:
+        makers[f"{BEST}, {folder.name}"] = partial(structlin.load, copy.deepcopy(dense), folder)
+    for part, make in makers.items():
+        name = part if part.startswith(BEST) else f"lowrank, {part}"
+        tasks[part] = partial(compressed_rows, name, make, measure, statistics, args.group)
     chosen = [name for name in tasks if args.only is None or name in args.only]
     path = args.results / f"quantized_{args.kind}.jsonl"
     known = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    order = ["float32", "bf16", *PLANS, "torchao", "0.75", "0.5", "0.25"]
+    ratios = ["0.75", "0.5", "0.25"]
+    order = ["float32", "bf16", *PLANS, "torchao", *ratios, *(f"{BEST}, {ratio}" for ratio in ratios)]
     rows = [row for row in known if args.only is not None and row["part"] not in chosen]
     loss = "log of perplexity / dense" if args.kind == "stories" else "1 - cosine on the docstrings"
     refined = f", and {args.epochs} passes of block refinement" if args.epochs else ""
