@@ -76,6 +76,8 @@ def test_a_target_inside_the_source_is_no_part_of_it(name, source):
 def test_quantize_writes_integers(source, tmp_path, capsys):
     out, small = tmp_path / "out", tmp_path / "small"
     assert main(["compress", str(source), str(out), "--structure", "lowrank", "--ratio", "0.5"]) == 0
+    card = (out / "README.md").read_text()  # as of a model of the hub
+    (out / "README.md").write_text(card.replace("library_name", 'base_model: "me/tiny"\nlibrary_name'))
     assert main(["quantize", str(out), str(small), "--to", "int4", "--group", "16", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {row["format"] for row in rows} == {"int4"}
@@ -83,6 +85,10 @@ def test_quantize_writes_integers(source, tmp_path, capsys):
     stored = load_file(small / "model.safetensors")
     assert {t.dtype for name, t in stored.items() if name.endswith("codes")} == {torch.uint8}
     assert main(["verify", str(small)]) == 0
+    assert 'base_model: "me/tiny"' in (small / "README.md").read_text()
+    assert "int4" in (small / "README.md").read_text()
+    assert main(["merge", str(out), str(tmp_path / "merged")]) == 0
+    assert not (tmp_path / "merged" / "README.md").exists()  # it has no structures
 
 
 def test_a_plan_is_written_edited_and_carried_out(source, tmp_path, capsys):

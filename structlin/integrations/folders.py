@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCard, snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from structlin.checkpoint.table import METHOD
 from structlin.compress import Report
-from structlin.integrations.model_card import save_pretrained
+from structlin.integrations.model_card import CARD, save_pretrained
+from structlin.layers.factored import Factored
 
 # Weights in any format: everything else in a folder (tokenizer, pooling, generation settings) is copied.
 WEIGHTS = {
@@ -93,22 +95,30 @@ def save_folder(model: nn.Module, source: str, target: Path, report: Report | No
         model: compressed, or merged back.
         source: the folder or hub id that it was loaded from.
         target: the folder to write.
-        report: of the compression, for the model card; None writes no card.
+        report: of the compression, for the model card. Without it a model with structured layers gets a card too, that
+            names what its source was made of.
     Raises:
         FileExistsError: if the target holds files.
     """
     check_free(target)
     target.mkdir(parents=True, exist_ok=True)
     copy_others(source, target)
-    if report is None:
+    if report is None and not any(isinstance(module, Factored) for module in model.modules()):
         model.save_pretrained(target)  # type: ignore[operator]
     else:
-        save_pretrained(model, target, report, base_model=hub_id(source))
+        save_pretrained(model, target, report, base_model=hub_id(source) or _base_of(Path(source, CARD)))
 
 
 def hub_id(source: str) -> str | None:
     """Return the id of a model on the hub, None for a local folder, whose path is nobody else's business."""
     return None if Path(source).is_dir() else source
+
+
+def _base_of(card: Path) -> str | None:
+    """Return the model on the hub that a compressed one was made from, by its card; other cards tell something else."""
+    about = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict() if card.exists() else {}
+    base = about.get("base_model")
+    return base if METHOD in (about.get("tags") or ()) and isinstance(base, str) else None
 
 
 def copy_others(source: str, target: Path) -> None:

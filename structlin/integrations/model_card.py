@@ -15,6 +15,7 @@ from structlin.checkpoint.table import METHOD
 from structlin.compress.report import Report
 from structlin.integrations.transformers import prepare
 from structlin.layers.factored import Factored
+from structlin.layers.quantized import QuantizedFactor
 
 CARD = "README.md"
 
@@ -120,10 +121,16 @@ def push_to_hub(
 def _sizes(model: Any, layers: list[Factored], report: Report | None) -> str:
     kept = sum(layer.num_parameters for layer in layers)
     dense = sum(math.prod(_shape(layer)) for layer in layers)
-    whole = f"{model.num_parameters():,} parameters"
+    integers = [module for layer in layers for module in layer.modules() if isinstance(module, QuantizedFactor)]
+    codes = sum(each.unfolding.rows * each.unfolding.columns * math.prod(each.stack) for each in integers)
+    whole = f"{model.num_parameters() + codes:,} parameters"
     if report is not None:
         whole += f" of {report.parameters_before:,}"
-    return f"It has {whole}; {len(layers)} layers keep {kept:,} of {dense:,} parameters ({kept / dense:.3f})."
+    said = f"It has {whole}; {len(layers)} layers keep {kept:,} of {dense:,} parameters ({kept / dense:.3f})."
+    if integers:
+        formats = " and ".join(dict.fromkeys(str(each.form) for each in integers))
+        said += f" {len(integers)} factors are {formats}: {sum(each.nbytes for each in integers):,} bytes with scales."
+    return said
 
 
 def _shape(layer: Factored) -> tuple[int, ...]:
