@@ -292,7 +292,8 @@ def both_sides(
     The batches are dealt to the ranks. A model that gradients do not pass is a warning, and its fits go without.
     """
     how = Collecting(mask=config.mask, output="auto", clip=CLIP, exact=True)
-    wide = widened(data.batches, config.seed, vocabulary_of(model)) if scarce(data.batches, targets) else data.batches
+    few = scarce(data.batches, targets)
+    wide = widened(data.batches, config.seed, vocabulary_of(model), few) if few else data.batches
 
     def batches() -> Iterator[Any]:
         for number, batch in dealt(tuple(enumerate(wide))):

@@ -42,7 +42,7 @@ from structlin.compress.plan import CompressionPlan
 from structlin.compress.processes import ranks, shared, together
 from structlin.compress.refine import check_refinable, refine
 from structlin.compress.report import BlockReport, Coverage, Outcome, Report
-from structlin.compress.scramble import widened
+from structlin.compress.scramble import scarce, widened
 from structlin.compress.speed import only_faster
 from structlin.compress.targets import Target, find_targets, openings
 from structlin.compress.workers import seeded
@@ -114,7 +114,8 @@ def work(
     """Fit and refine part by part; with `behind`, each behind the compressed ones before it."""
     model, config, data, purse = found.model, found.config, found.data, Purse(ratios, winners={})
     again = behind and (config.sequential is not False or config.block_epochs != 0)
-    batches = widened(data.batches, config.seed, vocabulary_of(model)) if again else ()
+    few = scarce(data.batches, found.targets)
+    batches = widened(data.batches, config.seed, vocabulary_of(model), few) if again else ()
     runs, masks = model_runs(model, batches, data.forward), masks_of(config.mask, batches)
     chains = find_chains(model, config.blocks) if batches else []
     screen = only_faster if config.require_speedup else list

@@ -130,7 +130,7 @@ class _Work:
         self.data = replace(data, shrinkage=config.shrinkage)
         self.purse = Purse({}, winners={} if data.batches else None)  # without, layers in memory are fitted at once
         self.done = {found["part"]: found for found in journal.records}
-        batches = widened(data.batches, config.seed, vocabulary_of(model))
+        batches = widened(data.batches, config.seed, vocabulary_of(model), few)
         self.learned = len(batches) if few else len(data.batches)  # of them: what statistics see
         self.masks = masks_of(config.mask, batches)
         self.stand_ins = StandIns(chains)

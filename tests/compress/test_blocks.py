@@ -15,7 +15,7 @@ from structlin.compress.blocks import Shelf, Stream, find_chains, parts
 from structlin.compress.output import vocabulary_of
 from structlin.compress.patched import Patched, model_runs
 from structlin.compress.refine import refine
-from structlin.compress.scramble import scrambled
+from structlin.compress.scramble import scrambled, widened
 from structlin.compress.targets import find_targets
 from structlin.layers.factored import Factored
 
@@ -419,7 +419,7 @@ def test_scrambled_text_keeps_what_every_row_has_once_and_what_is_padded():
     assert set(found["input_ids"].flatten().tolist()) <= set(rows.flatten().tolist())
     assert torch.equal(scrambled([batch], share=0.9)[0]["input_ids"], found["input_ids"])
     assert not torch.equal(scrambled([batch], share=0.9, seed=1)[0]["input_ids"], found["input_ids"])
-    assert type(scrambled([UserDict(batch)])[0]) is UserDict  # what `forward` gets
+    assert type(scrambled([UserDict(batch)], share=0.9)[0]) is UserDict  # what `forward` gets
 
 
 def test_words_that_the_text_lacks_are_drawn_too():
@@ -458,7 +458,17 @@ def test_what_has_no_tokens_to_exchange_is_not_scrambled(kind):
     ids = torch.tensor([[1, 2, 3], [1, 3, 2]])
     given = {"tensors": [ids], "floats": [{"input_ids": ids.float()}], "empty": [], "all special": [{"input_ids": ids}]}
     given["images"] = [{"input_ids": torch.randint(5, (2, 9)), "pixel_values": torch.ones(2, 3, 4, 4)}]
-    assert scrambled(given[kind]) == []
+    assert scrambled(given[kind], share=0.9) == []
+
+
+def test_scarce_text_is_scrambled_until_its_order_is_lost():
+    data = [{"input_ids": torch.randint(1000, (20, 50))}]
+
+    def changed(few):
+        return [(copy["input_ids"] != data[0]["input_ids"]).float().mean() for copy in widened(data, 0, 0, few)]
+
+    assert changed(few=False) == pytest.approx([0, 0.3, 0.3, 0.3], abs=0.05)
+    assert changed(few=True) == pytest.approx([0, 0.5, 1, 1], abs=0.05)
 
 
 class Reads(nn.Module):
@@ -489,6 +499,18 @@ def test_statistics_are_of_scrambled_text_too_if_it_is_short(count, copies):
     data = [{"input_ids": torch.randint(50, (4, 7))} for _ in range(count)]
     plan = plan_compression(Reads(), "lowrank", ratio=0.5, calibration=data, validation=[], **FITS)
     assert plan.fitted_with.tokens == plan.fitted_with.layers * (1 + copies) * count * 4 * 7
+
+
+@pytest.mark.parametrize(("count", "few"), [(27, True), (28, False)])
+def test_blocks_see_text_that_is_scrambled_as_far_as_it_is_short(count, few, monkeypatch):
+    seen = []
+    runs = pipeline.model_runs
+    monkeypatch.setattr(pipeline, "model_runs", lambda m, given, how: seen.extend(given) or runs(m, given, how))
+    data = [{"input_ids": torch.randint(50, (4, 7))} for _ in range(count)]
+    compress_model(Reads(), "lowrank", ratio=0.5, calibration=data, validation=[], **FITS)
+    assert all(
+        torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(seen, widened(data, 0, 50, few), strict=True)
+    )
 
 
 def test_a_stream_keeps_what_blocks_share():
