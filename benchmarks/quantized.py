@@ -187,13 +187,13 @@ def low_rank(dense: nn.Module, batches: Any, ratio: float, epochs: int, options:
     ).model
 
 
-def compressed_rows(
-    name: str, make: Callable[[], nn.Module], measure: Any, statistics: Any, group: int
-) -> Iterator[Row]:
+def compressed_rows(name: str, make: Callable[[], nn.Module], measure: Any, batches: Any, group: int) -> Iterator[Row]:
     """A compressed model in every format."""
     start = time.perf_counter()
-    half = make().bfloat16()
+    model = make()
+    half = copy.deepcopy(model).bfloat16()
     yield row_of(name, "bf16", half, measure, time.perf_counter() - start)
+    statistics = structlin.collect_statistics(model, batches)
     for to in ("int8", "int4"):
         quantised, start = copy.deepcopy(half), time.perf_counter()
         structlin.quantize_(quantised, to, group=group, statistics=statistics, dense=True)
@@ -258,7 +258,7 @@ def main(argv: Sequence[str]) -> int:
         makers[f"{BEST}, {folder.name}"] = partial(structlin.load, copy.deepcopy(dense), folder)
     for part, make in makers.items():
         name = part if part.startswith(BEST) else f"lowrank, {part}"
-        tasks[part] = partial(compressed_rows, name, make, measure, statistics, args.group)
+        tasks[part] = partial(compressed_rows, name, make, measure, batches, args.group)
     chosen = [name for name in tasks if args.only is None or name in args.only]
     path = args.results / f"quantized_{args.kind}.jsonl"
     known = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []

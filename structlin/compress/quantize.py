@@ -62,8 +62,8 @@ def quantize_(
         model: any module with structured layers, on any device but meta.
         to: "int8" or "int4".
         group: entries of a row that share an int4 scale, a whole number from 2.
-        statistics: of the layers' inputs, as `collect_statistics` gives them for the dense model; without them all
-            inputs count alike.
+        statistics: of the layers' inputs, as `collect_statistics` gives them for this model, or for the dense one where
+            no hidden units were removed; without them all inputs count alike.
         dense: also quantise the linear maps that stayed dense, but the output layer, as the structure `Dense`. A
             structure, `LowRank(rank=16)` say, is added to each of these: fitted to what rounding left of the weight in
             the norm of the statistics (for low rank in closed form, as QERA), its own factors in int8.
@@ -182,7 +182,7 @@ class _Job:
         if narrowed := [name for name, (inside, _) in sizes.items() if name in known and len(known[name]) > inside]:
             raise ValueError(
                 f"layers {narrowed[:5]} have fewer inputs than the statistics, as where hidden units were removed: "
-                "leave statistics out, or compress with hidden_units=False"
+                "collect them from this model, or leave them out"
             )
         self.statistics.check(sizes)
 
