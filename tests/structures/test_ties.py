@@ -112,7 +112,9 @@ def tied_dense(found, values):
 def test_the_steps_never_make_a_fit_worse():
     weight, x = torch.randn(20, 12), torch.randn(200, 12) @ torch.randn(12, 12)
     errors = [fit(weight, Toeplitz(), gram=x.T @ x, refine=steps).output_error for steps in (0, 1, 3, 10, 100)]
-    assert errors == sorted(errors, reverse=True)
+    assert all(
+        later <= (1 + 1e-6) * before for before, later in zip(errors, errors[1:], strict=False)
+    )  # but for rounding
     assert errors[-1] < errors[0]
 
 
