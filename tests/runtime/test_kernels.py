@@ -260,6 +260,19 @@ def test_not_a_number_stays():
         assert y[1:].isfinite().all()
 
 
+@pytest.mark.parametrize("size", [5, 21, 37])
+def test_an_infinite_weight_gives_infinite_outputs(size):
+    layer = build(LowRank(rank=size), size, size).requires_grad_(False)
+    left, right = layer.factors
+    left.fill_(1.0)
+    for tokens in (1, 40):
+        for k in range(size):
+            right.fill_(1.0)
+            right[0, k] = torch.inf  # also where the last vector of a row reads entries again
+            y = chain_of(layer.spec)(torch.ones(tokens, size), layer.factors, None)
+            assert torch.equal(y, torch.full_like(y, torch.inf))
+
+
 def test_fits_refine_by_it(monkeypatch):
     weight, inputs = torch.randn(64, 48), torch.randn(100, 48) * torch.logspace(0, -1, 48)
     gram = inputs.T @ inputs
