@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from structlin.fitting.fit import fit
 from structlin.layers.linear import build
-from structlin.runtime import planner
+from structlin.runtime import measure, planner
 from structlin.runtime.contract import forward
 from structlin.runtime.eager import suits
 from structlin.runtime.kernels import native, wheel
@@ -473,6 +473,27 @@ def test_predictions_follow_the_machine():
     options = build(LowRank(rank=8), 512, 512).options(64)
     (predicted,) = {option.seconds for option in options if option.way == "native kernel"}
     assert predicted == chain.seconds(64, machine=found)
+
+
+def test_a_machine_is_measured_in_float32_whatever_is_the_default(monkeypatch):
+    ran = []
+
+    def run(device, call):
+        ran.append((call().dtype, call().device))
+        return 1.0
+
+    monkeypatch.setattr(measure, "_seconds", run)
+    measure_machine()
+    expected, ran = ran, []
+    assert {dtype for dtype, _ in expected} == {torch.float32, torch.bfloat16}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), torch.autocast("cpu", torch.float16):
+            measure_machine()
+    finally:
+        torch.set_default_dtype(before)
+    assert ran == expected
 
 
 def test_predictions_order_the_sizes():
