@@ -28,6 +28,7 @@ from structlin.runtime.kernels.chain import chain_of
 from structlin.runtime.kernels.layouts import cost
 from structlin.runtime.kernels.program import program, stages
 from structlin.runtime.measure import measure_machine
+from structlin.runtime.ways import MODES, Kernel, Key, predicted, ways
 from structlin.structures import PHM, Blast, Kaleidoscope, Kronecker, LowRank, Sum, TensorTrain, sum_of
 from structlin.testing import assert_close
 
@@ -305,6 +306,15 @@ def test_of_two_equal_directions_the_one_in_order_is_taken():
 def test_a_long_chain_has_a_small_program():
     layer = build(Kaleidoscope(width=2, radix=2), 1024, 1024)
     assert len(program(layer.spec)) < 200_000  # the other direction would have 2^30 offsets
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_factors_beyond_int32_run_otherwise(mode):
+    for rank, runs in ((8191, True), (8192, False)):  # 2^31 entries have no offsets
+        found = ways(LowRank(rank=rank).spec(8192, 1 << 18), Key(4, torch.bfloat16, torch.device("cpu"), True, mode))
+        (kernel,) = (way for way in found if isinstance(way, Kernel))
+        assert (kernel.seconds < torch.inf) == runs
+        assert predicted(found) is not kernel or runs
 
 
 # When it runs --------------------------------------------------------------------------------------------------------
