@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 from typing_extensions import Self
@@ -239,6 +240,8 @@ class StructuredLinear(Factored):
             y = shortcut(x, self._parameters) if shortcut else None
             if y is not None:
                 return y
+        if x.is_nested or x.layout is not torch.strided:  # no plan reads these; torch takes them as nn.Linear does
+            return F.linear(x, self.to_dense(), self.bias)
         self._check(x)
         given = None if is_compiling() else self._given()
         if given is None:

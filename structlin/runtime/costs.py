@@ -69,8 +69,10 @@ PLAN_SLOWER = 1.15  # time of a plan with bias and fresh memory / of its product
 PLAN_SECONDS = 6e-6  # s: the Python around a plan
 DENSE_SECONDS = 2e-6  # s: the Python around a product with a dense matrix
 DENSE_GAIN = 0.9  # a dense matrix is kept where its predicted time is below this share of every other way's
+HOPELESS = 20  # a way whose predicted time is so many times the least is not worth timing: predictions are no worse
 WRITING = 2e-9  # s for each entry of a factor that is written out from its values
 PATTERN_FLOPS = 8e9  # of FFTs, products of spectra and small blocks, per s
+TRANSFORM_FLOPS = 160  # that take as long as what each FFT costs beside its own: of small blocks there are many
 PATTERN_SECONDS = 60e-6  # s: the operations around them
 SMALL = 4 << 20  # B of activations that are not worth recomputing in the backward pass
 

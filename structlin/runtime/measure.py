@@ -33,26 +33,28 @@ def measure_machine(device: torch.device | str = "cpu") -> Machine:
         The record.
     """
     device = torch.device(device)
-    found = _measured(device, replace(shipped(device), name=name_of(device)))
-    if device.type == "cpu" and kernels.available():
-        found = replace(found, native=_native(TOKENS), native_few=_native(1))
+    with torch.autocast(device.type, enabled=False):
+        found = _measured(device, replace(shipped(device), name=name_of(device)))
+        if device.type == "cpu" and kernels.available():
+            found = replace(found, native=_native(TOKENS), native_few=_native(1))
     remember(device, found)
     return found
 
 
 def _measured(device: torch.device, machine: Machine) -> Machine:
     seconds = partial(_seconds, device)
+    ones = partial(torch.ones, device=device, dtype=torch.float32)
 
     def rate(dtype: torch.dtype, size: int = 1024) -> float:
-        a = torch.ones(size, size, device=device, dtype=dtype)
+        a = ones(size, size, dtype=dtype)
         return 2 * size**3 / seconds(lambda: torch.mm(a, a))
 
     half_flops = rate(torch.bfloat16, 128)
     if half_flops > SLOW:
         half_flops = rate(torch.bfloat16)
 
-    small, near, far = (torch.ones(n, n, device=device) for n in (16, 1024, 8192 if device.type == "cuda" else 4096))
-    stack = torch.ones(128, 32, 32, device=device)
+    small, near, far = (ones(n, n) for n in (16, 1024, 8192 if device.type == "cuda" else 4096))
+    stack = ones(128, 32, 32)
     op = seconds(lambda: torch.mm(small, small))  # too small to take time beyond the call
     half = small.bfloat16()
     return replace(
@@ -74,7 +76,8 @@ def _native(tokens: int) -> float:
     size, rank = 768, 96
     eq = equation("o r, r i -> o i", ("left", "right"), {"o": size, "r": rank, "i": size})
     chain = kernels.chain_of(Spec(size, size, (eq,)))
-    x, factors = torch.ones(tokens, size), (torch.ones(size, rank), torch.ones(rank, size))
+    ones = partial(torch.ones, device="cpu", dtype=torch.float32)
+    x, factors = ones(tokens, size), (ones(size, rank), ones(rank, size))
     with torch.no_grad():
         return _seconds(torch.device("cpu"), lambda: chain(x, factors, None)) / chain.seconds(tokens, machine=CPU)
 

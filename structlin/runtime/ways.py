@@ -19,6 +19,7 @@ from structlin.runtime import contract, planner
 from structlin.runtime.costs import (
     DENSE_GAIN,
     DENSE_SECONDS,
+    HOPELESS,
     PATTERN_FLOPS,
     PATTERN_SECONDS,
     PLAN_SECONDS,
@@ -231,7 +232,8 @@ def ways(spec: Spec, key: Key, orders: Sequence[Order] = ("auto",)) -> list[Way]
         found.append(KeptDense(spec, scale * dense))
     flops = contract.flops_by_pattern(spec)
     if flops is not None:
-        found.append(Direct(spec, scale * (rows * flops / PATTERN_FLOPS + PATTERN_SECONDS)))
+        of_row, once = flops
+        found.append(Direct(spec, scale * ((rows * of_row + once) / PATTERN_FLOPS + PATTERN_SECONDS)))
     if key.native:
         chain = chain_of(spec)
         seconds = chain.seconds(rows, itemsize=itemsize, machine=machine)
@@ -291,7 +293,10 @@ def derived(way: Way, factors: Sequence[Tensor]) -> Any:
 
 
 def fastest(found: Sequence[Way], x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Way:
-    """Time the ways in turn on this input, gradients included where asked for; return that of the least median."""
+    """Time the ways in turn on this input, gradients included where asked for; return that of the least median.
+
+    Those predicted to be HOPELESS are left out: a chain from its wrong end may take minutes, or all memory.
+    """
     leaves = [t for t in (x, bias, *factors) if t is not None and t.requires_grad]
 
     def call(way: Way, operands: Any) -> None:
@@ -301,7 +306,8 @@ def fastest(found: Sequence[Way], x: Tensor, factors: Sequence[Tensor], bias: Te
         if x.is_cuda:
             torch.cuda.synchronize(x.device)
 
-    candidates = list(dict.fromkeys(found))
+    most = HOPELESS * min(way.seconds for way in found)
+    candidates = [way for way in dict.fromkeys(found) if way.seconds <= most]
     operands = [factors if (kept := derived(way, factors)) is None else kept for way in candidates]
     times: list[list[float]] = [[] for _ in candidates]
     for _ in range(_ROUNDS):

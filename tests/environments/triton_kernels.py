@@ -38,6 +38,16 @@ def test_outputs_and_gradients_are_those_of_plain_torch(name, sizes):
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(16,), (0, 16), (5, 16), (2, 3, 16)], ids=str)
+def test_strides_and_leading_axes(shape):
+    layer = build(ONE["lowrank"], 16, 20)
+    x = torch.randn(*shape[:-1], 32)[..., ::2].requires_grad_()
+    for bias in (torch.randn(40)[::2], torch.randn(1).expand(20)):
+        y = gpu.chain(layer.spec, x, layer.factors, bias)
+        assert y._base is None  # not a view
+        torch.testing.assert_close(y, nn.functional.linear(x, layer.to_dense(), bias), atol=1e-5, rtol=1e-5)
+
+
 # The interpreter of Triton 3.9 multiplies the bits of bfloat16 as if they were whole numbers.
 @pytest.mark.parametrize("dtype", [torch.float16])
 @pytest.mark.parametrize("name", ["lowrank", "kmatrix", "blast", "sum"])

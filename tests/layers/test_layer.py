@@ -196,6 +196,33 @@ def test_reset_parameters_draws_anew_from_the_same_distribution(layer):
     assert torch.equal(layer.to_dense(), first)
 
 
+# Inputs of other layouts ---------------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "coo": lambda rows: rows.to_sparse(),
+    "csr": lambda rows: rows.to_sparse_csr(),
+    "mkldnn": lambda rows: rows.to_mkldnn(),
+    "nested": lambda rows: torch.nested.nested_tensor([rows[:1], rows[1:]]),
+    "jagged": lambda rows: torch.nested.nested_tensor([rows[:1], rows[1:]], layout=torch.jagged),
+}
+
+
+def entries(y):
+    return torch.cat([*y.unbind()]) if y.is_nested else y.to_dense() if y.is_mkldnn else y
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested tensors")
+def test_sparse_and_nested_inputs(make, layout):
+    layer, rows = make(16, 20), torch.randn(5, 16).relu()
+    linear, x = layer.to_linear(), LAYOUTS[layout](rows)
+    for _ in range(2):  # the second time after a plain input, which may run by a shortcut then
+        y, expected = layer(x), linear(x)
+        assert (y.layout, y.is_nested) == (expected.layout, expected.is_nested)
+        assert_close(entries(y), entries(expected), layout, 1e-5)
+        layer(rows)
+
+
 # Dtype, device, modes ------------------------------------------------------------------------------------------------
 
 

@@ -233,6 +233,7 @@ class Fake:
 
     takes: float
     clock: Clock
+    seconds: float = 1.0  # predicted
     keeps = None
 
     def __call__(self, x, factors, bias):
@@ -245,6 +246,16 @@ def test_the_fastest_is_taken_whatever_is_predicted(monkeypatch):
     monkeypatch.setattr("structlin.runtime.ways.time.perf_counter", lambda: clock.now)
     slow, quick, slower = (Fake(takes, clock) for takes in (0.01, 0.001, 0.02))
     assert fastest([slow, quick, slower, quick], torch.ones(1), [], None) is quick
+
+
+def test_a_hopeless_order_is_not_timed():
+    spec = build(Kaleidoscope(width=2), 1024, 1024).spec
+    found = ways(spec, Key(16, torch.float32, torch.device("cpu"), native=False, mode="eval"), planner.ORDERS)
+    wrong = max(found, key=lambda way: way.seconds)
+    assert wrong.plan.nbytes > 1e11  # the last stage first: outer products, of minutes and of more than all memory
+    fine = min(found, key=lambda way: way.seconds)
+    fake, never = Fake(1.0, Clock(), fine.seconds), Fake(0.0, Clock(), wrong.seconds)
+    assert fastest([never, fake], torch.ones(1), [], None) is fake
 
 
 @pytest.mark.parametrize("mode", ["training", "eval", "frozen"])

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from structlin.fitting.fit import fit
 from structlin.layers.linear import build
-from structlin.runtime import planner
+from structlin.runtime import measure, planner
 from structlin.runtime.contract import forward
 from structlin.runtime.eager import suits
 from structlin.runtime.kernels import native, wheel
@@ -28,6 +28,7 @@ from structlin.runtime.kernels.chain import chain_of
 from structlin.runtime.kernels.layouts import cost
 from structlin.runtime.kernels.program import program, stages
 from structlin.runtime.measure import measure_machine
+from structlin.runtime.ways import MODES, Kernel, Key, predicted, ways
 from structlin.structures import PHM, Blast, Kaleidoscope, Kronecker, LowRank, Sum, TensorTrain, sum_of
 from structlin.testing import assert_close
 
@@ -260,6 +261,19 @@ def test_not_a_number_stays():
         assert y[1:].isfinite().all()
 
 
+@pytest.mark.parametrize("size", [5, 21, 37])
+def test_an_infinite_weight_gives_infinite_outputs(size):
+    layer = build(LowRank(rank=size), size, size).requires_grad_(False)
+    left, right = layer.factors
+    left.fill_(1.0)
+    for tokens in (1, 40):
+        for k in range(size):
+            right.fill_(1.0)
+            right[0, k] = torch.inf  # also where the last vector of a row reads entries again
+            y = chain_of(layer.spec)(torch.ones(tokens, size), layer.factors, None)
+            assert torch.equal(y, torch.full_like(y, torch.inf))
+
+
 def test_fits_refine_by_it(monkeypatch):
     weight, inputs = torch.randn(64, 48), torch.randn(100, 48) * torch.logspace(0, -1, 48)
     gram = inputs.T @ inputs
@@ -292,6 +306,15 @@ def test_of_two_equal_directions_the_one_in_order_is_taken():
 def test_a_long_chain_has_a_small_program():
     layer = build(Kaleidoscope(width=2, radix=2), 1024, 1024)
     assert len(program(layer.spec)) < 200_000  # the other direction would have 2^30 offsets
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_factors_beyond_int32_run_otherwise(mode):
+    for rank, runs in ((8191, True), (8192, False)):  # 2^31 entries have no offsets
+        found = ways(LowRank(rank=rank).spec(8192, 1 << 18), Key(4, torch.bfloat16, torch.device("cpu"), True, mode))
+        (kernel,) = (way for way in found if isinstance(way, Kernel))
+        assert (kernel.seconds < torch.inf) == runs
+        assert predicted(found) is not kernel or runs
 
 
 # When it runs --------------------------------------------------------------------------------------------------------
@@ -460,6 +483,27 @@ def test_predictions_follow_the_machine():
     options = build(LowRank(rank=8), 512, 512).options(64)
     (predicted,) = {option.seconds for option in options if option.way == "native kernel"}
     assert predicted == chain.seconds(64, machine=found)
+
+
+def test_a_machine_is_measured_in_float32_whatever_is_the_default(monkeypatch):
+    ran = []
+
+    def run(device, call):
+        ran.append((call().dtype, call().device))
+        return 1.0
+
+    monkeypatch.setattr(measure, "_seconds", run)
+    measure_machine()
+    expected, ran = ran, []
+    assert {dtype for dtype, _ in expected} == {torch.float32, torch.bfloat16}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"), torch.autocast("cpu", torch.float16):
+            measure_machine()
+    finally:
+        torch.set_default_dtype(before)
+    assert ran == expected
 
 
 def test_predictions_order_the_sizes():

@@ -135,6 +135,32 @@ def test_a_library_that_does_not_load_is_named_and_built_again(folder, monkeypat
     assert kernels.build().stat().st_ino != made
 
 
+@pytest.mark.parametrize("own", [b"own 1", b"own 2", b"own 3", b"own 4"])  # files before and behind the other
+def test_a_library_that_does_not_load_gives_way_to_the_next_build(own, folder, monkeypatch):
+    kernels.build()
+
+    def load(path):
+        if path.read_bytes() != own:
+            raise ImportError("another system built it")
+        native._State.broken = None
+
+    monkeypatch.setattr(native, "_loaded", lambda: False)
+    monkeypatch.setattr(native, "_load_built", lambda path: setattr(native._State, "broken", path) or load(path))
+    with pytest.warns(UserWarning, match="does not load: another system built it"):
+        assert not kernels.available()
+    monkeypatch.setattr(native, "_compile", lambda target: target.write_bytes(own))
+    path = kernels.build()
+    assert kernels.available()
+    assert [*folder.iterdir()] == [path]
+
+
+def test_a_compiler_that_writes_nothing_is_named(folder, monkeypatch):
+    monkeypatch.setenv("CXX", "true")
+    monkeypatch.setattr(native, "_compile", lambda target: None)
+    with pytest.raises(RuntimeError, match=r"compiler \(CXX='true'\) reports success, but wrote no library"):
+        kernels.build()
+
+
 def test_threads_load_it_once(folder, monkeypatch):
     loads = []
     monkeypatch.setattr(native, "_load", lambda word: loads.append(word) or time.sleep(0.1) or True)

@@ -94,6 +94,16 @@ def test_bfloat16(tokens):
     assert_close(y.float(), exact, "bfloat16", 2.0**-8)
 
 
+@pytest.mark.parametrize("tokens", [1, 40])
+@pytest.mark.parametrize("pattern", [0x7FC00000, 0x7FFFFFFF, -1, 0x7F800001])  # of NaNs; some round up to 2^31
+def test_scales_that_are_not_numbers_stay_so_in_bfloat16(tokens, pattern):
+    chain, codes, scales, _ = case()
+    for scale in scales:
+        scale.view(torch.int32).fill_(pattern)
+    with torch.no_grad():
+        assert chain(torch.randn(tokens, 96).bfloat16(), codes, scales, None).isnan().all()
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_leading_dimensions_and_strides(bits):
     chain, codes, scales, bias = case(bits=bits)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from structlin.equation.spec import Equation, Spec
 from structlin.equation.ties import Tie
+from structlin.runtime.costs import TRANSFORM_FLOPS
 from structlin.runtime.eager import constant, undispatched
 
 _MIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # of splitmix64 (Steele, Lea & Flood 2014)
@@ -108,17 +109,18 @@ def spread(count: int, kept: int) -> Tensor:
 # Products that need no written factor --------------------------------------------------------------------------------
 
 
-def flops_by_pattern(spec: Spec) -> float | None:
-    """Estimate the FLOPs per row of `by_pattern`; None where it does not know the spec."""
+def flops_by_pattern(spec: Spec) -> tuple[float, float] | None:
+    """Estimate the FLOPs of `by_pattern` per row, and once for all rows; None where it does not know the spec."""
     eq = spec.equations[0]
     tie = eq.factors[0].tie
     if len(spec.equations) > 1 or len(eq.factors) > 1 or tie is None or tie.kind == "places":
         return None
     numbers, others = _length(tie), _others(eq)
     if tie.kind == "diagonal":
-        return 2 * numbers * math.prod(others)
-    transforms = 2.5 * numbers * math.log2(max(numbers, 2)) * sum(others)
-    return transforms + 4 * numbers * math.prod(others)  # complex products of half as many frequencies
+        return 2 * numbers * math.prod(others), 0.0
+    transform = 2.5 * numbers * math.log2(max(numbers, 2)) + TRANSFORM_FLOPS
+    # Complex products of half as many frequencies; the values of each block are transformed once.
+    return transform * sum(others) + 4 * numbers * math.prod(others), transform * math.prod(others)
 
 
 def by_pattern(spec: Spec, values: Tensor, x: Tensor) -> Tensor:

@@ -143,6 +143,7 @@ PyObject* call_recall(PyObject*, PyObject* const* given, Py_ssize_t count) {
     learns |= factors.back().requires_grad();
   }
   const at::Tensor& x = tensor(given[1]);
+  if (x.layout() != at::kStrided || x.is_nested()) Py_RETURN_NONE;
   const int64_t in_features = THPUtils_unpackLong(PyTuple_GET_ITEM(known, 5));
   // `.data = ` may have changed the dtype of the very parameters that are known.
   if (x.scalar_type() != at::kFloat && x.scalar_type() != at::kBFloat16) Py_RETURN_NONE;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import Any
@@ -35,7 +36,9 @@ class Chain:
         return table
 
     def seconds(self, tokens: int, *, itemsize: int = 4, machine: Machine) -> float:
-        """Predict the time of a forward pass in s."""
+        """Predict the time of a forward pass in s; inf where the program's offsets do not reach into a factor."""
+        if max(map(math.prod, self.spec.untied.shapes)) > torch.iinfo(torch.int32).max:
+            return math.inf
         if tokens <= NATIVE_ROWS:
             # Each token takes the longer of its arithmetic and one pass over the factors.
             rates = planner.NATIVE_FEW

@@ -140,19 +140,20 @@ class _Chain(torch.autograd.Function):
     def forward(ctx: Any, spec: Spec, x: Tensor, bias: Tensor | None, *factors: Tensor) -> Tensor:
         ctx.spec, ctx.biased = spec, bias is not None
         ctx.save_for_backward(x, *factors)
-        y = x.new_empty(len(x), spec.out_features)
+        y = x.new_empty(*x.shape[:-1], spec.out_features)
+        rows, result = x.view(-1, spec.in_features), y.view(-1, spec.out_features)
         for number, chain in enumerate(chains(spec)):
-            *inner, last = _activations(chain, x, factors)
-            _run(chain[-1], last, factors[chain[-1].factor], y, None if number else bias, number > 0)
+            *inner, last = _activations(chain, rows, factors)
+            _run(chain[-1], last, factors[chain[-1].factor], result, None if number else bias, number > 0)
             del inner
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
-        x, *factors = ctx.saved_tensors
-        needs, slope = ctx.needs_input_grad, slope.contiguous()
-        dx = torch.empty_like(x) if needs[1] else None
+        given, *factors = ctx.saved_tensors
+        x, slope = given.view(-1, ctx.spec.in_features), slope.reshape(-1, ctx.spec.out_features).contiguous()
+        needs, dx = ctx.needs_input_grad, torch.empty_like(x) if ctx.needs_input_grad[1] else None
         found: list[Tensor | None] = [None] * len(factors)
         for number, chain in enumerate(chains(ctx.spec)):
             after = slope
@@ -164,6 +165,7 @@ class _Chain(torch.autograd.Function):
                     after = _run(stage.transposed, after, w, torch.empty_like(a), None, False)
                 elif dx is not None:
                     _run(stage.transposed, after, w, dx, None, number > 0)
+        dx = None if dx is None else dx.view(given.shape)
         return None, dx, slope.sum(0) if ctx.biased and needs[2] else None, *found
 
 
@@ -186,6 +188,6 @@ def chain(spec: Spec, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None)
         bias: (out_features,) or None.
     Cost: one launch for each factor; sums are in float32. A backward pass computes the activations again.
     """
-    rows = x.reshape(-1, spec.in_features).contiguous()
-    result = _Chain.apply(spec, rows, bias, *(factor.contiguous() for factor in factors))
-    return result.reshape(*x.shape[:-1], spec.out_features)
+    whole = (None if tensor is None else tensor.contiguous() for tensor in (bias, *factors))
+    result: Tensor = _Chain.apply(spec, x.contiguous(), *whole)
+    return result

@@ -53,7 +53,8 @@ def build() -> Path:
     if found is None or found == _State.broken:
         try:
             found = _make(stem)
-            for path in refused.keys() - {found}:
+            # A broken one, of another system's compiler perhaps, might be found first otherwise.
+            for path in {*refused, *([_State.broken] if _State.broken else [])} - {found}:
                 cache.remove(path)
         except OSError as error:
             raise RuntimeError(
@@ -249,6 +250,10 @@ def _make(stem: str) -> Path:
     folder = cache.cache_folder()
     with cache.workplace(folder) as work:
         _compile(work / "chain.so")
+        if not (work / "chain.so").exists():
+            raise RuntimeError(
+                f"the C++ compiler (CXX={os.environ.get('CXX')!r}) reports success, but wrote no library"
+            )
         content = (work / "chain.so").read_bytes()
     target = folder / _name(stem, content)
     cache.write(target, content)

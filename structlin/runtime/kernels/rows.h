@@ -11,12 +11,13 @@ namespace {
 constexpr int GROUP = 4;  // outer indices from which on sharing a pass over their block of the factor pays
 
 // out[j] = sum_q w[begins(j) + q] a[q], L rows at a time, for at least L rows and columns. Each row sums into its own
-// vector; the last vector of a row overlaps the one before, with zeros in place of what was counted there. P: a pointer
-// to entries, or what reads as one.
+// vector; the last vector of a row overlaps the one before, with zeros in place of what was counted there: of both, as
+// zero times infinity is not zero. P: a pointer to entries, or what reads as one.
 template <int L, class P> void dot_rows(const Stage& s, const int32_t* begins, P w, const float* a, float* out) {
   const int rest = s.columns % L;
   float last[L] = {};
-  for (int q = L - rest; q < L; ++q) last[q] = a[s.columns - L + q];
+  Bits<L> fresh = {};
+  for (int q = L - rest; q < L; ++q) last[q] = a[s.columns - L + q], fresh[q] = ~0u;
   const Vector<L> tail = load<L>(last);
   for (int j = 0; j < s.rows; j += L) {
     const int first = std::min(j, s.rows - L);
@@ -26,7 +27,10 @@ template <int L, class P> void dot_rows(const Stage& s, const int32_t* begins, P
       for (int p = 0; p < L; ++p) sum[p] += load<L>(w + begins[first + p] + q) * value;
     }
     if (rest)
-      for (int p = 0; p < L; ++p) sum[p] += load<L>(w + begins[first + p] + (s.columns - L)) * tail;
+      for (int p = 0; p < L; ++p) {
+        const Vector<L> entries = load<L>(w + begins[first + p] + (s.columns - L));
+        sum[p] += reinterpret_cast<Vector<L>>(reinterpret_cast<Bits<L>>(entries) & fresh) * tail;
+      }
     store<L>(out + first, sums<L>(sum));
   }
 }

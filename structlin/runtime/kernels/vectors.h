@@ -58,11 +58,11 @@ template <int L> inline Vector<L> load(const c10::BFloat16* from) {
   return reinterpret_cast<Vector<L>>(__builtin_convertvector(halves, Bits<L>) << 16);
 }
 
-// Rounds to nearest, ties to even. Rounding cannot carry a NaN over into a number: the NaNs here come from bfloat16 or
-// from the processor, and their lower half is zero.
+// Rounds to nearest, ties to even. Rounding could carry a NaN over into a number: all become one, as in torch.
 template <int L> inline void store(c10::BFloat16* to, Vector<L> value) {
   const Bits<L> bits = reinterpret_cast<Bits<L>>(value);
-  const Halves<L> halves = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Halves<L>);
+  const Bits<L> rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, none = Bits<L>{} + 0x7fc0;
+  const Halves<L> halves = __builtin_convertvector(value == value ? rounded : none, Halves<L>);
   std::memcpy(to, &halves, sizeof(halves));
 }
 
