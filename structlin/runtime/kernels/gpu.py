@@ -189,5 +189,6 @@ def chain(spec: Spec, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None)
     Cost: one launch for each factor; sums are in float32. A backward pass computes the activations again.
     """
     whole = (None if tensor is None else tensor.contiguous() for tensor in (bias, *factors))
-    result: Tensor = _Chain.apply(spec, x.contiguous(), *whole)
+    with torch.cuda.device_of(x):  # Triton launches on the current device; autograd sets it for the backward pass
+        result: Tensor = _Chain.apply(spec, x.contiguous(), *whole)
     return result
