@@ -77,7 +77,7 @@ out: nothing runs but the checks on held-back batches. *without the kernel* is t
 model from end to end, not blocks, for as long as the refinement of the blocks took in the row of all stages. *on*: text
 of the kind that calibration saw; *off*: other text.
 *kept*: parameters / dense parameters of all linear weights but the output layer. Seconds include the checks on
-held-back batches; runs that were stopped on the way, for other work, have none."""
+held-back batches."""
 COLUMNS = {
     "ratio": ("ratio", ""),
     "stage": ("stage", ""),
