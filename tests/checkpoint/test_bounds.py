@@ -46,12 +46,20 @@ def layer(kind: str, **fields: Any) -> dict[str, Any]:
     return {"kind": kind, "hyperparameters": fields, **sizes, "bias": False, "dtype": "float32"}
 
 
+def slowness() -> float:
+    """How many times longer JSON takes here than the 0.2 s of the machine on which the limits were chosen."""
+    start = time.process_time()
+    json.loads("[" + "[]," * 2**20 + "[]]")
+    return max(1, (time.process_time() - start) / 0.2)
+
+
 @contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """CPU time, as the machine may do other things."""
+    """CPU time, as the machine may do other things; more of it where the machine is slow at the moment."""
     start = time.process_time()
     yield
-    assert time.process_time() - start < seconds
+    used = time.process_time() - start
+    assert used < seconds or used < seconds * slowness()
 
 
 @contextmanager

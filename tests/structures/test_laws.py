@@ -244,11 +244,11 @@ def test_forward_mode(structure):
     assert_close(derivative, tangent @ layer.to_dense().T, "derivative")
 
 
-def exported_for_any_number_of_tokens(layer, sample):
+def exported_for_any_number_of_tokens(layer, sample, most=300):
     tokens = torch.export.Dim("tokens", min=1, max=4096)
     x = torch.randn(sample, layer.in_features)
     program = torch.export.export(layer, (x,), dynamic_shapes=({0: tokens},)).module()
-    for count in (1, 7, 300):
+    for count in (1, 7, most):
         x = torch.randn(count, layer.in_features)
         assert_close(program(x), layer(x), f"exported, {count} tokens")
 
@@ -259,8 +259,9 @@ def exported_for_any_number_of_tokens(layer, sample):
 def test_export_with_any_number_of_tokens(structure, order):
     layer = build(structure, 16, 20)
     layer.use_plan(order)
+    most = 40 if order == "backward" else 300  # outer products: of 300 tokens they take 10 s
     for sample in (5, 128):
-        exported_for_any_number_of_tokens(layer, sample)
+        exported_for_any_number_of_tokens(layer, sample, most)
 
 
 @pytest.mark.parametrize("name", families())
