@@ -238,7 +238,7 @@ def ways(spec: Spec, key: Key, orders: Sequence[Order] = ("auto",)) -> list[Way]
         chain = chain_of(spec)
         seconds = chain.seconds(rows, itemsize=itemsize, machine=machine)
         found.append(Kernel(chain, scale * seconds + writing))
-    if launches.chosen(key.device, key.dtype) and not spec.tied:
+    if launches.chosen(key.device, key.dtype) and not spec.tied and launches.countable(spec, key.rows):
         found.append(Launches(spec, scale * launches.seconds(spec, rows, itemsize, machine)))
     return found
 

@@ -11,8 +11,11 @@ import torch.nn.functional as F
 from cases import CASES
 
 from structlin.layers.linear import build
+from structlin.runtime.kernels import launches
+from structlin.runtime.ways import EVAL, Key, Launches, ways
 from structlin.structures import Kaleidoscope, Kronecker, LowRank, Sum, TensorTrain
 
+CPU = torch.device("cpu")
 CUDA = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 )
@@ -64,6 +67,25 @@ def test_triton_kernels(dtype, name):
         found = torch.autograd.grad(y, leaves, slope)
         for ours, expected in zip(found, torch.autograd.grad(layer(x), leaves, slope), strict=True):
             assert error(ours, expected) < TOLERANCE[dtype]
+
+
+def test_triton_kernels_are_no_way_for_more_than_they_count(monkeypatch):
+    """Their pairs of (token, free entry), tables and factors are counted in int32."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv(launches.SWITCH, "on")
+    product = Kronecker(terms=1).resolve(1024, 1024).spec(1024, 1024)  # 32 free entries
+    wide = LowRank(rank=2**15).spec(2**16, 2**16)  # 2^31 entries in a factor
+    blocks = Kaleidoscope(width=1, in_modes=(64, 16), out_modes=(16, 64)).spec(1024, 1024)  # 16 and 64 blocks
+
+    def counted(spec, rows=1):
+        return any(isinstance(way, Launches) for way in ways(spec, Key(rows, torch.float32, CPU, False, EVAL)))
+
+    assert counted(product, 2**25)
+    assert not counted(product, 2**26)
+    assert not counted(wide)
+    assert counted(blocks)
+    monkeypatch.setattr(launches, "MOST_BLOCKS", 63)
+    assert not counted(blocks)
 
 
 @DEVICES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,12 +18,23 @@ from structlin.runtime.planner import Machine
 
 SWITCH = "STRUCTLIN_TRITON"  # environment variable, "on" or "off" (the default)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Tables, and pairs of (token, free entry), are counted in int32; the pairs of a last tile may lie beyond.
+MOST = 2**31 - 2**10
+MOST_BLOCKS = 2**16 - 1  # CUDA's third axis of a grid
 
 
 def chosen(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether $STRUCTLIN_TRITON asks for Triton, and it takes these: on a GPU, or in its interpreter."""
     runs = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
     return runs and dtype in DTYPES and os.environ.get(SWITCH, "off").lower() == "on"
+
+
+def countable(spec: Spec, rows: int) -> bool:
+    """Return whether the launches of a matrix can count so many rows, and its factors' entries."""
+    stages = [stage for chain in chains(spec) for stage in chain]
+    sizes = [*map(math.prod, spec.shapes), *(max(stage.a_size, stage.b_size) for stage in stages)]
+    pairs, blocks = (max(counts) for counts in zip(*((rows * s.counts[1], s.counts[0]) for s in stages), strict=True))
+    return max(pairs, *sizes) <= MOST and blocks <= MOST_BLOCKS
 
 
 def seconds(spec: Spec, rows: int, itemsize: int, machine: Machine) -> float:
