@@ -13,7 +13,8 @@ from rounded import rounded
 from structlin import LowRankLinear, quantize_
 from structlin.layers.linear import build
 from structlin.runtime.kernels import QuantizedChain, native, wheel
-from structlin.structures import PHM, Blast, Kronecker, LowRank, Monarch
+from structlin.runtime.quantized import Format
+from structlin.structures import PHM, Blast, Dense, Kronecker, LowRank, Monarch
 from structlin.testing import assert_close
 
 SIZES = [(16, 20), (33, 48), (64, 64), (17, 5), (1, 7), (96, 130)]
@@ -142,6 +143,14 @@ def test_one_large_activation_costs_little():
 
 
 # Who may call it -----------------------------------------------------------------------------------------------------
+
+
+def test_factors_beyond_int32_run_otherwise():
+    x, scale = torch.randn(1, 8192), torch.ones(1, 1)
+    for rows, runs in ((2**18 - 1, True), (2**18, False)):  # 2^31 entries have no offsets
+        chain = QuantizedChain(Dense().spec(8192, rows), (Format(bits=8, columns=8192, rows=1),))
+        codes = torch.empty(1, dtype=torch.int8).expand(rows, 8192)
+        assert chain.suits(x, [codes], [scale], None) == runs
 
 
 def test_what_suits():

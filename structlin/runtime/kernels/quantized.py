@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -83,7 +84,8 @@ class QuantizedChain:
     @constant
     def _prepare(self) -> bool:
         """Write the tables before they are traced, so that they become inputs of the graph."""
-        return native.available() and not _exporting() and unobserved() and len(self.tables) > 0
+        reached = max(map(math.prod, self.spec.shapes)) <= torch.iinfo(torch.int32).max  # by the program's offsets
+        return reached and native.available() and not _exporting() and unobserved() and len(self.tables) > 0
 
     def __call__(
         self, x: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor | None], bias: Tensor | None
