@@ -44,7 +44,7 @@ OFF: dict[str, Any] = {
 METRIC = OFF | {"output_metric": True}
 BEHIND = METRIC | {"sequential": True}
 DIVIDED = BEHIND | {"allocation": "auto"}
-UNITS, ALL = "+ hidden units", "+ refinement (defaults)"
+UNITS, BLOCKS, ALL = "+ hidden units", "+ block refinement", "+ end to end (defaults)"
 KNOWN = "from known statistics"
 PLAIN = "defaults, without the kernel"
 SVD = "SVD"
@@ -56,6 +56,7 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "+ sequential": ("auto", BEHIND),
     "+ allocation": ("auto", DIVIDED),
     UNITS: ("auto", DIVIDED | {"hidden_units": True}),
+    BLOCKS: ("auto", {"model_epochs": 0}),
     ALL: ("auto", {}),
     "without hidden units": ("auto", {"hidden_units": False}),
     "refinement without the metric": ("auto", {"output_metric": False}),
@@ -74,7 +75,7 @@ leave one out, or use low rank alone, or entries in places chosen one by one (*s
 dense, and a bit more for each place). *from known statistics* is given the Grams of both sides, which its seconds leave
 out: nothing runs but the checks on held-back batches. *without the kernel* is the defaults in plain torch
 (STRUCTLIN_KERNELS=off), where all other rows have the native kernel. *heal in place of refinement* trains the whole
-model from end to end, not blocks, for as long as the refinement of the blocks took in the row of all stages. *on*: text
+model from end to end, not blocks, for as long as all refinement took in the row of all stages. *on*: text
 of the kind that calibration saw; *off*: other text.
 *kept*: parameters / dense parameters of all linear weights but the output layer. Seconds include the checks on
 held-back batches."""
@@ -177,7 +178,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--calibrate", choices=("docstrings", "stsb"), default="docstrings")
-    parser.add_argument("--stages", nargs="+", choices=[*STAGES, HEALED, ALONE], default=list(STAGES)[:9])
+    parser.add_argument("--stages", nargs="+", choices=[*STAGES, HEALED, ALONE], default=list(STAGES)[:10])
     parser.add_argument("--heal-lr", type=float, default=3e-3, help="peak learning rate of the rows that heal")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", type=Path, help="folder of the models of all stages, one for each ratio")

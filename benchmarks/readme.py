@@ -24,7 +24,7 @@ HEADLINE = {
     "dense": ("dense", None),
     "SVD": ("SVD", "lowrank"),
     "whitened SVD": ("whitened SVD", "lowrank"),
-    "structlin, `auto`": ("+ refinement (defaults)", "auto"),
+    "structlin, `auto`": ("+ end to end (defaults)", "auto"),
 }
 
 

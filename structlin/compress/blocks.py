@@ -269,11 +269,15 @@ def parts(
         masks: which tokens of each batch count.
     """
     model = patched.model
-    owners = Counter(p for module in model.modules() for p in module._parameters.values() if p is not None)
+
+    def uses(module: nn.Module) -> Counter[nn.Parameter]:  # a module that two blocks share counts twice
+        every = (part for _, part in module.named_modules(remove_duplicate=False))
+        return Counter(p for part in every for p in part._parameters.values() if p is not None)
+
+    owners = uses(model)
 
     def own(module: nn.Module) -> frozenset[nn.Parameter]:
-        inside = Counter(p for part in module.modules() for p in part._parameters.values() if p is not None)
-        return frozenset(p for p, count in inside.items() if owners[p] == count)
+        return frozenset(p for p, count in uses(module).items() if owners[p] == count)
 
     with without_cache(model):
         with torch.no_grad(), patched.dense():

@@ -88,9 +88,11 @@ class Compression:
             and gradients reach the layers (see `calibrate.sampled_loss`).
         sequential: fit each layer to the inputs that the compressed layers before it produce, a quarter of the way
             towards the original outputs. None: where calibration is given as batches, which it needs.
-        block_epochs: passes over the batches in which all parameters of a block are refined together, towards the dense
-            block's outputs; 0 leaves that out. Each takes in three scrambled copies of batches of tokens (`input_ids`),
-            against overfitting (see `scramble`). None, where calibration is given as batches: 5, or 10 without copies.
+        block_epochs: passes over the batches in which all parameters of a block are refined, towards the dense block's
+            outputs; 0 for none. Each takes in three scrambled copies of batches of tokens, against overfitting (see
+            `scramble`). None, where calibration is given as batches: 5, or 10 without copies.
+        model_epochs: passes in which then all blocks are refined from end to end; 0 for none. None: 3 of two or more
+            blocks, if their compressed layers have at most 2^28 parameters.
         blocks: globs, each naming the blocks of one chain, such as ["model.layers.*"]; None finds them, and an empty
             list takes the whole model as one block.
         require_speedup: leave a layer dense unless its replacement, frozen and timed on this machine, is faster for one
@@ -122,6 +124,7 @@ class Compression:
     output_metric: bool = True
     sequential: bool | None = None
     block_epochs: int | None = None
+    model_epochs: int | None = None
     blocks: Sequence[str] | None = None
     require_speedup: bool = False
     mask: Mask = "auto"
@@ -136,7 +139,7 @@ class Compression:
         for name in ("skip_last", "hidden_units", "output_metric", "sequential", "require_speedup"):
             if not isinstance(getattr(self, name), bool | (NoneType if name == "sequential" else bool)):
                 raise TypeError(f"{name}={getattr(self, name)!r}; use True or False")
-        for name in ("refine", "block_epochs"):
+        for name in ("refine", "block_epochs", "model_epochs"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
         _check_count("seed", self.seed)
@@ -185,8 +188,8 @@ class Compression:
 
     def check_batches(self, batches: Sequence[Any]) -> None:
         """Refuse to go without batches where a stage that was asked for runs the model."""
-        if (self.sequential or self.block_epochs) and not batches:
-            raise ValueError("sequential=True and block_epochs run the model again: pass calibration as batches")
+        if (self.sequential or self.block_epochs or self.model_epochs) and not batches:
+            raise ValueError("sequential=True and block or model epochs run the model: pass calibration as batches")
 
     # JSON ------------------------------------------------------------------------------------------------------------
 

@@ -7,9 +7,8 @@
 3. divide   the budget among the maps: divisions are tried from end to end.
 4. for each block of the model, in the order in which they run:
    fit      each map to the inputs that the compressed maps before it give, or take hidden units out of an MLP;
-   refine   all parameters of the block together, towards the dense block's outputs.
-   The model keeps its modules: what is compressed answers in their place. Without batches there is one part, the
-   whole model, whose maps are fitted side by side and not refined.
+   refine   all parameters of the block together, towards the dense block's outputs; and then those of all blocks.
+   The model keeps its modules: what is compressed answers in their place. Without batches, all maps are one part.
 5. commit   swap all modules, or none.
 6. report   what became of every parameter, and how good the model is before and after.
 Ranks of torch.distributed share steps 2 to 4 (see `processes`), and come to the same result.
@@ -37,10 +36,10 @@ from structlin.compress.evaluate import Evaluate, Evaluator, measured
 from structlin.compress.fit_layers import Purse, fit_part
 from structlin.compress.observe import OutputSearch, replaced
 from structlin.compress.output import declared_output, last_target, vocabulary_of
-from structlin.compress.patched import Patched, model_runs
+from structlin.compress.patched import Patched, model_passes, model_runs
 from structlin.compress.plan import CompressionPlan
 from structlin.compress.processes import ranks, shared, together
-from structlin.compress.refine import check_refinable, refine
+from structlin.compress.refine import check_refinable, refine, refine_model
 from structlin.compress.report import BlockReport, Coverage, Outcome, Report
 from structlin.compress.scramble import scarce, widened
 from structlin.compress.speed import only_faster
@@ -113,7 +112,7 @@ def work(
 ) -> tuple[list[Outcome], list[BlockReport]]:
     """Fit and refine part by part; with `behind`, each behind the compressed ones before it."""
     model, config, data, purse = found.model, found.config, found.data, Purse(ratios, winners={})
-    again = behind and (config.sequential is not False or config.block_epochs != 0)
+    again = behind and (config.sequential is not False or config.block_epochs != 0 or config.model_epochs)
     few = scarce(data.batches, found.targets)
     batches = widened(data.batches, config.seed, vocabulary_of(model), few) if again else ()
     runs, masks = model_runs(model, batches, data.forward), masks_of(config.mask, batches)
@@ -129,12 +128,13 @@ def work(
             if config.block_epochs != 0 and part.passes and part.own:
                 swaps = {old: new for outcome in done for old, new in outcome.modules.items()}
                 blocks += refine(part, swaps, patched, config.block_epochs, len(data.batches))
+        blocks += refine_model(patched, model_passes(patched, runs, masks), config, len(data.batches), len(blocks))
     return [outcomes[target.name] for target in found.targets], blocks
 
 
 def compress(found: Found, evaluate: Evaluate | Evaluator | None, dry_run: bool, progress: bool | None) -> Report:
     """Carry the settings out: steps 2 to 6."""
-    check_refinable(found.model, found.config.block_epochs, found.data.batches)
+    check_refinable(found.model, found.config, found.data.batches)
     found, model, targets = observe(found), found.model, found.targets
     evaluator = together(lambda: Evaluator.of(model, found.data, evaluate))
     patched = Patched(model, openings(targets))

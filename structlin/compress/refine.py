@@ -1,17 +1,20 @@
-"""Refine a block: all of its factors, norms and biases together, towards what the dense block computes."""
+"""Refine a block, or the whole model: all factors, norms and biases together, towards what the dense one computes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from structlin.batches import pick
-from structlin.compress.blocks import LIMIT, Part, Shelf
-from structlin.compress.patched import Patched, distance
+from structlin.compress.blocks import LIMIT, Part
+from structlin.compress.config import Compression
+from structlin.compress.patched import Pass, Patched, distance, without_cache
 from structlin.compress.processes import follow, shared, together
 from structlin.compress.report import BlockReport
 from structlin.heal.options import HealOptions
@@ -22,6 +25,10 @@ EPOCHS, ALONE = 5, 10  # passes over the batches and their scrambled copies, or 
 # Peak learning rate, relative to the root mean square entry of a parameter: RATE, but at most RATE * REACH times the
 # relative error at the start. What is nearly right needs small steps.
 RATE, REACH = 0.03, 2.0
+# From end to end a step moves all blocks at once, and the rate is far smaller: END_RATE times the error at the start,
+# at most END_RATE. MiniLM at .5 (error .064) gains at .0002 to .0004 and loses at .001, stories260k (.7) gains to .01.
+END_EPOCHS, END_RATE = 3, 6e-3
+END_PARAMETERS = 2**28  # most that the model may train by default: all gradients and moments are held at once
 BETAS = (0.9, 0.95)
 LEAST = 1e-3  # root mean square that a parameter of zeros counts as
 HELD_BACK = 10  # one batch in so many tells when to stop
@@ -52,9 +59,10 @@ class _WideAdam(torch.optim.AdamW):
             parameter.copy_(group["params"][0])
 
 
-def check_refinable(model: nn.Module, epochs: int | None, batches: Sequence[Any]) -> None:
+def check_refinable(model: nn.Module, config: Compression, batches: Sequence[Any]) -> None:
     """Refuse to refine, where there are batches for it, the blocks of a model that can take no gradients."""
-    if batches and epochs != 0 and any(parameter.is_inference() for parameter in model.parameters()):
+    refined = config.block_epochs != 0 or config.model_epochs
+    if batches and refined and any(parameter.is_inference() for parameter in model.parameters()):
         raise ValueError(
             "the model was made under torch.inference_mode, and its blocks cannot be refined: make it outside, or pass "
             "block_epochs=0"
@@ -67,6 +75,7 @@ def refine(
     patched: Patched,
     epochs: int | None,
     given: int,
+    whole: bool = False,
 ) -> list[BlockReport]:
     """Train the factors of a part, and the norms and biases of its block, towards the dense part's outputs.
 
@@ -79,10 +88,11 @@ def refine(
         patched: the model; gets the refined copies of its parameters.
         epochs: passes over the batches and their scrambled copies; None takes EPOCHS or ALONE.
         given: number of passes, the first ones, whose batches are as they were given: some of these judge.
+        whole: whether the part is the model behind all of its blocks, which takes smaller steps.
     Returns:
         One report, none if there is nothing to train, or no gradient of the outputs reaches it.
     """
-    new = _copies(part, swaps)
+    new = _copies(part, swaps, patched)
     patched.values |= new
     layers, dense = dict.fromkeys(swaps.values()), {*patched.values, *_biases(swaps)}
     owned = dict.fromkeys(p for layer in layers for p in layer.parameters() if p not in dense)
@@ -91,21 +101,21 @@ def refine(
         return []
     if epochs is None:
         epochs = EPOCHS if len(part.passes) > given else ALONE
-    wanted = Shelf(LIMIT)
-    with torch.no_grad():
-        for number, each in enumerate(part.passes):
-            kind, output = pick(each.dense())
-            wanted[number] = output
+    wanted, kept = _wanted(part.passes)
 
     def loss(number: int) -> Tensor:
-        each = part.passes[number]
-        return distance(pick(each.drifted())[1], wanted[number], kind, each)
+        each, (kind, output) = part.passes[number], wanted(number)
+        return distance(pick(each.drifted())[1], output, kind, each)
 
     # With few batches the same ones judge: the best weights on them are kept.
     judges = range(given)[HELD_BACK // 2 :: HELD_BACK] or range(given)
     learning = [number for number in _in_turn(given, len(part.passes)) if number not in judges] or range(given)
     modules = nn.ModuleList([part.module, *layers])
-    with requiring_gradients(modules, set(trained.values())), torch.enable_grad(), patched.changed():
+    with (
+        requiring_gradients(modules, set(trained.values())),
+        torch.enable_grad(),
+        patched.changed() if kept else nullcontext(),
+    ):
         options = HealOptions(epochs=epochs, every=given, clip=None)
         stream = Stream(learning, epochs, next(iter(trained.values())).device)
         first = loss(judges[0])
@@ -114,12 +124,57 @@ def refine(
         first = first.detach()  # frees its graph
         with torch.no_grad():
             start = sum([first.item(), *(loss(number).item() for number in judges[1:])]) / len(judges)
-        optimizer = _WideAdam(list(trained.values()), RATE * min(1.0, REACH * math.sqrt(start)))
+        rate = END_RATE * min(1.0, start) if whole else RATE * min(1.0, REACH * math.sqrt(start))
+        optimizer = _WideAdam(list(trained.values()), rate)
         run = Run(part.module, loss, optimizer, trained, stream, judges, options, epochs * len(learning))
         found = together(lambda: run.run(lambda *_, **__: None))
     # Steps follow one another, so that batches cannot be dealt: every rank takes all steps, and rank 0's count.
     follow(list(trained.values()))
     return shared(lambda: [BlockReport(part.name, found.loss_before, found.loss_after, found.steps, found.seconds)])
+
+
+def refine_model(
+    patched: Patched, passes: Sequence[Pass], config: Compression, given: int, blocks: int
+) -> list[BlockReport]:  # fmt: skip
+    """Train all structured layers of a model, and the norms and biases that were refined, from end to end.
+
+    Blocks were refined without a look at those behind them; here each learns what the model's outputs need.
+
+    Args:
+        patched: the model with all of its compressed layers and refined parameters.
+        passes: of the whole model.
+        config: with `model_epochs`; None takes END_EPOCHS, for up to END_PARAMETERS.
+        given: as for `refine`.
+        blocks: number of parts that were refined; the only one was the model.
+    Returns:
+        One report, or none; an error of a model that gradients do not pass is a warning.
+    """
+    parameters = {p for layer in patched.swaps.values() for p in layer.parameters()}
+    large, epochs = sum(p.numel() for p in parameters) > END_PARAMETERS, config.model_epochs
+    if epochs is None:
+        epochs = 0 if large or blocks < 2 else END_EPOCHS
+    if not epochs or not passes:
+        return []
+    part = Part("", patched.model, (), tuple(passes), frozenset(patched.values))
+    try:
+        with without_cache(patched.model):
+            return refine(part, patched.swaps, patched, epochs, given, whole=True)
+    except RuntimeError as error:
+        warnings.warn(f"the model is not refined from end to end: {error}", stacklevel=4)
+        return []
+
+
+def _wanted(passes: Sequence[Pass]) -> tuple[Callable[[int], tuple[str, Tensor]], bool]:
+    """Return what gives the kind and the dense output of each pass, and whether it is kept: LIMIT bytes are."""
+
+    @torch.no_grad()
+    def found(number: int) -> tuple[str, Tensor]:
+        return pick(passes[number].dense())
+
+    first = found(0)
+    if first[1].nbytes * len(passes) > LIMIT:  # a language model's logits, say
+        return found, False
+    return [first, *map(found, range(1, len(passes)))].__getitem__, True
 
 
 def _in_turn(given: int, count: int) -> list[int]:
@@ -132,7 +187,7 @@ def _biases(swaps: Mapping[nn.Module, nn.Module]) -> set[nn.Parameter]:
     return {bias for leaf in swaps if (bias := leaf._parameters.get("bias")) is not None}
 
 
-def _copies(part: Part, swaps: Mapping[nn.Module, nn.Module]) -> dict[nn.Parameter, nn.Parameter]:
+def _copies(part: Part, swaps: Mapping[nn.Module, nn.Module], patched: Patched) -> dict[nn.Parameter, nn.Parameter]:
     """Copy the norms and biases of a block that nothing outside of it uses: vectors, of modules that stay.
 
     A leaf of an opened module has a view of a packed bias, which is no parameter of the block.
@@ -141,7 +196,7 @@ def _copies(part: Part, swaps: Mapping[nn.Module, nn.Module]) -> dict[nn.Paramet
     stay = [m for m in part.module.modules() if m not in swaps and not isinstance(m, Factored)]
     views = _biases(swaps) - set(part.module.parameters())
     return {
-        p: nn.Parameter(p.detach().clone())
+        p: patched.values[p] if p in patched.values else nn.Parameter(p.detach().clone())
         for module in (*stay, *answering)
         for p in module._parameters.values()
         if p is not None

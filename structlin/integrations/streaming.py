@@ -105,6 +105,8 @@ def check_settings(config: Compression) -> None:
             )
     elif config.allocation == "global":
         raise ValueError("allocation='global' runs the whole model; a streamed model takes 'uniform'")
+    if config.model_epochs:
+        raise ValueError(f"model_epochs={config.model_epochs} trains the whole model; heal a streamed one afterwards")
 
 
 # The skeleton --------------------------------------------------------------------------------------------------------

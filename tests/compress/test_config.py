@@ -76,7 +76,7 @@ BAD = [
     (
         {"sequential": True, "calibration": None},
         ValueError,
-        "sequential=True and block_epochs run the model again: pass calibration as batches",
+        "sequential=True and block or model epochs run the model: pass calibration as batches",
     ),
 ]
 
