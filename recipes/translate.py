@@ -207,7 +207,7 @@ def findings(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def picture(rows: Sequence[dict[str, Any]], name: str, folder: Path) -> None:
-    """Draw BLEU and speed."""
+    """Draw BLEU, with the range of the seeds, and speed."""
     figure, axes = panels(2, width=3.6)
     for axis, chosen, key, title in (
         (axes[0, 0], rows[:2], "bleu", "BLEU"), (axes[0, 1], rows, "rate", "sentences per second"),
@@ -216,8 +216,11 @@ def picture(rows: Sequence[dict[str, Any]], name: str, folder: Path) -> None:
             colour = style(row["decoder"].split(",")[0])["color"]
             hatch = "" if row["decoder"] == "dense" else "//" if "plain" in row["decoder"] else ".."
             axis.bar(k, row[key], 0.6, facecolor="none" if hatch else colour, edgecolor=colour, hatch=hatch)
+            top = row["highest"] if key == "bleu" else row[key]
+            if key == "bleu":  # of the seeds
+                axis.vlines(k, row["lowest"], top, color="grey", linewidth=3)
             text = f"{row[key]:.1f}" if key == "bleu" else f"{row['speed']:.2f} x"
-            axis.text(k, row[key], text, ha="center", va="bottom")
+            axis.text(k, top, text, ha="center", va="bottom")
         axis.set_xticks(range(len(chosen)), [row["decoder"].replace(", ", ",\n") for row in chosen])
         axis.set_ylabel(title)
         axis.margins(y=0.1)
