@@ -32,6 +32,8 @@ from torch import Tensor, nn
 
 import structlin
 from structlin.compress.gradients import sampled_loss
+from structlin.compress.output import vocabulary_of
+from structlin.compress.scramble import widened
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))  # scripts, not a package
 
@@ -66,7 +68,7 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     KNOWN: ("auto", {}),
     PLAIN: ("auto", {}),
 }
-HEALED = "+ heal, 2 min"
+HEALED, COPIES = "+ heal, 2 min", "+ heal with copies, 2 min"
 ALONE = "heal in place of refinement"
 WINDOW = 256
 NOTES = """\
@@ -74,9 +76,10 @@ Each row switches one stage on more than the row above, from the SVD of the weig
 leave one out, or use low rank alone, or entries in places chosen one by one (*sparse*: smaller, but no faster than
 dense, and a bit more for each place). *from known statistics* is given the Grams of both sides, which its seconds leave
 out: nothing runs but the checks on held-back batches. *without the kernel* is the defaults in plain torch
-(STRUCTLIN_KERNELS=off), where all other rows have the native kernel. *heal in place of refinement* trains the whole
-model from end to end, not blocks, for as long as all refinement took in the row of all stages. *on*: text
-of the kind that calibration saw; *off*: other text.
+(STRUCTLIN_KERNELS=off), where all other rows have the native kernel. *heal with copies*: on the batches and three
+copies of them with 30 % of the tokens exchanged. *heal in place of refinement* trains the whole model from end to end,
+not blocks, for as long as all refinement took in the row of all stages. *on*: text of the kind that calibration saw;
+*off*: other text.
 *kept*: parameters / dense parameters of all linear weights but the output layer. Seconds include the checks on
 held-back batches."""
 COLUMNS = {
@@ -178,12 +181,12 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--calibrate", choices=("docstrings", "stsb"), default="docstrings")
-    parser.add_argument("--stages", nargs="+", choices=[*STAGES, HEALED, ALONE], default=list(STAGES)[:10])
+    parser.add_argument("--stages", nargs="+", choices=[*STAGES, HEALED, COPIES, ALONE], default=list(STAGES)[:10])
     parser.add_argument("--heal-lr", type=float, default=3e-3, help="peak learning rate of the rows that heal")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", type=Path, help="folder of the models of all stages, one for each ratio")
     args = parser.parse_args(argv)
-    for stage in {HEALED, ALONE}.intersection(args.stages):
+    for stage in {HEALED, COPIES, ALONE}.intersection(args.stages):
         if ALL not in args.stages[: args.stages.index(stage)]:
             parser.error(f"{stage!r} goes on from, or takes as long as, {ALL!r}; give that stage before it")
     plain = [stage == PLAIN for stage in args.stages]
@@ -213,7 +216,7 @@ def main(argv: Sequence[str]) -> int:
                 known = structlin.collect_statistics(dense, learned, loss=sampled_loss, output="auto", **options)
                 data = {"calibration": known, "validation": batches[5::10]}
             start = time.perf_counter()
-            if stage == HEALED:
+            if stage in (HEALED, COPIES):
                 assert refined is not None
                 model, report, limit = copy.deepcopy(refined[0]), refined[1], 120.0
                 start -= refined[2]
@@ -230,8 +233,9 @@ def main(argv: Sequence[str]) -> int:
             elif stage == ALONE:
                 assert refined is not None
                 limit = sum(block.seconds for block in refined[1].blocks)
-            if stage in (HEALED, ALONE):
-                structlin.heal(model, dense, batches, seconds=limit, lr=args.heal_lr, progress=False, **options)
+            if stage in (HEALED, COPIES, ALONE):
+                texts = widened(batches, args.seed, vocabulary_of(dense), few=False) if stage == COPIES else batches
+                structlin.heal(model, dense, texts, seconds=limit, lr=args.heal_lr, progress=False, **options)
             seconds = time.perf_counter() - start
             others = ("output layer", "tied", "embedding")
             body = [row for row in report.layers if not any(word in str(row.reason) for word in others)]
@@ -259,7 +263,7 @@ def save(folder: Path, name: str, rows: Sequence[dict[str, Any]], about: dict[st
     path = folder / f"{name}.jsonl"
     known = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     found = {cell(row): row for row in known} | {cell(row): row for row in rows}
-    order = ["dense", *STAGES, HEALED, ALONE]
+    order = ["dense", *STAGES, HEALED, COPIES, ALONE]
     ordered = sorted(found.values(), key=lambda r: (r["calibrated"], -r["ratio"], order.index(r["stage"]), r["seed"]))
     store(folder, name, f"Ladder of stages: {name.removeprefix('ladder_')}", NOTES, about, ordered, COLUMNS)
     path.write_text("".join(json.dumps(row) + "\n" for row in ordered), encoding="utf-8")  # each with its own command

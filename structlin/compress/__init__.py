@@ -10,6 +10,7 @@ from structlin.compress.quality import Quality
 from structlin.compress.quantization import Quantization
 from structlin.compress.quantize import quantize_
 from structlin.compress.report import Coverage, LayerReport, Report
+from structlin.compress.scramble import scrambled
 from structlin.compress.statistics import Statistics
 from structlin.compress.taxonomy import Taxonomy
 
@@ -31,6 +32,7 @@ __all__ = [
     "compress_model",
     "plan_compression",
     "quantize_",
+    "scrambled",
     "statistics_by_layer",
     "to_dense_",
 ]
