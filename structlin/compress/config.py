@@ -81,9 +81,8 @@ class Compression:
             also where one of them is the output layer.
         skip_last: leave the output layer dense unless a rule names it.
         refine: refinement steps of each fit; None takes the structure's default.
-        hidden_units: where "auto" chooses, the batches are given and an MLP keeps at most 70 % of its parameters,
-            remove hidden units, and fit structures to the smaller maps or keep these dense, whichever moves the block
-            less (see `units.narrow`).
+        hidden_units: where "auto" chooses, batches are given and an MLP keeps at most 70 % of its parameters, remove
+            hidden units, and fit structures to the smaller maps or keep these dense (see `units.narrow`).
         output_metric: weigh errors at a layer's outputs by what they do to the model's outputs, where batches are given
             and gradients reach the layers (see `calibrate.sampled_loss`).
         sequential: fit each layer to the inputs that the compressed layers before it produce, a quarter of the way
@@ -98,8 +97,7 @@ class Compression:
         require_speedup: leave a layer dense unless its replacement, frozen and timed on this machine, is faster for one
             sentence's and for one batch's number of rows (`speed.TOKENS`).
         mask: which tokens count in calibration, see `collect_statistics`.
-        held_back: share of the calibration batches (at most 8 of them) that only checks see, unless `validation` is
-            given.
+        held_back: share of the calibration batches (at most 8 of them) that only checks see, without `validation`.
         shrinkage: share of the Gram's mean eigenvalue that is added to all of them, see `Statistics.shrunken`.
         seed: of torch's generators while a model is compressed; their states are restored afterwards.
     Raises:
