@@ -33,8 +33,8 @@ class Part:
         module: what runs: the block, or the model.
         targets: its layers, in module order.
         passes: one for each calibration batch; none without calibration.
-        own: parameters of the block that nothing outside of it uses; empty for layers outside of chains, which are not
-            refined.
+        own: parameters of the block that nothing outside of it uses; empty for layers outside of chains, which are
+            refined from end to end only.
     """
 
     name: str
