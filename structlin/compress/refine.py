@@ -21,7 +21,7 @@ from structlin.heal.options import HealOptions
 from structlin.heal.run import Run, Stream, requiring_gradients
 from structlin.layers.factored import Factored
 
-EPOCHS, ALONE = 5, 10  # passes over the batches and their scrambled copies, or over batches without copies
+EPOCHS, ALONE = 3, 10  # passes over the batches and their scrambled copies, or over batches without copies
 # Peak learning rate, relative to the root mean square entry of a parameter: RATE, but at most RATE * REACH times the
 # relative error at the start. What is nearly right needs small steps.
 RATE, REACH = 0.03, 2.0
@@ -35,15 +35,20 @@ HELD_BACK = 10  # one batch in so many tells when to stop
 
 
 class _WideAdam(torch.optim.AdamW):
-    """AdamW without weight decay on float32 copies of parameters, whose own dtype may be too coarse for its steps."""
+    """AdamW without weight decay on float32 copies of parameters, whose own dtype may be too coarse for its steps.
+
+    The copies are divided by their root mean squares: one learning rate is relative to each parameter. Gradients need
+    no such factor, as Adam's steps do not depend on their scale.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter], rate: float) -> None:
         self.narrow = list(parameters)
-        wide = [p.detach().to(torch.promote_types(p.dtype, torch.float32)).clone() for p in self.narrow]
-        groups = [{"params": [w], "lr": rate * max(w.abs().square().mean().sqrt().item(), LEAST)} for w in wide]
-        # Each parameter is a group, so that steps are many and small. Fused ones know no complex numbers.
+        wide = [p.detach().to(torch.promote_types(p.dtype, torch.float32)) for p in self.narrow]
+        self.scales = [max(w.abs().square().mean().sqrt().item(), LEAST) for w in wide]
+        self.wide = [w / scale for w, scale in zip(wide, self.scales, strict=True)]
+        # Steps are many and small. Fused ones know no complex numbers.
         fused = not any(p.is_complex() for p in self.narrow)
-        super().__init__(groups, betas=BETAS, weight_decay=0.0, fused=fused)
+        super().__init__(self.wide, rate, BETAS, weight_decay=0.0, fused=fused)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for parameter in self.narrow:
@@ -51,12 +56,11 @@ class _WideAdam(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group, parameter in zip(self.param_groups, self.narrow, strict=True):
-            grad = parameter.grad
-            group["params"][0].grad = None if grad is None else grad.to(group["params"][0].dtype)
+        for wide, parameter in zip(self.wide, self.narrow, strict=True):
+            wide.grad = None if parameter.grad is None else parameter.grad.to(wide.dtype)
         super().step()
-        for group, parameter in zip(self.param_groups, self.narrow, strict=True):
-            parameter.copy_(group["params"][0])
+        for parameter, wide, scale in zip(self.narrow, self.wide, self.scales, strict=True):
+            torch.mul(wide, scale, out=parameter)
 
 
 def check_refinable(model: nn.Module, config: Compression, batches: Sequence[Any]) -> None:
