@@ -69,6 +69,8 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     PLAIN: ("auto", {}),
 }
 HEALED, COPIES = "+ heal, 2 min", "+ heal with copies, 2 min"
+MORE = "+ heal on all training text, 2 min"
+AFTER = HEALED, COPIES, MORE
 ALONE = "heal in place of refinement"
 WINDOW = 256
 NOTES = """\
@@ -77,9 +79,9 @@ leave one out, or use low rank alone, or entries in places chosen one by one (*s
 dense, and a bit more for each place). *from known statistics* is given the Grams of both sides, which its seconds leave
 out: nothing runs but the checks on held-back batches. *without the kernel* is the defaults in plain torch
 (STRUCTLIN_KERNELS=off), where all other rows have the native kernel. *heal with copies*: on the batches and three
-copies of them with 30 % of the tokens exchanged. *heal in place of refinement* trains the whole model from end to end,
-not blocks, for as long as all refinement took in the row of all stages. *on*: text of the kind that calibration saw;
-*off*: other text.
+copies of them with 30 % of the tokens exchanged. *heal on all training text*: on all windows, not the first 256. *heal
+in place of refinement* trains the whole model from end to end, not blocks, for as long as all refinement took in the
+row of all stages. *on*: text of the kind that calibration saw; *off*: other text.
 *kept*: parameters / dense parameters of all linear weights but the output layer. Seconds include the checks on
 held-back batches."""
 COLUMNS = {
@@ -120,16 +122,23 @@ def perplexity(model: nn.Module, rows: Tensor) -> float:
     return math.exp(total / rows[:, 1:].numel())
 
 
+def read_windows(args: argparse.Namespace, split: str) -> Tensor:
+    """Read the windows of the tokens of a split."""
+    return windows(torch.from_numpy(np.load(args.data / f"{split}.tok512.npy").astype(np.int64)))
+
+
+def batched(rows: Tensor) -> list[dict[str, Tensor]]:
+    """Return batches of four windows."""
+    return [{"input_ids": ids} for ids in rows.split(4)]
+
+
 def stories(args: argparse.Namespace) -> tuple[nn.Module, list[Any], Measure, dict[str, Any]]:
     """Load the language model, its batches and its measure."""
     model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    train, valid = (
-        windows(torch.from_numpy(np.load(args.data / f"{split}.tok512.npy").astype(np.int64)))
-        for split in ("train", "valid")
-    )
+    valid = read_windows(args, "valid")
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(args.model)
     other = windows(torch.tensor(tokenizer(args.off.read_text(encoding="utf-8")[:40000])["input_ids"]))
-    batches = [{"input_ids": ids} for ids in train[:256].split(4)]
+    batches = batched(read_windows(args, "train")[:256])
     return model, batches, lambda m: {"on": perplexity(m, valid), "off": perplexity(m, other)}, {}
 
 
@@ -181,14 +190,16 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = parser_of(__doc__)
     parser.add_argument("--calibrate", choices=("docstrings", "stsb"), default="docstrings")
-    parser.add_argument("--stages", nargs="+", choices=[*STAGES, HEALED, COPIES, ALONE], default=list(STAGES)[:10])
+    parser.add_argument("--stages", nargs="+", choices=[*STAGES, *AFTER, ALONE], default=list(STAGES)[:10])
     parser.add_argument("--heal-lr", type=float, default=3e-3, help="peak learning rate of the rows that heal")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", type=Path, help="folder of the models of all stages, one for each ratio")
     args = parser.parse_args(argv)
-    for stage in {HEALED, COPIES, ALONE}.intersection(args.stages):
+    for stage in {*AFTER, ALONE}.intersection(args.stages):
         if ALL not in args.stages[: args.stages.index(stage)]:
             parser.error(f"{stage!r} goes on from, or takes as long as, {ALL!r}; give that stage before it")
+    if MORE in args.stages and args.kind != "stories":
+        parser.error(f"{MORE!r} is a stage of stories, which has more text than it calibrates on")
     plain = [stage == PLAIN for stage in args.stages]
     if any(plain) if structlin.kernels.available() else not all(plain):
         parser.error(f"the stage {PLAIN!r}, and no other, runs without the native kernel (STRUCTLIN_KERNELS=off)")
@@ -216,7 +227,7 @@ def main(argv: Sequence[str]) -> int:
                 known = structlin.collect_statistics(dense, learned, loss=sampled_loss, output="auto", **options)
                 data = {"calibration": known, "validation": batches[5::10]}
             start = time.perf_counter()
-            if stage in (HEALED, COPIES):
+            if stage in AFTER:
                 assert refined is not None
                 model, report, limit = copy.deepcopy(refined[0]), refined[1], 120.0
                 start -= refined[2]
@@ -233,8 +244,12 @@ def main(argv: Sequence[str]) -> int:
             elif stage == ALONE:
                 assert refined is not None
                 limit = sum(block.seconds for block in refined[1].blocks)
-            if stage in (HEALED, COPIES, ALONE):
-                texts = widened(batches, args.seed, vocabulary_of(dense), few=False) if stage == COPIES else batches
+            if stage in (*AFTER, ALONE):
+                texts: Sequence[Any] = batches
+                if stage == COPIES:
+                    texts = widened(batches, args.seed, vocabulary_of(dense), few=False)
+                elif stage == MORE:
+                    texts = batched(read_windows(args, "train"))
                 structlin.heal(model, dense, texts, seconds=limit, lr=args.heal_lr, progress=False, **options)
             seconds = time.perf_counter() - start
             others = ("output layer", "tied", "embedding")
@@ -263,7 +278,7 @@ def save(folder: Path, name: str, rows: Sequence[dict[str, Any]], about: dict[st
     path = folder / f"{name}.jsonl"
     known = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     found = {cell(row): row for row in known} | {cell(row): row for row in rows}
-    order = ["dense", *STAGES, HEALED, COPIES, ALONE]
+    order = ["dense", *STAGES, *AFTER, ALONE]
     ordered = sorted(found.values(), key=lambda r: (r["calibrated"], -r["ratio"], order.index(r["stage"]), r["seed"]))
     store(folder, name, f"Ladder of stages: {name.removeprefix('ladder_')}", NOTES, about, ordered, COLUMNS)
     path.write_text("".join(json.dumps(row) + "\n" for row in ordered), encoding="utf-8")  # each with its own command

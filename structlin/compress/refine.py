@@ -27,7 +27,7 @@ EPOCHS, ALONE = 3, 10  # passes over the batches and their scrambled copies, or 
 RATE, REACH = 0.03, 2.0
 # From end to end a step moves all blocks at once, and the rate is far smaller: END_RATE times the error at the start,
 # at most END_RATE. MiniLM at .5 (error .064) gains at .0002 to .0004 and loses at .001, stories260k (.7) gains to .01.
-END_EPOCHS, END_RATE = 3, 6e-3
+END_EPOCHS, END_RATE = 6, 6e-3
 END_PARAMETERS = 2**28  # most that the model may train by default: all gradients and moments are held at once
 BETAS = (0.9, 0.95)
 LEAST = 1e-3  # root mean square that a parameter of zeros counts as
