@@ -1,7 +1,9 @@
-"""Sentences per second of all-MiniLM-L6-v2, dense and compressed to half by "auto" with require_speedup=True.
+"""Sentences per second of all-MiniLM-L6-v2, dense and compressed to half.
 
-    python benchmarks/minilm_speed.py
+    python benchmarks/ladder.py minilm --data stsb --ratios .5 --stages "+ end to end (defaults)" --save out
+    python benchmarks/minilm_speed.py --compressed auto=out/0.5 --structures lowrank
 
+Times saved models, those of the ladder say, and ones whose layers it fits one by one with require_speedup=True.
 Embeds docstring sentences in batches of 1 and 32, with 1 and 2 threads; dense and compressed model take turns. The
 compressed layers must give what their dense matrices give before anything is timed. Stores results/minilm_speed.*.
 """
@@ -22,12 +24,14 @@ import transformers
 from torch import nn
 
 import structlin
+from structlin import StructuredLinear
 from structlin.runtime.kernels.native import SWITCH, available
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "recipes"))  # scripts, not a package
 
 from _minilm import docstring_sentences, embed, length, model_path, tokenise
 from _results import RESULTS, environment, say, store
+from ladder import OFF
 
 COLUMNS = {
     "structure": ("structure", ""),
@@ -51,7 +55,8 @@ their quartiles; above 1 is faster. *layers*: compressed of 36; the others were 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="hub id or local path (default: all-MiniLM-L6-v2 from its PyPI package)")
-    parser.add_argument("--structures", nargs="+", default=["auto", "lowrank"])
+    parser.add_argument("--structures", nargs="*", default=["auto", "lowrank"])
+    parser.add_argument("--compressed", nargs="*", default=[], help="saved models: structure=folder")
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--refine", type=int, default=30, help="steps; times do not depend on them")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
@@ -79,6 +84,18 @@ def compared(dense: nn.Module, model: nn.Module, batches: Sequence[Any], rounds:
     return {"dense_rate": rates[0], "rate": rates[1], "speed": middle, "lower": lower, "upper": upper}
 
 
+def size_of(model: nn.Module, dense: nn.Module) -> tuple[int, float]:
+    """Return the number of structured layers, and the share of the encoder's weights that is left."""
+    layers = [name for name, module in dense.encoder.named_modules() if isinstance(module, nn.Linear)]
+
+    def count(side: nn.Module) -> int:
+        every = (pair for name in layers for pair in side.encoder.get_submodule(name).named_parameters())
+        return sum(p.numel() for name, p in every if not name.endswith("bias"))
+
+    changed = sum(isinstance(model.encoder.get_submodule(name), StructuredLinear) for name in layers)
+    return changed, count(model) / count(dense)
+
+
 def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     torch.manual_seed(0)
@@ -93,20 +110,25 @@ def main(argv: Sequence[str]) -> int:
     calibration = [inputs for _, inputs in tokenise(tokenizer, sentences[:300], limit)]
     rows = []
     kernel = "on" if available() else "off"
-    for structure in args.structures:
-        say(f"compress by {structure}, kernel {kernel}")
+    saved = dict(pair.split("=", 1) for pair in args.compressed)
+    for structure in [*saved, *args.structures]:
         torch.set_num_threads(max(args.threads))
-        report = structlin.compress_model(
-            copy.deepcopy(dense), structure, ratio=args.ratio, rules={"pooler*": None}, skip_last=False,
-            calibration=calibration, refine=args.refine, require_speedup=True,
-        )  # fmt: skip
-        model = structlin.freeze_(report.model.eval())
+        model = copy.deepcopy(dense)
+        if structure in saved:
+            structlin.load(model, saved[structure])
+        else:
+            say(f"compress by {structure}, kernel {kernel}")
+            structlin.compress_model(
+                model, structure, ratio=args.ratio, rules={"pooler*": None}, skip_last=False,
+                calibration=calibration, refine=args.refine, require_speedup=True, **OFF,
+            )  # fmt: skip
+        structlin.freeze_(model.eval())
         merged = structlin.to_dense_(copy.deepcopy(model))
         texts = tokenise(tokenizer, sentences[300:], limit)
         error = (embed(model, texts) - embed(merged, texts)).abs().max().item()
         if not error < 1e-4:
             raise ValueError(f"embeddings differ from those of the merged model by {error}")
-        changed = sum(row.structure is not None for row in report.layers)
+        changed, kept = size_of(model, dense)
         for threads in args.threads:
             torch.set_num_threads(threads)
             for size in args.batches:
@@ -114,7 +136,7 @@ def main(argv: Sequence[str]) -> int:
                 row = compared(dense, model, batches, args.rounds, len(sentences[300:]))
                 say(f"  {threads} threads, batch {size}: {row['speed']:.2f}")
                 rows.append(
-                    {"structure": structure, "kernel": kernel, "layers": changed, "kept": report.ratio,
+                    {"structure": structure, "kernel": kernel, "layers": changed, "kept": kept,
                      "cell_threads": threads, "batch": size, **row}
                 )  # fmt: skip
     title = "Sentences per second of all-MiniLM-L6-v2, dense and compressed"

@@ -89,7 +89,7 @@ class Compression:
             towards the original outputs. None: where calibration is given as batches, which it needs.
         block_epochs: passes over the batches in which all parameters of a block are refined, towards the dense block's
             outputs; 0 for none. Each takes in three scrambled copies of batches of tokens, against overfitting (see
-            `scramble`). None, where calibration is given as batches: 5, or 10 without copies.
+            `scramble`). None, where calibration is given as batches: 3, or 10 without copies.
         model_epochs: passes in which then all blocks are refined from end to end; 0 for none. None: 6 of two or more
             blocks, if their compressed layers have at most 2^28 parameters.
         blocks: globs, each naming the blocks of one chain, such as ["model.layers.*"]; None finds them, and an empty

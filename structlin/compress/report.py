@@ -17,7 +17,7 @@ from structlin.compress.quality import Quality
 from structlin.compress.tables import shape, table
 from structlin.compress.targets import STRUCTURED, Piece, Target, unreached
 from structlin.compress.taxonomy import Taxonomy, geometries
-from structlin.layers.linear import StructuredLinear
+from structlin.layers.factored import Factored
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,9 @@ class Outcome:
     modules: Mapping[nn.Module, nn.Module]
 
     @property
-    def layer(self) -> StructuredLinear | None:
+    def layer(self) -> Factored | None:
         """The structured layer, None where the layer stays dense."""
-        return next((module for module in self.modules.values() if isinstance(module, StructuredLinear)), None)
+        return next((module for module in self.modules.values() if isinstance(module, Factored)), None)
 
     def kept(self, reason: str) -> Outcome:
         """Return the outcome of a layer that stays dense after all, for this reason if it has none yet."""

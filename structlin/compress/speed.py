@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from structlin.compress.processes import shared
 from structlin.compress.report import Outcome
 from structlin.layers.embedding import StructuredEmbedding
+from structlin.layers.expert_linear import ExpertLinear
+from structlin.layers.factored import Factored
 from structlin.layers.freeze import freeze_, unfreeze_
 from structlin.layers.linear import StructuredLinear
 from structlin.runtime import planner
@@ -23,11 +26,12 @@ TOKENS = (16, 512)  # rows of the inputs that are timed: a sentence, and a batch
 _SAMPLES, _SECONDS = 9, 2e-3  # samples of each layer, and the least length of one in s
 
 
-def time_ratio(layer: nn.Module, dense: nn.Linear | StructuredEmbedding, tokens: int) -> float:
+def time_ratio(layer: nn.Module, dense: nn.Linear | ExpertLinear | StructuredEmbedding, tokens: int) -> float:
     """Measure the time of a frozen layer relative to the dense one, on `tokens` rows of random input, or random ids.
 
-    Samples of both alternate, and the median of their ratios counts.
+    Samples of both alternate, and the median of their ratios counts. Of the maps of experts one is timed.
     """
+    new, old = (partial(m, expert=0) if isinstance(dense, ExpertLinear) else m for m in (layer, dense))
     if isinstance(dense, StructuredEmbedding):
         own = x = torch.randint(dense.num_embeddings, (tokens,), device=dense.linear.weight.device)
     else:
@@ -38,8 +42,8 @@ def time_ratio(layer: nn.Module, dense: nn.Linear | StructuredEmbedding, tokens:
         freeze_(layer.eval())
         dense.eval()
         with torch.no_grad():
-            calls = _calls(dense, x)
-            ratios = [_seconds(layer, own, calls) / _seconds(dense, x, calls) for _ in range(_SAMPLES)]
+            calls = _calls(old, x)
+            ratios = [_seconds(new, own, calls) / _seconds(old, x, calls) for _ in range(_SAMPLES)]
     finally:
         unfreeze_(layer).train(modes[0])
         dense.train(modes[1])
@@ -78,7 +82,9 @@ def only_faster(outcomes: Sequence[Outcome]) -> list[Outcome]:
             found.append(outcome)
             continue
         # A table that no matrix product uses is looked up.
-        pair = tuple(StructuredEmbedding(m).train(m.training) for m in (layer, linear)) if table else (layer, linear)
+        pair: tuple[nn.Module, Any] = layer, linear
+        if table and isinstance(layer, StructuredLinear):
+            pair = StructuredEmbedding(layer).train(layer.training), StructuredEmbedding(linear).train(linear.training)
         ratios = shared(partial(_ratios, *pair))  # every rank is to leave the same layers dense
         slowest = max(ratios, key=lambda tokens: ratios[tokens])
         measured = replace(outcome, row=replace(outcome.row, speed=ratios[slowest]))
@@ -86,13 +92,14 @@ def only_faster(outcomes: Sequence[Outcome]) -> list[Outcome]:
     return found
 
 
-def _ratios(layer: nn.Module, dense: nn.Linear | StructuredEmbedding) -> dict[int, float]:
+def _ratios(layer: nn.Module, dense: nn.Linear | ExpertLinear | StructuredEmbedding) -> dict[int, float]:
     return {tokens: time_ratio(layer, dense, tokens) for tokens in TOKENS}
 
 
-def _reason(outcome: Outcome, layer: StructuredLinear, tokens: int) -> str:
+def _reason(outcome: Outcome, layer: Factored, tokens: int) -> str:
     row, weight, predicted = outcome.row, layer.factors[0], ""
-    if not outcome.target.on_request:  # no plan tells what lookups take
+    # No plan tells what lookups take, nor an expert's layer.
+    if isinstance(layer, StructuredLinear) and not outcome.target.on_request:
         dense = planner.dense_seconds(
             row.in_features, row.out_features, tokens, itemsize=weight.element_size(), machine=machine_of(weight.device)
         )

@@ -6,12 +6,14 @@ import copy
 
 import pytest
 import torch
+from expert_forms import Packed
 from torch import nn
 
 from structlin import compress_model
 from structlin.compress import fit_layers, speed
 from structlin.compress.speed import time_ratio
 from structlin.layers.embedding import StructuredEmbedding
+from structlin.layers.expert_linear import ExpertLinear, StructuredExpertLinear
 from structlin.layers.linear import StructuredLinear
 from structlin.structures import Dense, LowRank
 
@@ -118,3 +120,21 @@ def test_a_table_is_timed_by_lookups(monkeypatch):
         "lowrank(rank=4) takes 2.00 of the dense time at 16 rows, and require_speedup was asked for"
     )
     assert type(model[0]) is nn.Embedding
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_experts_are_timed_one_of_each_map(monkeypatch, slow):
+    model, seen = nn.Sequential(Packed()), []
+
+    def seconds(call, x, calls):
+        seen.append(call.func)
+        assert call(x).shape == (len(x), call.func.out_features)
+        return 1 + (slow == isinstance(call.func, StructuredExpertLinear))
+
+    monkeypatch.setattr(speed, "_seconds", seconds)
+    report = compress_model(model, "lowrank", ratio=0.5, skip_last=False, require_speedup=True)
+    assert {type(module) for module in seen} == {ExpertLinear, StructuredExpertLinear}
+    assert [row.speed for row in report.layers] == [2 if slow else 0.5] * 2
+    assert all((row.structure is None) == slow for row in report.layers)
+    if slow:
+        assert "takes 2.00 of the dense time at 16 rows, and" in report.layers[0].reason
