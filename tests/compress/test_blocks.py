@@ -490,8 +490,8 @@ def test_blocks_are_refined_on_scrambled_text_too_and_judged_on_the_given_one(mo
     compress_model(Reads(), "lowrank", ratio=0.5, calibration=data, validation=[], **FITS)
     assert seen == [(48, 12), (48, 12)]
     monkeypatch.undo()
-    report = compress_model(Reads(), "lowrank", ratio=0.5, calibration=data, validation=[], block_epochs=4, **FITS)
-    assert [block.steps for block in report.blocks] == [4 * 47, 4 * 47, 3 * 47]
+    report = compress_model(Reads(), "lowrank", ratio=0.5, calibration=data, validation=[], **FITS)
+    assert [block.steps for block in report.blocks] == [3 * 47, 3 * 47, 6 * 47]
 
 
 @pytest.mark.parametrize(("count", "copies"), [(27, 3), (28, 0)])  # 28 tokens each; the widest has 48 inputs
