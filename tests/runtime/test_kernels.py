@@ -82,6 +82,15 @@ def test_backward(name, tokens):
             assert_close(ours, theirs, str(layer), 1e-4)  # sums of 150 terms that may cancel
 
 
+def test_backward_by_long_tiles():
+    layer = build(LowRank(rank=1100), 2048, 2048)  # more entries than LARGE in chain.cpp
+    x, slope = torch.randn(150, 2048, requires_grad=True), torch.randn(150, 2048)
+    found = gradients(layer, chain_of(layer.spec)(x, layer.factors, layer.bias), x, slope)
+    expected = gradients(layer, dense(layer, x), x, slope)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs, str(layer), 1e-5)
+
+
 def low(layer, *shape):
     """A copy of the layer in bfloat16, the same numbers in float32, and an input for each."""
     half = copy.deepcopy(layer).bfloat16()

@@ -17,6 +17,7 @@
 namespace {
 
 constexpr int64_t CACHE = 1 << 23;  // bytes of intermediates in a tile, at most
+constexpr int64_t LARGE = 1 << 22;  // factors of more entries have gradients that leave the cache between two tiles
 
 template <class S> constexpr bool HALF = std::is_same_v<S, c10::BFloat16>;
 
@@ -113,6 +114,8 @@ lib::Tensor chain(const lib::Tensor& x, TensorList factors, const std::optional<
   return y;
 }
 
+int64_t rounded_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
+
 // Adds to the gradients of the factors. Every thread but the first sums into memory of its own, added at the end.
 template <class S>
 void run_chain_backward(const Program& p, TensorList factors, const S* x, const S* dy, S* dx, int64_t tokens,
@@ -131,14 +134,13 @@ void run_chain_backward(const Program& p, TensorList factors, const S* x, const 
     return;
   }
   const Operands<float> operands(factors, HALF<S>);
-  // Tiles as long as their intermediates fit the cache: sums over tokens are added to memory once per tile.
+  // Sums over the tokens of a tile are added to memory once: tiles are longer where these sums leave the cache, as long as
+  // their intermediates fit it. Those of a thread have equal lengths, of whole vectors: the rest of a vector is padding.
   const int64_t floats = 2 * int64_t(p.in_rows()) + p.out_rows() + kept_rows(p) + 2 * int64_t(p.rows());
-  const int64_t share = p.share(tokens);
-  const int L = share > NARROW ? WIDEST : share > 4 ? NARROW : 4;
-  int T = share > L ? 2 * L : L;
-  while (T < 8 * WIDEST && T < share && 2 * T * floats * int64_t(sizeof(float)) <= CACHE) T *= 2;
-  const int64_t tiles = (tokens + T - 1) / T;
-  const int64_t parts = std::min<int64_t>(lib::get_num_threads(), tiles);
+  const int64_t share = p.share(tokens), parts = (tokens + share - 1) / share;
+  const int64_t longest = std::min<int64_t>(CACHE / (floats * int64_t(sizeof(float))), total > LARGE ? 128 : 64);
+  const int64_t most = std::max<int64_t>(longest / WIDEST, 1) * WIDEST;
+  const int64_t tiles = (share + most - 1) / most, T = rounded_up((share + tiles - 1) / tiles, WIDEST);
   const lib::Tensor others = zeros_of(std::vector<int64_t>{parts - 1, total}, factors[0]);
   float* other = write<float>(others);
   parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
@@ -146,14 +148,15 @@ void run_chain_backward(const Program& p, TensorList factors, const S* x, const 
       std::vector<float*> own = sums;
       int64_t place = (part - 1) * total;
       for (size_t k = 0; part > 0 && k < wanted.size(); place += gradients[k++].numel()) own[wanted[k]] = other + place;
-      for (int64_t tile = part * tiles / parts; tile < (part + 1) * tiles / parts; ++tile) {
-        const int64_t t = tile * T;
-        const auto run = T >= 2 * WIDEST ? run_tile_backward<WIDEST, 2, S>
+      const int64_t last = std::min(tokens, (part + 1) * share);
+      for (int64_t t = part * share; t < last; t += T) {
+        const int64_t count = std::min(T, last - t);
+        const int64_t L = count > NARROW ? WIDEST : count > 4 ? NARROW : 4;
+        const auto run = count > WIDEST  ? run_tile_backward<WIDEST, 2, S>
                          : L == WIDEST   ? run_tile_backward<WIDEST, 1, S>
                          : L == NARROW   ? run_tile_backward<NARROW, 1, S>
                                          : run_tile_backward<4, 1, S>;
-        run(p, operands.pointers, x + t * in, dy + t * out, dx ? dx + t * in : nullptr, own,
-            std::min<int64_t>(T, tokens - t), T);
+        run(p, operands.pointers, x + t * in, dy + t * out, dx ? dx + t * in : nullptr, own, count, rounded_up(count, L));
       }
     }
   });

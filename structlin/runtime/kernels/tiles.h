@@ -34,15 +34,19 @@ inline void register_tile(const Stage& s, int64_t T, const W* w, const float* a,
     for (int u = 0; u < NV; ++u) store<L>(b + b_row[p] * T + u * L, sum[p][u]);
 }
 
-// Computes rows j onwards of one outer index, for `length` columns of a and b, whose rows are T apart. Where the vectors
-// do not divide `length`, the last ones overlap those before and write the same sums again.
+// Computes rows j onwards of one outer index, for `length` columns of a and b, whose rows are T apart. What is left of
+// the columns goes by single vectors; if they do not divide it, the last one overlaps those before and writes the same
+// sums again.
 template <int L, int NV, bool UNIT, int MT, class W>
 inline void register_tiles(const Stage& s, int64_t T, int64_t length, const W* w, const float* a, float* b, int j) {
-  for (; j + MT <= s.rows; j += MT)
-    for (int64_t t = 0; t < length; t += L * NV) {
-      const int64_t first = std::min(t, length - L * NV);
-      register_tile<L, NV, MT, UNIT>(s, T, w, a + first, b + first, j);
+  for (; j + MT <= s.rows; j += MT) {
+    int64_t t = 0;
+    for (; t + L * NV <= length; t += L * NV) register_tile<L, NV, MT, UNIT>(s, T, w, a + t, b + t, j);
+    for (; t < length; t += L) {
+      const int64_t first = std::min(t, length - L);
+      register_tile<L, 1, MT, UNIT>(s, T, w, a + first, b + first, j);
     }
+  }
   if constexpr (MT > 8) register_tiles<L, NV, UNIT, 8>(s, T, length, w, a, b, j);
   else if constexpr (MT > 4) register_tiles<L, NV, UNIT, 4>(s, T, length, w, a, b, j);
   else if constexpr (MT > 1) register_tiles<L, NV, UNIT, MT / 2>(s, T, length, w, a, b, j);
@@ -132,11 +136,12 @@ void run_tile(const Program& p, const Factors<float>& factors, const S* bias, co
 // For MT rows and NV vectors of columns of one outer index: dw += sum over tokens of g[b_row(j)] a. Here a is stored as
 // (T, stride), so that vectors run over columns and the gradient of a row is broadcast.
 template <int L, int NV, int MT>
-inline void gradient_tile(const Stage& s, int64_t T, const float* a, int64_t stride, const float* g, float* dw, int j, int q) {
+inline void gradient_tile(const Stage& s, int64_t T, int64_t tokens, const float* a, int64_t stride, const float* g,
+                          float* dw, int j, int q) {
   const float* row[MT];
   for (int p = 0; p < MT; ++p) row[p] = g + s.b_row[j + p] * T;
   Vector<L> sum[MT][NV] = {};
-  for (int64_t t = 0; t < T; ++t) {
+  for (int64_t t = 0; t < tokens; ++t) {
     Vector<L> value[NV];
     for (int u = 0; u < NV; ++u) value[u] = load<L>(a + t * stride + u * L);
     for (int p = 0; p < MT; ++p) {
@@ -160,35 +165,41 @@ inline void gradient_tile(const Stage& s, int64_t T, const float* a, int64_t str
 }
 
 template <int L, int NV, int MT = 8>
-inline void gradient_tiles(const Stage& s, int64_t T, const float* a, int64_t stride, const float* g, float* dw, int q, int j = 0) {
-  for (; j + MT <= s.rows; j += MT) gradient_tile<L, NV, MT>(s, T, a, stride, g, dw, j, q);
-  if constexpr (MT > 1) gradient_tiles<L, NV, MT / 2>(s, T, a, stride, g, dw, q, j);
+inline void gradient_tiles(const Stage& s, int64_t T, int64_t tokens, const float* a, int64_t stride, const float* g,
+                           float* dw, int q, int j = 0) {
+  for (; j + MT <= s.rows; j += MT) gradient_tile<L, NV, MT>(s, T, tokens, a, stride, g, dw, j, q);
+  if constexpr (MT > 1) gradient_tiles<L, NV, MT / 2>(s, T, tokens, a, stride, g, dw, q, j);
 }
 
 // dw[w_outer(i) + w_row(j) + w_column(q)] += sum over tokens of g[b_outer(i) + b_row(j)] a[a_outer(i) + a_column(q)].
-template <int L> void factor_gradient(const Stage& s, int64_t T, const float* a, const float* g, float* transposed, float* dw) {
+template <int L>
+void factor_gradient(const Stage& s, int64_t T, int64_t tokens, const float* a, const float* g, float* transposed, float* dw) {
   const int64_t stride = (s.columns + L - 1) / L * L;
   for (int i = 0; i < s.outer; ++i) {
     const float* from = a + s.a_outer[i] * T;
     for (int q = 0; q < stride; q += L)
-      for (int64_t t = 0; t < T; t += L) {
+      for (int64_t t = 0; t < tokens; t += L) {
         Vector<L> part[L];
         for (int p = 0; p < L; ++p) part[p] = q + p < s.columns ? load<L>(from + s.a_column[q + p] * T + t) : Vector<L>{};
         transpose<L>(part);
         for (int p = 0; p < L; ++p) store<L>(transposed + (t + p) * stride + q, part[p]);
       }
+    const auto tiles = [&](auto vectors, int q) {
+      gradient_tiles<L, vectors()>(s, T, tokens, transposed + q, stride, g + s.b_outer[i] * T, dw + s.w_outer[i], q);
+    };
     int q = 0;
-    for (; q + 2 * L <= stride; q += 2 * L)
-      gradient_tiles<L, 2>(s, T, transposed + q, stride, g + s.b_outer[i] * T, dw + s.w_outer[i], q);
-    if (q < stride) gradient_tiles<L, 1>(s, T, transposed + q, stride, g + s.b_outer[i] * T, dw + s.w_outer[i], q);
+    for (; q + 3 * L <= stride; q += 3 * L) tiles(std::integral_constant<int, 3>(), q);
+    for (; q + 2 * L <= stride; q += 2 * L) tiles(std::integral_constant<int, 2>(), q);
+    if (q < stride) tiles(std::integral_constant<int, 1>(), q);
   }
 }
 
 // Picks the vector's length: half of it suffices for few columns, and every length divides the tile.
-template <int L> void any_factor_gradient(const Stage& s, int64_t T, const float* a, const float* g, float* transposed, float* dw) {
+template <int L>
+void any_factor_gradient(const Stage& s, int64_t T, int64_t tokens, const float* a, const float* g, float* transposed, float* dw) {
   if constexpr (L > 4)
-    if (s.columns <= L / 2) return any_factor_gradient<L / 2>(s, T, a, g, transposed, dw);
-  factor_gradient<L>(s, T, a, g, transposed, dw);
+    if (s.columns <= L / 2) return any_factor_gradient<L / 2>(s, T, tokens, a, g, transposed, dw);
+  factor_gradient<L>(s, T, tokens, a, g, transposed, dw);
 }
 
 // Adds the gradients of one tile: recomputes and keeps all activations, then runs the stages in reverse.
@@ -215,7 +226,7 @@ void run_tile_backward(const Program& p, const Factors<float>& factors, const S*
     const Stage s = p.stage(k);
     if (s.target == 1) gradient = d_output;
     if (gradients[s.factor])
-      any_factor_gradient<L>(s, T, s.source == 0 ? input : outputs[k - 1], gradient, transposed, gradients[s.factor]);
+      any_factor_gradient<L>(s, T, tokens, s.source == 0 ? input : outputs[k - 1], gradient, transposed, gradients[s.factor]);
     if (s.source == 0) {
       if (dx) run_stage<L, NV>(s.transposed(written), T, factors[s.factor], gradient, d_input);
       written = true;
