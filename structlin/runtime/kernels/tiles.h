@@ -15,22 +15,31 @@ template <int L, int NV, int MT, bool UNIT, class W>
 inline void register_tile(const Stage& s, int64_t T, const W* w, const float* a, float* b, int j) {
   const int32_t *w_row = s.w_row + j, *b_row = s.b_row + j;
   const W* row[MT];
-  Vector<L> sum[MT][NV];
-  for (int p = 0; p < MT; ++p) {
-    row[p] = w + w_row[p];
-    for (int u = 0; u < NV; ++u) sum[p][u] = s.accumulates ? load<L>(b + b_row[p] * T + u * L) : Vector<L>{};
-  }
-  for (int q = 0; q < s.columns; ++q) {
+  Vector<L> sum[MT][NV] = {};
+  UNROLLED
+  for (int p = 0; p < MT; ++p) row[p] = w + w_row[p];
+  if (s.accumulates)
+    UNROLLED
+    for (int p = 0; p < MT; ++p)
+      UNROLLED
+      for (int u = 0; u < NV; ++u) sum[p][u] = load<L>(b + b_row[p] * T + u * L);
+  int q = 0;
+  do {  // there is a column: a test before the first one would keep the sums out of registers
     const float* from = a + s.a_column[q] * T;
     const int offset = UNIT ? q : s.w_column[q];
     Vector<L> value[NV];
+    UNROLLED
     for (int u = 0; u < NV; ++u) value[u] = load<L>(from + u * L);
+    UNROLLED
     for (int p = 0; p < MT; ++p) {
       const float weight = row[p][offset];
+      UNROLLED
       for (int u = 0; u < NV; ++u) sum[p][u] += weight * value[u];
     }
-  }
+  } while (++q < s.columns);
+  UNROLLED
   for (int p = 0; p < MT; ++p)
+    UNROLLED
     for (int u = 0; u < NV; ++u) store<L>(b + b_row[p] * T + u * L, sum[p][u]);
 }
 

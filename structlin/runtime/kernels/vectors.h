@@ -21,6 +21,9 @@ constexpr int WIDEST = 4;
 constexpr int ROWS = 8;
 #endif
 
+// Before a loop with a fixed number of passes: GCC unrolls most by itself, but too late for arrays to become registers.
+#define UNROLLED _Pragma("GCC unroll 16")
+
 constexpr int NARROW = WIDEST > 4 ? WIDEST / 2 : 4;
 
 template <int L> struct Lanes;
