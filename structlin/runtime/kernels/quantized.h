@@ -166,7 +166,7 @@ void run_codes_tile(const Program& p, const std::vector<Codes>& factors, const S
   const Work work = work_of(p);
   run_tile_by<L, T>(p, bias, x, y, tokens, [&](const Stage& s, const float* a, float* b) {
     run_decoded(s, factors[s.factor], work, tile_rows(s.columns), TILE_COLUMNS,
-                [&](const Stage& part, const float* block) { run_stage<L, NV, true>(part, T, block, a, b); });
+                [&](const Stage& part, const float* block) { run_stage<L, NV, UNIT>(part, T, block, a, b); });
   });
 }
 

@@ -52,7 +52,7 @@ template <int L, class W> void run_along(const Stage& s, int i, const W* w, cons
 // does this, with outer indices in place of tokens.
 template <int L, int NV, class W> void run_shared(const Stage& s, const W* w, const float* a, float* b) {
   for (int i = 0; i < s.outer; i += s.shared)
-    register_tiles<L, NV, false>(s, 1, s.shared, w + s.w_outer[i], a + s.a_outer[i], b + s.b_outer[i]);
+    register_tiles<L, NV, TABLES>(s, 1, s.shared, w + s.w_outer[i], a + s.a_outer[i], b + s.b_outer[i]);
 }
 
 template <class W> void run_any_shared(const Stage& s, const W* w, const float* a, float* b) {

@@ -9,15 +9,18 @@
 
 namespace {
 
+// How a block of the factor lies in memory: by tables, rows contiguous, or a panel of MT rows by columns.
+enum Layout { TABLES, UNIT, PANEL };
+
 // Computes MT rows of one outer index for NV vectors of tokens. The MT x NV sums stay in registers; a column of the
-// factor is broadcast. UNIT: a row of the factor is contiguous.
-template <int L, int NV, int MT, bool UNIT, class W>
+// factor is broadcast.
+template <int L, int NV, int MT, Layout LAYOUT, class W>
 inline void register_tile(const Stage& s, int64_t T, const W* w, const float* a, float* b, int j) {
   const int32_t *w_row = s.w_row + j, *b_row = s.b_row + j;
   const W* row[MT];
   Vector<L> sum[MT][NV] = {};
   UNROLLED
-  for (int p = 0; p < MT; ++p) row[p] = w + w_row[p];
+  for (int p = 0; p < MT; ++p) row[p] = w + (LAYOUT == PANEL ? p : w_row[p]);
   if (s.accumulates)
     UNROLLED
     for (int p = 0; p < MT; ++p)
@@ -26,7 +29,7 @@ inline void register_tile(const Stage& s, int64_t T, const W* w, const float* a,
   int q = 0;
   do {  // there is a column: a test before the first one would keep the sums out of registers
     const float* from = a + s.a_column[q] * T;
-    const int offset = UNIT ? q : s.w_column[q];
+    const int offset = LAYOUT == TABLES ? s.w_column[q] : LAYOUT == UNIT ? q : q * MT;
     Vector<L> value[NV];
     UNROLLED
     for (int u = 0; u < NV; ++u) value[u] = load<L>(from + u * L);
@@ -45,37 +48,52 @@ inline void register_tile(const Stage& s, int64_t T, const W* w, const float* a,
 
 // Computes rows j onwards of one outer index, for `length` columns of a and b, whose rows are T apart. What is left of
 // the columns goes by single vectors; if they do not divide it, the last one overlaps those before and writes the same
-// sums again.
-template <int L, int NV, bool UNIT, int MT, class W>
-inline void register_tiles(const Stage& s, int64_t T, int64_t length, const W* w, const float* a, float* b, int j) {
+// sums again. PANEL: the rows of a block are neighbours, and each panel is copied to `panel` first.
+template <int L, int NV, Layout LAYOUT, int MT, class W>
+inline void register_tiles(const Stage& s, int64_t T, int64_t length, const W* w, const float* a, float* b, int j, W* panel) {
   for (; j + MT <= s.rows; j += MT) {
+    const W* from = w;
+    if constexpr (LAYOUT == PANEL) {
+      for (int q = 0; q < s.columns; ++q) std::memcpy(panel + q * MT, w + s.w_column[q] + j, MT * sizeof(W));
+      from = panel;
+    }
     int64_t t = 0;
-    for (; t + L * NV <= length; t += L * NV) register_tile<L, NV, MT, UNIT>(s, T, w, a + t, b + t, j);
+    for (; t + L * NV <= length; t += L * NV) register_tile<L, NV, MT, LAYOUT>(s, T, from, a + t, b + t, j);
     for (; t < length; t += L) {
       const int64_t first = std::min(t, length - L);
-      register_tile<L, 1, MT, UNIT>(s, T, w, a + first, b + first, j);
+      register_tile<L, 1, MT, LAYOUT>(s, T, from, a + first, b + first, j);
     }
   }
-  if constexpr (MT > 8) register_tiles<L, NV, UNIT, 8>(s, T, length, w, a, b, j);
-  else if constexpr (MT > 4) register_tiles<L, NV, UNIT, 4>(s, T, length, w, a, b, j);
-  else if constexpr (MT > 1) register_tiles<L, NV, UNIT, MT / 2>(s, T, length, w, a, b, j);
+  if constexpr (MT > 8) register_tiles<L, NV, LAYOUT, 8>(s, T, length, w, a, b, j, panel);
+  else if constexpr (MT > 4) register_tiles<L, NV, LAYOUT, 4>(s, T, length, w, a, b, j, panel);
+  else if constexpr (MT > 1) register_tiles<L, NV, LAYOUT, MT / 2>(s, T, length, w, a, b, j, panel);
 }
 
-template <int L, int NV, bool UNIT, class W>
-inline void register_tiles(const Stage& s, int64_t T, int64_t length, const W* w, const float* a, float* b) {
+template <int L, int NV, Layout LAYOUT, class W>
+inline void register_tiles(const Stage& s, int64_t T, int64_t length, const W* w, const float* a, float* b, W* panel = nullptr) {
   // 16 rows go as two tiles of 8: tiles of 12 and 4 are slower.
-  if (ROWS > 8 && s.rows % ROWS && s.rows % 8 == 0) register_tiles<L, NV, UNIT, 8>(s, T, length, w, a, b, 0);
-  else register_tiles<L, NV, UNIT, ROWS>(s, T, length, w, a, b, 0);
+  if (ROWS > 8 && s.rows % ROWS && s.rows % 8 == 0) register_tiles<L, NV, LAYOUT, 8>(s, T, length, w, a, b, 0, panel);
+  else register_tiles<L, NV, LAYOUT, ROWS>(s, T, length, w, a, b, 0, panel);
 }
 
-template <int L, int NV, bool UNIT> void run_stage(const Stage& s, int64_t T, const float* w, const float* a, float* b) {
+template <int L, int NV, Layout LAYOUT>
+void run_stage(const Stage& s, int64_t T, const float* w, const float* a, float* b, float* panel = nullptr) {
   for (int i = 0; i < s.outer; ++i)
-    register_tiles<L, NV, UNIT>(s, T, T, w + s.w_outer[i], a + s.a_outer[i] * T, b + s.b_outer[i] * T);
+    register_tiles<L, NV, LAYOUT>(s, T, T, w + s.w_outer[i], a + s.a_outer[i] * T, b + s.b_outer[i] * T, panel);
 }
 
 template <int L, int NV> void run_stage(const Stage& s, int64_t T, const float* w, const float* a, float* b) {
-  if (s.unit) run_stage<L, NV, true>(s, T, w, a, b);
-  else run_stage<L, NV, false>(s, T, w, a, b);
+  if (s.unit) run_stage<L, NV, UNIT>(s, T, w, a, b);
+  else run_stage<L, NV, TABLES>(s, T, w, a, b);
+}
+
+// Runs a stage on the transposed blocks of its factor. Where their rows are neighbours, several vectors of tokens share a
+// panel of them: in a large factor its columns are pages apart. Memory for a panel: ROWS entries for each column.
+template <int L, int NV>
+void run_transposed(const Stage& s, bool accumulates, int64_t T, const float* w, const float* a, float* b, float* panel) {
+  const Stage turned = s.transposed(accumulates);
+  if (s.unit && T >= 2 * L * NV) run_stage<L, NV, PANEL>(turned, T, w, a, b, panel);
+  else run_stage<L, NV, TABLES>(turned, T, w, a, b);
 }
 
 // Transposes tokens of `features` entries each into a tile (rows, T). Rows beyond the features, and columns beyond the
@@ -142,17 +160,18 @@ void run_tile(const Program& p, const Factors<float>& factors, const S* bias, co
 
 // Backward --------------------------------------------------------------------------------------------------------------
 
-// For MT rows and NV vectors of columns of one outer index: dw += sum over tokens of g[b_row(j)] a. Here a is stored as
-// (T, stride), so that vectors run over columns and the gradient of a row is broadcast.
+// For MT rows and NV vectors of columns of one outer index: dw += sum over tokens of g[b_row(j)] a. Here a is stored by
+// tokens, so that vectors run over columns and the gradient of a row is broadcast.
 template <int L, int NV, int MT>
-inline void gradient_tile(const Stage& s, int64_t T, int64_t tokens, const float* a, int64_t stride, const float* g,
-                          float* dw, int j, int q) {
+inline void gradient_tile(const Stage& s, int64_t T, int64_t tokens, const float* a, const float* g, float* dw, int j, int q) {
   const float* row[MT];
   for (int p = 0; p < MT; ++p) row[p] = g + s.b_row[j + p] * T;
+  for (int p = 0; p < MT; ++p)  // rows of a large factor are pages apart
+    for (int u = 0; s.unit && u < NV; ++u) __builtin_prefetch(dw + s.w_row[j + p] + q + u * L, 1);
   Vector<L> sum[MT][NV] = {};
   for (int64_t t = 0; t < tokens; ++t) {
     Vector<L> value[NV];
-    for (int u = 0; u < NV; ++u) value[u] = load<L>(a + t * stride + u * L);
+    for (int u = 0; u < NV; ++u) value[u] = load<L>(a + (t * NV + u) * L);
     for (int p = 0; p < MT; ++p) {
       const float gradient = row[p][t];
       for (int u = 0; u < NV; ++u) sum[p][u] += gradient * value[u];
@@ -174,41 +193,46 @@ inline void gradient_tile(const Stage& s, int64_t T, int64_t tokens, const float
 }
 
 template <int L, int NV, int MT = 8>
-inline void gradient_tiles(const Stage& s, int64_t T, int64_t tokens, const float* a, int64_t stride, const float* g,
-                           float* dw, int q, int j = 0) {
-  for (; j + MT <= s.rows; j += MT) gradient_tile<L, NV, MT>(s, T, tokens, a, stride, g, dw, j, q);
-  if constexpr (MT > 1) gradient_tiles<L, NV, MT / 2>(s, T, tokens, a, stride, g, dw, q, j);
+inline void gradient_tiles(const Stage& s, int64_t T, int64_t tokens, const float* a, const float* g, float* dw, int q, int j = 0) {
+  for (; j + MT <= s.rows; j += MT) gradient_tile<L, NV, MT>(s, T, tokens, a, g, dw, j, q);
+  if constexpr (MT > 1) gradient_tiles<L, NV, MT / 2>(s, T, tokens, a, g, dw, q, j);
+}
+
+// Does this for NV vectors of columns, from column q on, and all rows. Memory: NV vectors for each of T tokens.
+template <int L, int NV>
+void gradient_strip(const Stage& s, int64_t T, int64_t tokens, const float* a, const float* g, float* strip, float* dw, int q) {
+  for (int u = 0; u < NV; ++u)
+    for (int64_t t = 0; t < tokens; t += L) {
+      Vector<L> part[L];
+      for (int p = 0; p < L; ++p) {
+        const int column = q + u * L + p;
+        part[p] = column < s.columns ? load<L>(a + s.a_column[column] * T + t) : Vector<L>{};
+      }
+      transpose<L>(part);
+      for (int p = 0; p < L; ++p) store<L>(strip + ((t + p) * NV + u) * L, part[p]);
+    }
+  gradient_tiles<L, NV>(s, T, tokens, strip, g, dw, q);
 }
 
 // dw[w_outer(i) + w_row(j) + w_column(q)] += sum over tokens of g[b_outer(i) + b_row(j)] a[a_outer(i) + a_column(q)].
 template <int L>
-void factor_gradient(const Stage& s, int64_t T, int64_t tokens, const float* a, const float* g, float* transposed, float* dw) {
-  const int64_t stride = (s.columns + L - 1) / L * L;
+void factor_gradient(const Stage& s, int64_t T, int64_t tokens, const float* a, const float* g, float* strip, float* dw) {
   for (int i = 0; i < s.outer; ++i) {
-    const float* from = a + s.a_outer[i] * T;
-    for (int q = 0; q < stride; q += L)
-      for (int64_t t = 0; t < tokens; t += L) {
-        Vector<L> part[L];
-        for (int p = 0; p < L; ++p) part[p] = q + p < s.columns ? load<L>(from + s.a_column[q + p] * T + t) : Vector<L>{};
-        transpose<L>(part);
-        for (int p = 0; p < L; ++p) store<L>(transposed + (t + p) * stride + q, part[p]);
-      }
-    const auto tiles = [&](auto vectors, int q) {
-      gradient_tiles<L, vectors()>(s, T, tokens, transposed + q, stride, g + s.b_outer[i] * T, dw + s.w_outer[i], q);
-    };
+    const float *from = a + s.a_outer[i] * T, *gradient = g + s.b_outer[i] * T;
+    float* to = dw + s.w_outer[i];
     int q = 0;
-    for (; q + 3 * L <= stride; q += 3 * L) tiles(std::integral_constant<int, 3>(), q);
-    for (; q + 2 * L <= stride; q += 2 * L) tiles(std::integral_constant<int, 2>(), q);
-    if (q < stride) tiles(std::integral_constant<int, 1>(), q);
+    for (; s.columns - q > 2 * L; q += 3 * L) gradient_strip<L, 3>(s, T, tokens, from, gradient, strip, to, q);
+    if (s.columns - q > L) gradient_strip<L, 2>(s, T, tokens, from, gradient, strip, to, q);
+    else if (s.columns > q) gradient_strip<L, 1>(s, T, tokens, from, gradient, strip, to, q);
   }
 }
 
 // Picks the vector's length: half of it suffices for few columns, and every length divides the tile.
 template <int L>
-void any_factor_gradient(const Stage& s, int64_t T, int64_t tokens, const float* a, const float* g, float* transposed, float* dw) {
+void any_factor_gradient(const Stage& s, int64_t T, int64_t tokens, const float* a, const float* g, float* strip, float* dw) {
   if constexpr (L > 4)
-    if (s.columns <= L / 2) return any_factor_gradient<L / 2>(s, T, tokens, a, g, transposed, dw);
-  factor_gradient<L>(s, T, tokens, a, g, transposed, dw);
+    if (s.columns <= L / 2) return any_factor_gradient<L / 2>(s, T, tokens, a, g, strip, dw);
+  factor_gradient<L>(s, T, tokens, a, g, strip, dw);
 }
 
 // Adds the gradients of one tile: recomputes and keeps all activations, then runs the stages in reverse.
@@ -216,10 +240,10 @@ template <int L, int NV, class S>
 void run_tile_backward(const Program& p, const Factors<float>& factors, const S* x, const S* dy, S* dx,
                        const std::vector<float*>& gradients, int64_t tokens, int T) {
   const int64_t in = int64_t(p.in_rows()) * T, out = int64_t(p.out_rows()) * T, inner = int64_t(p.rows()) * T;
-  const int64_t square = (p.widest() + L) * int64_t(T);
-  Scratch memory = scratch(2 * in + out + kept_rows(p) * T + 2 * inner + square, 6 + p.stages());
+  const int64_t strips = (p.widest() + 3 * L) * int64_t(T);  // columns of a stage by tokens, or of a transposed factor by rows
+  Scratch memory = scratch(2 * in + out + kept_rows(p) * T + 2 * inner + strips, 6 + p.stages());
   float *input = memory.take(in), *d_input = memory.take(in), *d_output = memory.take(out);
-  float *ping = memory.take(inner), *pong = memory.take(inner), *transposed = memory.take(square);
+  float *ping = memory.take(inner), *pong = memory.take(inner), *strip = memory.take(strips);
   std::vector<float*> outputs(p.stages());
   read_tile<L>(x, tokens, p.in_features(), p.in_rows(), p.inputs(), T, input);
   read_tile<L>(dy, tokens, p.out_features(), p.out_rows(), p.outputs(), T, d_output);
@@ -235,13 +259,13 @@ void run_tile_backward(const Program& p, const Factors<float>& factors, const S*
     const Stage s = p.stage(k);
     if (s.target == 1) gradient = d_output;
     if (gradients[s.factor])
-      any_factor_gradient<L>(s, T, tokens, s.source == 0 ? input : outputs[k - 1], gradient, transposed, gradients[s.factor]);
+      any_factor_gradient<L>(s, T, tokens, s.source == 0 ? input : outputs[k - 1], gradient, strip, gradients[s.factor]);
     if (s.source == 0) {
-      if (dx) run_stage<L, NV>(s.transposed(written), T, factors[s.factor], gradient, d_input);
+      if (dx) run_transposed<L, NV>(s, written, T, factors[s.factor], gradient, d_input, strip);
       written = true;
     } else {
       float* to = gradient == ping ? pong : ping;
-      run_stage<L, NV>(s.transposed(false), T, factors[s.factor], gradient, to);
+      run_transposed<L, NV>(s, false, T, factors[s.factor], gradient, to, strip);
       gradient = to;
     }
   }
