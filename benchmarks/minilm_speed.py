@@ -48,7 +48,8 @@ COLUMNS = {
 }
 NOTES = f"""\
 *speed*: sentences per second / those of the dense model, in turn in one process, the median of the rounds' ratios, and
-their quartiles; above 1 is faster. *layers*: compressed of 36; the others were measured to be slower and stay dense.
+their quartiles; above 1 is faster. *layers*: compressed of 36; the others stay dense, as they were measured to be
+slower or, in a saved model, as its allocation left them.
 *kernel*: the native kernel, or `off` ({SWITCH}=off): plain torch. *kept*: parameters of the 36 weights."""
 
 
