@@ -50,16 +50,14 @@ def headline() -> str:
     """Return the four rows of the README: quality from ladder_minilm, speed from minilm_speed."""
     ours = (row for row in stored("ladder_minilm") if (row["calibrated"], row["seed"]) == ("docstrings", 0))
     quality = {row["stage"]: row for row in ours if row["ratio"] in (1, RATIO)}
-    speed = [row for row in stored("minilm_speed") if (row["cell_threads"], row["batch"]) == (2, 32)]
+    timed = (row for row in stored("minilm_speed") if (row["cell_threads"], row["batch"]) == (2, 32))
+    speeds = {None: 1.0, **{row["structure"]: row["speed"] for row in timed}}
     weights = max(row["parameters_linears"] for row in stored("minilm_compression"))
     lines = ["| | encoder weights | STS-B dev | cosine to dense | speed |", "| --- | ---: | ---: | ---: | ---: |"]
     for title, (stage, structure) in HEADLINE.items():
         row = quality[stage]
         size = weights * row["kept"] / 1e6
-        times = [
-            1.0 if structure is None else cell["speed"] for cell in speed if structure in (None, cell["structure"])
-        ]
-        cells = (f"{size:.1f} M", f"{row['task']:.3f}", f"{row['docstrings']:.3f}", f"{times[0]:.2f}")
+        cells = (f"{size:.1f} M", f"{row['task']:.3f}", f"{row['docstrings']:.3f}", f"{speeds[structure]:.2f}")
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
