@@ -11,11 +11,18 @@ from typing import Any
 
 # Machines: the fields of `planner.Machine` ---------------------------------------------------------------------------
 
-# One AVX-512 core. `structlin.measure_machine` replaces this record by one of the user's machine.
+# One AVX-512 core (AMD EPYC). `structlin.measure_machine` replaces such a record by one of the user's machine.
 CPU: dict[str, Any] = {
     "name": "cpu, 1 thread", "flops": 96e9, "bandwidth": 60e9, "op": 3e-6, "half_flops": 205e9, "half_op": 12e-6,
     "far_bandwidth": 22e9, "cache": 24 << 20, "core_cache": 512 << 10, "copy_bandwidth": 7e9,
     "transpose_bandwidth": 17e9,
+}  # fmt: skip
+
+# One core with AMX (Intel Xeon), where MKL and bfloat16 are at home: what `measure_machine` found, rounded.
+CPU_AMX: dict[str, Any] = CPU | {
+    "name": "cpu with AMX, 1 thread", "flops": 155e9, "bandwidth": 18e9, "half_flops": 1050e9, "half_op": 2.5e-6,
+    "far_bandwidth": 22e9, "copy_bandwidth": 8e9, "transpose_bandwidth": 8.5e9, "native": 1.03, "native_few": 0.75,
+    "per_row": 20.0,
 }  # fmt: skip
 
 # From the data sheet of NVIDIA (TF32 off), nothing of it measured here; the cost of an operation is an estimate.
@@ -43,7 +50,7 @@ HALF_ROWS, HALF_COLUMNS, HALF_STACK = 3, 16, 1.15
 # Slowdown of thin products against their FLOPs, fitted to products timed with torch 2.13 and MKL.
 TINY, TINY_STACK = 400, 44.0  # a stack of products with fewer multiplications each goes through a scalar loop
 VECTOR_STACK = 32.0  # a stack of products with a single column each goes through a slow kernel
-ROWS, PER_ROW, FEW_ROWS = 8, 4.4, 2.0  # from 8 rows on, 4.4 / rows are lost; below, the rate is a third
+ROWS, PER_ROW, FEW_ROWS = 8, 4.4, 2.0  # from 8 rows on, PER_ROW / rows are lost; below, the rate is a third
 PER_SUM = 2.5  # 2.5 / length of the sum are lost
 COLUMNS, PER_COLUMN, MOST_COLUMN = 16, 4.5, 1.0  # from 16 columns on, 4.5 / columns are lost, at most as much again
 NARROW, NARROW_EXTRA = 32, 0.28  # below 16 columns a product costs as much as one with 32, and a little more
@@ -63,10 +70,19 @@ SHARED_RUN = 8  # shared outer indices from which on vectors along them pay
 LANES = 16  # floats of a vector
 NEAR, FAR = 1 << 14, 4  # entries that are gathered quickly; of more, each takes 4 times as long
 
+# A backward pass of the native kernel (kernels/chain.py); fitted to 330 steps of 9 structures on an Intel core
+
+BACKWARD_ROWS = 16  # tokens are padded to whole vectors
+BACKWARD_FLOPS = 4.2  # FLOPs that take as long / those forward: the activations again, two gradients, their sums
+BACKWARD_MOVED = 10.0  # bytes that take as long / those of input and output
+BACKWARD_FACTORS = 4.6  # bytes that take as long / those of the factors: transposed, and their gradients
+BACKWARD_SECONDS = 46e-6  # s: the nodes of autograd
+
 # Choosing how a layer runs (execution.py) ----------------------------------------------------------------------------
 
 PLAN_SLOWER = 1.15  # time of a plan with bias and fresh memory / of its products and copies; 1 in two-byte dtypes
-PLAN_SECONDS = 6e-6  # s: the Python around a plan
+PLAN_SECONDS = 8e-6  # s: the Python around each product of a plan
+GRAPH_SECONDS = 100e-6  # s: the same in training, with nodes of autograd and two products more
 DENSE_SECONDS = 2e-6  # s: the Python around a product with a dense matrix
 DENSE_GAIN = 0.9  # a dense matrix is kept where its predicted time is below this share of every other way's
 HOPELESS = 20  # a way whose predicted time is so many times the least is not worth timing: predictions are no worse

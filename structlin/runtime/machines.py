@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from structlin.runtime.cache import cache_folder, read, write
-from structlin.runtime.planner import CPU, H200, Machine
+from structlin.runtime.planner import CPU, CPU_AMX, H200, Machine
 
 LEAST, MOST = 1e-30, 1e30  # of a rate; predictions beyond would overflow
 
@@ -36,7 +36,9 @@ def remember(device: torch.device, machine: Machine) -> None:
 
 def shipped(device: torch.device) -> Machine:
     """Return the shipped record, used until the device is measured."""
-    return H200 if device.type == "cuda" else CPU
+    if device.type == "cuda":
+        return H200
+    return CPU_AMX if "amx_bf16" in processor().split() else CPU
 
 
 def machine_of(device: torch.device) -> Machine:

@@ -17,6 +17,7 @@ from structlin.runtime.machines import name_of, remember, shipped
 from structlin.runtime.planner import CPU, Machine
 
 TOKENS = 256  # enough for the native kernel to work in tiles
+ROWS = 32  # of a thin product
 SLOW = 1e10  # FLOP/s; a large bfloat16 product takes seconds on CPUs without units for it
 
 
@@ -25,7 +26,8 @@ def measure_machine(device: torch.device | str = "cpu") -> Machine:
 
     The native kernel is measured too, if it is built. A layer plans with the record for every number of rows that it
     has not run yet; later processes read it from the cache (see `structlin.kernels.build`). Without a record, layers
-    use the shipped ones: `planner.CPU`, measured on one AVX-512 core, and `planner.H200`, from its data sheet.
+    use the shipped ones: `planner.CPU` and `planner.CPU_AMX`, measured on one core each, and `planner.H200`, from its
+    data sheet.
 
     Args:
         device: a CPU or CUDA device.
@@ -57,7 +59,7 @@ def _measured(device: torch.device, machine: Machine) -> Machine:
     stack = ones(128, 32, 32)
     op = seconds(lambda: torch.mm(small, small))  # too small to take time beyond the call
     half = small.bfloat16()
-    return replace(
+    found = replace(
         machine,
         flops=rate(torch.float32),
         half_flops=half_flops,
@@ -69,6 +71,11 @@ def _measured(device: torch.device, machine: Machine) -> Machine:
         copy_bandwidth=8 * stack.numel() / seconds(lambda: stack.permute(2, 1, 0).contiguous()),
         transpose_bandwidth=8 * stack.numel() / seconds(stack.flatten(0, 1).T.contiguous),
     )
+    if device.type == "cpu":  # with thin products
+        weight, few = ones(512, 512), ones(ROWS, 512)
+        slower = seconds(lambda: torch.mm(few, weight.T)) * found.flops / (2 * ROWS * weight.numel())
+        found = replace(found, per_row=max(1.0, ROWS * (slower - 1)))
+    return found
 
 
 def _native(tokens: int) -> float:

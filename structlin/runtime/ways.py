@@ -19,6 +19,7 @@ from structlin.runtime import contract, planner
 from structlin.runtime.costs import (
     DENSE_GAIN,
     DENSE_SECONDS,
+    GRAPH_SECONDS,
     HOPELESS,
     PATTERN_FLOPS,
     PATTERN_SECONDS,
@@ -217,12 +218,14 @@ def ways(spec: Spec, key: Key, orders: Sequence[Order] = ("auto",)) -> list[Way]
     rows = min(key.rows, MOST_ROWS)
     scale = key.rows / rows
     writing = WRITING * spec.written  # of tied factors, in each call
+    around = GRAPH_SECONDS / 3 if key.mode == TRAINING else PLAN_SECONDS
     found: list[Way] = []
     extra: tuple[Order, ...] = () if key.mode == FROZEN or "materialise" in orders else ("materialise",)
     for order in (*orders, *extra):
         folded = key.mode == FROZEN
         plan = planner.find_plan(spec, rows, itemsize=itemsize, machine=machine, order=order, folded=folded)
-        seconds = _seconds(spec, plan, key) * (PLAN_SLOWER if itemsize >= 4 else 1.0) + PLAN_SECONDS
+        seconds = _seconds(spec, plan, key) * (PLAN_SLOWER if itemsize >= 4 else 1.0)
+        seconds += around * sum(len(part.counted) for part in plan.parts)
         gains = order not in extra or scale * seconds < DENSE_GAIN * min(way.seconds for way in found)
         if gains and not (folded and plan.materialises):  # that is the dense matrix, kept
             found.append(_planned(spec, plan, scale * seconds + (0.0 if folded else writing), key))
@@ -236,7 +239,9 @@ def ways(spec: Spec, key: Key, orders: Sequence[Order] = ("auto",)) -> list[Way]
         found.append(Direct(spec, scale * ((rows * of_row + once) / PATTERN_FLOPS + PATTERN_SECONDS)))
     if key.native:
         chain = chain_of(spec)
-        seconds = chain.seconds(rows, itemsize=itemsize, machine=machine)
+        training = key.mode == TRAINING
+        predict = chain.step_seconds if training else chain.seconds
+        seconds = predict(rows, itemsize=itemsize, machine=machine) / (3 if training else 1)
         found.append(Kernel(chain, scale * seconds + writing))
     if launches.chosen(key.device, key.dtype) and not spec.tied and launches.countable(spec, key.rows):
         found.append(Launches(spec, scale * launches.seconds(spec, rows, itemsize, machine)))

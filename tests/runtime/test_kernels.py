@@ -489,9 +489,12 @@ def test_predictions_follow_the_machine():
     slower = replace(planner.CPU, native=2.0, native_few=3.0)
     assert chain.seconds(64, machine=slower) == 2 * chain.seconds(64, machine=planner.CPU)
     assert chain.seconds(1, machine=slower) == 3 * chain.seconds(1, machine=planner.CPU)
+    assert chain.step_seconds(64, machine=slower) == pytest.approx(2 * chain.step_seconds(64, machine=planner.CPU))
+    assert chain.step_seconds(9, machine=slower) > 0.8 * chain.step_seconds(16, machine=slower)  # whole vectors
     options = build(LowRank(rank=8), 512, 512).options(64)
-    (predicted,) = {option.seconds for option in options if option.way == "native kernel"}
-    assert predicted == chain.seconds(64, machine=found)
+    predicted = {option.mode: option.seconds for option in options if option.way == "native kernel"}
+    assert predicted["eval"] == predicted["frozen"] == chain.seconds(64, machine=found)
+    assert predicted["training"] == chain.step_seconds(64, machine=found) / 3
 
 
 def test_a_machine_is_measured_in_float32_whatever_is_the_default(monkeypatch):

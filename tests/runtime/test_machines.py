@@ -18,7 +18,8 @@ from structlin.layers.linear import build
 from structlin.runtime import machines
 from structlin.runtime.kernels import chain_of, operators
 from structlin.runtime.machines import machine_of, remember
-from structlin.runtime.planner import CPU, Machine, find_plan, search
+from structlin.runtime.planner import CPU, CPU_AMX, Machine, find_plan, search
+from structlin.runtime.ways import Key, predicted, ways
 from structlin.structures import Kaleidoscope, Kronecker, LowRank, Sum
 
 FILES = sorted(Path(structlin.__file__).parent.rglob("*.py"))
@@ -213,3 +214,12 @@ def test_a_record_that_cannot_be_reached_is_as_none(tmp_path, monkeypatch):
         assert machine_of(HERE) is CPU
         with pytest.raises(OSError, match=r"too long|exists|Not a directory|no home"):
             remember(HERE, CPU)
+
+
+def test_a_processor_with_amx_is_planned_for_by_its_own_record(monkeypatch):
+    monkeypatch.setattr(machines, "processor", lambda: "x86_64\nflags : fma avx512f amx_bf16")
+    machines._machine.cache_clear()
+    assert machine_of(HERE) is CPU_AMX
+    for spec, fastest in ((LowRank(rank=512).spec(2048, 2048), "autograd"), (layer().spec, "native kernel")):
+        found = ways(spec, Key(512, torch.float32, HERE, native=True, mode="training"))
+        assert predicted(found).name == fastest  # torch's large products are faster there than the kernel's

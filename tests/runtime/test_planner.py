@@ -242,7 +242,7 @@ def test_plans_of_a_sum_add_up():
     (8, 1, 64, 64, 2, 4), (64, 1, 4, 64, 40, 50), (0, 1, 1, 1, 1, 1),
 ])  # fmt: skip
 def test_thin_products_are_slow(batch, rows, summed, columns, low, high):
-    assert low <= thinness(batch, rows, summed, columns) <= high
+    assert low <= thinness(batch, rows, summed, columns, CPU.per_row) <= high
 
 
 def test_a_machine_predicts():

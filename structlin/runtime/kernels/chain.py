@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from structlin.equation.spec import Spec
-from structlin.runtime import planner
+from structlin.runtime import costs, planner
 from structlin.runtime.contract import expanded
-from structlin.runtime.costs import NATIVE_ROWS
 from structlin.runtime.eager import constant, plain, suits, unobserved
 from structlin.runtime.kernels import native
 from structlin.runtime.kernels.layouts import cost
@@ -39,7 +38,7 @@ class Chain:
         """Predict the time of a forward pass in s; inf where the program's offsets do not reach into a factor."""
         if max(map(math.prod, self.spec.untied.shapes)) > torch.iinfo(torch.int32).max:
             return math.inf
-        if tokens <= NATIVE_ROWS:
+        if tokens <= costs.NATIVE_ROWS:
             # Each token takes the longer of its arithmetic and one pass over the factors.
             rates = planner.NATIVE_FEW
             read = itemsize * self.spec.num_parameters / rates.bandwidth
@@ -50,6 +49,16 @@ class Chain:
         flops = tokens * cost(self.spec, few=False).flops
         rates = planner.NATIVE
         return machine.native * (flops / rates.flops + moved / rates.bandwidth + rates.op)
+
+    def step_seconds(self, tokens: int, *, itemsize: int = 4, machine: Machine) -> float:
+        """Predict the time of a forward pass and a backward pass, which recomputes activations, in s."""
+        rates = planner.NATIVE
+        padded = -(-tokens // costs.BACKWARD_ROWS) * costs.BACKWARD_ROWS
+        flops = costs.BACKWARD_FLOPS * padded * cost(self.spec, few=False).flops
+        moved = costs.BACKWARD_MOVED * padded * (self.spec.in_features + self.spec.out_features)
+        moved += costs.BACKWARD_FACTORS * self.spec.num_parameters
+        backward = flops / rates.flops + 4 * moved / rates.bandwidth + costs.BACKWARD_SECONDS
+        return self.seconds(tokens, itemsize=itemsize, machine=machine) + machine.native * backward
 
     def __call__(self, x: Tensor, factors: Sequence[Tensor], bias: Tensor | None) -> Tensor:
         """Compute x W^T + bias for x of shape (..., in_features); the tensors must pass `suits`."""

@@ -25,6 +25,7 @@ class Machine:
     transpose_bandwidth: float | None = None  # of copies that transpose a matrix; None: `copy_bandwidth`
     native: float = 1.0  # time of the native kernel for tiles of tokens / time predicted by its own record
     native_few: float = 1.0  # the same ratio for a few tokens
+    per_row: float = costs.PER_ROW  # of n rows, a product loses the time of per_row more: `thinness`
     tile: int = 0  # rows and columns of a product are rounded up to multiples; 0: a CPU, where `thinness` applies
 
     def product(self, batch: int, rows: int, summed: int, columns: int, itemsize: int) -> float:
@@ -41,7 +42,8 @@ class Machine:
             if half:
                 moved *= 4 / itemsize  # the conversion makes two-byte entries as slow as float32
                 rows, columns = _at_least(batch, rows, columns)
-            slower = thinness(batch, rows, summed, columns) * (costs.HALF_STACK if half and batch > 1 else 1)
+            slower = thinness(batch, rows, summed, columns, self.per_row)
+            slower *= costs.HALF_STACK if half and batch > 1 else 1
         flops = 2.0 * batch * rows * summed * columns
         rate = self.half_flops or self.flops if half else self.flops * 4 / itemsize
         return max(flops * slower / rate, moved / self._bandwidth(nbytes)) + self.op + half * self.half_op
@@ -76,7 +78,7 @@ def _at_least(batch: int, rows: int, columns: int) -> tuple[int, int]:
     return max(rows, costs.HALF_ROWS), max(columns, costs.HALF_COLUMNS)
 
 
-def thinness(batch: int, rows: int, summed: int, columns: int) -> float:
+def thinness(batch: int, rows: int, summed: int, columns: int, per_row: float) -> float:
     """Return the slowdown of a thin matrix product on a CPU: its time / the time that its FLOPs suggest.
 
     Stacks of tiny products and of matrix-vector products fall to slow loops. Few rows, short sums and few columns run
@@ -88,13 +90,14 @@ def thinness(batch: int, rows: int, summed: int, columns: int) -> float:
         return costs.TINY_STACK
     if batch > 1 and columns == 1:
         return costs.VECTOR_STACK
-    thin = 1 + (costs.PER_ROW / rows if rows >= costs.ROWS else costs.FEW_ROWS) + costs.PER_SUM / summed
+    thin = 1 + (per_row / rows if rows >= costs.ROWS else costs.FEW_ROWS) + costs.PER_SUM / summed
     if columns >= costs.COLUMNS or (batch == columns == 1):
         return thin + min(costs.PER_COLUMN / columns, costs.MOST_COLUMN)
     return (thin + costs.NARROW_EXTRA) * costs.NARROW / columns
 
 
 CPU = Machine(**costs.CPU)
+CPU_AMX = Machine(**costs.CPU_AMX)
 H200 = Machine(**costs.H200)
 NATIVE = Machine(**costs.NATIVE)
 NATIVE_FEW = Machine(**costs.NATIVE_FEW)
