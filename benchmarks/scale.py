@@ -49,7 +49,7 @@ COLUMNS = {
     "model": ("model", ""), "parameters": ("parameters", ","), "calibration": ("calibration", ""),
     "seconds": ("seconds", ".0f"), "seconds/block, second": ("second_block", ".1f"),
     "last": ("last_block", ".1f"), "peak MiB": ("peak", ".0f"), "bar MiB": ("bar", ".0f"), "kills": ("kills", ""),
-    "same bytes": ("same", ""), "command": ("command", ""),
+    "same bytes": ("same", ""), "threads": ("threads", ""), "commit": ("commit", ""), "command": ("command", ""),
 }  # fmt: skip
 
 
