@@ -135,7 +135,7 @@ class Refinement:
             self._plan = planner.find_plan(self._rest, rows.shape[0], machine=machine, itemsize=rows.element_size())
             if kernels.available() and unobserved() and plain(self._work) and suits((rows, *self._work)):
                 chain = chain_of(self._rest)
-                faster = chain.seconds(rows.shape[0], machine=machine) < self._plan.seconds
+                faster = chain.step_seconds(rows.shape[0], machine=machine) < self._plan.training
                 self._chain = chain if faster else None
         self._basis: Tensor | None = None
         if self._low is not None:
