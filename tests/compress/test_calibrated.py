@@ -14,7 +14,7 @@ from torch import nn
 import structlin
 from structlin import Statistics, collect_statistics, compress_model, plan_compression
 from structlin.compress import fit_layers, workers
-from structlin.compress.allocate import Share, allocate
+from structlin.compress.allocate import LEFT, Share, _Curve, allocate
 from structlin.compress.config import AUTO, Choice
 from structlin.compress.data import Data
 from structlin.compress.evaluate import Evaluator
@@ -27,6 +27,7 @@ from structlin.compress.report import Report
 from structlin.compress.sequential import shifted
 from structlin.compress.targets import find_targets
 from structlin.fitting.fit import fit
+from structlin.fitting.objective import make_objective
 from structlin.structures import Blast, Kaleidoscope, LowRank, Sum
 
 # Independent fits to the inputs of the dense model.
@@ -328,6 +329,27 @@ def test_no_division_is_taken_that_moves_the_outputs_more(mlp):
 
     assert allocate(shares, data, moved) == {"0": 0.5, "2": 0.5, "4": 0.5}
     assert ranks == [{"0", "2", "4"}] * 5  # without a loss only slopes are tried
+
+
+@pytest.mark.parametrize("given", [0.8, 0.5])
+@pytest.mark.parametrize("low_rank", [False, True])
+def test_stand_ins_leave_the_share_of_the_error_that_the_division_expects(mlp, given, low_rank):
+    data = observed(mlp, batches(10))
+    for target in find_targets(mlp):
+        curve = _Curve.of(Share(target, given, low_rank), data)
+        grams = data.grams(target.name)
+        objective, scale = make_objective(target.linear.weight, *grams)
+        for ratio in (0.3, 0.7, 0.9):
+            (answer,) = set(curve.answers(ratio).values())
+            left = objective.relative_error(answer.weight.detach().double() / scale)
+            assert left**2 == pytest.approx(LEFT**2 * curve.error(ratio), rel=1e-3, abs=1e-9)
+            rank = max(1, int(ratio * target.linear.weight.numel() / sum(target.linear.weight.shape)))
+            best = fit(target.linear.weight, LowRank(rank), gram=grams[0], output_gram=grams[1])
+            least = best.minimised**2
+            expected = least if low_rank else 0.85 * (1 - ratio) * least if given > 0.7 else least**1.5
+            assert curve.error(ratio) == pytest.approx(expected, rel=1e-3, abs=1e-9)
+        assert curve.error(1.0) == 0.0
+        assert not curve.answers(1.0)
 
 
 def test_loss_gradients_weigh_the_layers(mlp):
