@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from structlin.compress.data import Data
 from structlin.compress.processes import shared, spread
 from structlin.compress.targets import Target
-from structlin.compress.units import MOST
 from structlin.fitting.objective import Objective, make_objective
 
 # How far the model's outputs move when modules answer in place of others (old -> new).
@@ -22,9 +21,9 @@ SLOPES = (-0.4, -0.2, 0.2, 0.4)  # of the ratio over depth: relative change from
 # Structures leave this times (1 - ratio) of the squared output error that low rank of the same size leaves: "auto" .07
 # to .12 at .9, .19 to .23 at .75, .40 to .50 at .5 in five layers of MiniLM ...
 GAIN = 0.85
-# ... but models whose layers get so little that hidden units go are the better for layers whose low rank falls quickly
-# being given less: as if the error fell like that of low rank to this power (benchmarks/results/allocation.md) ...
-EXPONENT = 1.5
+# ... but where ratios are low enough for hidden units to go (`units.MOST`), models are the better for layers whose low
+# rank falls quickly being given less: as if errors fell like that to a power (benchmarks/results/allocation.md) ...
+WHOLE, EXPONENT = 0.7, 1.5
 # ... and refinement leaves about this share of it: with all of it, models at .5 and below are so far off that what the
 # outputs do in a trial says nothing about the refined model.
 LEFT = 0.25
@@ -37,12 +36,10 @@ class Share:
     Args:
         target: the layer.
         ratio: that it gets when all get the same.
-        low_rank: whether it becomes one of low rank.
     """
 
     target: Target
     ratio: float
-    low_rank: bool = False
 
     @property
     def name(self) -> str:
@@ -200,9 +197,7 @@ class _Curve:
 
     def _gain(self, ratio: float) -> float:
         """Return the squared error that the structure is expected to leave / that of low rank of the same size."""
-        if self.share.low_rank:
-            return 1.0
-        if self.share.ratio > MOST:
+        if self.share.ratio > WHOLE:
             return GAIN * (1 - ratio)
         return float(self.tails[self._rank(ratio)].item() ** (EXPONENT - 1))
 

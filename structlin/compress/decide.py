@@ -12,7 +12,7 @@ from structlin.compress.targets import Target
 from structlin.equation.structure import Structure
 from structlin.fitting.fit import check_weight
 from structlin.layers.conv import PatchLinear
-from structlin.structures import LowRank, of_kernel, over_kernel
+from structlin.structures import of_kernel, over_kernel
 
 Choices = Mapping[str, Wanted]  # by name
 
@@ -25,7 +25,7 @@ def shares_of(targets: Sequence[Target], choices: Choices) -> list[Share]:
     Stacks of experts and tables keep the ratio that they are given.
     """
     return [
-        Share(t, c.ratio, low_rank=c.structure is LowRank)
+        Share(t, c.ratio)
         for t in targets
         if isinstance(c := choices[t.name], Choice) and c.ratio is not None and not t.stacked and not t.on_request
     ]

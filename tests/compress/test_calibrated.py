@@ -13,8 +13,8 @@ from torch import nn
 
 import structlin
 from structlin import Statistics, collect_statistics, compress_model, plan_compression
-from structlin.compress import fit_layers, workers
-from structlin.compress.allocate import LEFT, Share, _Curve, allocate
+from structlin.compress import fit_layers, units, workers
+from structlin.compress.allocate import LEFT, WHOLE, Share, _Curve, allocate
 from structlin.compress.config import AUTO, Choice
 from structlin.compress.data import Data
 from structlin.compress.evaluate import Evaluator
@@ -332,11 +332,10 @@ def test_no_division_is_taken_that_moves_the_outputs_more(mlp):
 
 
 @pytest.mark.parametrize("given", [0.8, 0.5])
-@pytest.mark.parametrize("low_rank", [False, True])
-def test_stand_ins_leave_the_share_of_the_error_that_the_division_expects(mlp, given, low_rank):
+def test_stand_ins_leave_the_share_of_the_error_that_the_division_expects(mlp, given):
     data = observed(mlp, batches(10))
     for target in find_targets(mlp):
-        curve = _Curve.of(Share(target, given, low_rank), data)
+        curve = _Curve.of(Share(target, given), data)
         grams = data.grams(target.name)
         objective, scale = make_objective(target.linear.weight, *grams)
         for ratio in (0.3, 0.7, 0.9):
@@ -346,10 +345,11 @@ def test_stand_ins_leave_the_share_of_the_error_that_the_division_expects(mlp, g
             rank = max(1, int(ratio * target.linear.weight.numel() / sum(target.linear.weight.shape)))
             best = fit(target.linear.weight, LowRank(rank), gram=grams[0], output_gram=grams[1])
             least = best.minimised**2
-            expected = least if low_rank else 0.85 * (1 - ratio) * least if given > 0.7 else least**1.5
+            expected = 0.85 * (1 - ratio) * least if given > units.MOST else least**1.5
             assert curve.error(ratio) == pytest.approx(expected, rel=1e-3, abs=1e-9)
         assert curve.error(1.0) == 0.0
         assert not curve.answers(1.0)
+    assert units.MOST == WHOLE
 
 
 def test_loss_gradients_weigh_the_layers(mlp):
