@@ -87,7 +87,10 @@ def compress_stream(
             "blocks=['layers.*'], say, or compress the model in memory"
         )
     check_apart(model, chains)
-    pieces, covered = split(targets, chains), Coverage.of(model, targets, set())
+    pieces = split(targets, chains)
+    if not data.batches:  # nothing runs: what lies outside of the chains is opened when these are done
+        pieces.sort(key=lambda piece: piece[0] is None)
+    covered = Coverage.of(model, targets, set())
     sizes = {target.name: target.linear.weight.element_size() for target in targets}
     few = scarce(data.batches, targets)
     if journal.records:
@@ -97,7 +100,7 @@ def compress_stream(
     with torch.inference_mode(False), torch.no_grad(), without_cache(model), bar as advance:
         advance(sum(len(found["rows"]) for found in journal.records))
         work = _Work(model, config, data, read, journal, chains, choices, few, device, dtype, advance)
-        if REST not in work.done:
+        if REST not in work.done and data.batches:
             work.look()
         journal.begin()
         shards = 0
@@ -144,8 +147,6 @@ class _Work:
         """Open what lies outside of the chains, and run the model once to see how its blocks are called."""
         fill(self._outer_slots(), self.read)
         self.outer = Patched(self.model, openings(self._targets()))
-        if not self.data.batches:
-            return
         firsts = [slot for chain in self.chains for slot in slots_in(*chain[0])]
         fill(firsts, self.read)
         for chain in self.chains:
@@ -192,6 +193,7 @@ class _Work:
 
     def outside(self, members: Sequence[Target]) -> None:
         """Fit layers outside of the chains."""
+        fill(self._outer_slots(), self.read)
         passes: tuple[Pass, ...] = ()
         fresh = self._targets(members)
         self.outer.opened = {**self.outer.opened, **openings(fresh)}
@@ -202,6 +204,7 @@ class _Work:
 
     def rest(self, shard: str) -> nn.Module:
         """Store everything outside of the chains, and return the model."""
+        fill(self._outer_slots(), self.read)
         found = [outcome.target for outcome in self.outcomes]
         self.model = swap_modules(self.model, assemble(self.outer.swaps, found))
         table = table_of(self.model)
