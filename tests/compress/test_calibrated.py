@@ -331,6 +331,22 @@ def test_no_division_is_taken_that_moves_the_outputs_more(mlp):
     assert ranks == [{"0", "2", "4"}] * 5  # without a loss only slopes are tried
 
 
+@pytest.mark.parametrize("given, trials", [(0.8, 9), (0.5, 7)])
+def test_early_or_late_errors_count_more_at_large_ratios(mlp, given, trials):
+    data = batches(10)
+    data = replace(observed(mlp, data), statistics=collect_statistics(mlp, data, loss=sampled_loss))
+    shares = [Share(target, given) for target in find_targets(mlp) if target.name in ("0", "2", "4")]
+    tried = []
+
+    def taken(number):
+        tried.clear()
+        return allocate(shares, data, lambda answers: tried.append(answers) or float(len(tried) != number))
+
+    *_, early, late = [taken(number) for number in range(1, trials + 1)]
+    assert len(tried) == trials
+    assert (early["0"] > late["0"] and early["4"] < late["4"]) == (given > WHOLE)
+
+
 @pytest.mark.parametrize("given", [0.8, 0.5])
 def test_stand_ins_leave_the_share_of_the_error_that_the_division_expects(mlp, given):
     data = observed(mlp, batches(10))
