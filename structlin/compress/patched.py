@@ -101,13 +101,30 @@ def distance(found: Tensor, wanted: Tensor, kind: str, each: Pass) -> Tensor:
 
 
 def model_runs(model: nn.Module, batches: Sequence[Any], forward: Forward | None) -> list[Run]:
-    """Return a call of the model for each batch."""
+    """Return a call of the model for each batch.
+
+    It gives what `forward` makes of the batch, or the model's own output where that has more entries: all hidden states
+    of a text say more of the model than the embedding that they are pooled to.
+    """
 
     def go(given: Any) -> Any:
         batch = given if forward else to_device(given, device_of(model))
-        return run(model, copied(batch), forward)
+        seen: list[Any] = []
+        handle = model.register_forward_hook(lambda _, __, output: seen.append(output))
+        try:
+            seen.insert(0, run(model, copied(batch), forward))
+        finally:
+            handle.remove()
+        return max(seen[:2] if len(seen) == 2 else seen[:1], key=_entries)
 
     return [partial(go, batch) for batch in batches]
+
+
+def _entries(output: Any) -> int:
+    try:
+        return pick(output)[1].numel()
+    except TypeError:  # it holds no float tensor
+        return 0
 
 
 def model_passes(

@@ -8,6 +8,7 @@ from test_blocks import FITS, Deep, Reads, batches, distance
 
 from structlin import compress_model
 from structlin.compress import refine as refinement
+from structlin.compress.patched import model_runs
 from structlin.layers.factored import Factored
 
 
@@ -52,6 +53,32 @@ def test_outputs_that_take_much_memory_are_computed_again(monkeypatch):
         monkeypatch.setattr(refinement, "LIMIT", limit)
         found.append(compressed(dense, data)[0])
     for one, two in zip(found[0].parameters(), found[1].parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_it_goes_towards_the_outputs_of_the_model_where_forward_makes_less_of_them():
+    dense, data = Deep(2).eval(), batches(8)
+
+    def pooled(model, batch):
+        return model(batch).sum(-1)
+
+    def longer(model, batch):
+        return torch.cat([model(batch)] * 2, -1)
+
+    def twice(model, batch):
+        return (model(batch) + model(2 * batch)).sum(-1)
+
+    def other(model, batch):
+        return model.inner(batch).sum(-1)
+
+    batch = data[0]
+    with torch.no_grad():
+        for forward, expected in ((pooled, dense(batch)), *((f, f(dense, batch)) for f in (longer, twice, other))):
+            (run,) = model_runs(dense, [batch], forward)
+            assert torch.equal(run(), expected)
+    assert not dense._forward_hooks
+    models = [compressed(dense, data, forward=forward)[0] for forward in (None, pooled)]
+    for one, two in zip(*(model.parameters() for model in models), strict=True):
         assert torch.equal(one, two)
 
 
