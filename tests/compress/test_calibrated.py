@@ -331,7 +331,7 @@ def test_no_division_is_taken_that_moves_the_outputs_more(mlp):
     assert ranks == [{"0", "2", "4"}] * 5  # without a loss only slopes are tried
 
 
-@pytest.mark.parametrize("given, trials", [(0.8, 9), (0.5, 7)])
+@pytest.mark.parametrize(("given", "trials"), [(0.8, 9), (0.5, 7)])
 def test_early_or_late_errors_count_more_at_large_ratios(mlp, given, trials):
     data = batches(10)
     data = replace(observed(mlp, data), statistics=collect_statistics(mlp, data, loss=sampled_loss))
