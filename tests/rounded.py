@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from structlin.equation.unfolding import unfoldings
@@ -12,12 +13,16 @@ from structlin.runtime.quantized import blocks, format_for, pack, spread, unfold
 Rounded = tuple[QuantizedChain, list[Tensor], list[Tensor | None]]
 
 
-def rounded(layer: StructuredLinear, bits: int, group: int = 128) -> Rounded:
-    """Round a layer's learned factors to nearest: the chain that runs them, codes and scales."""
+def rounded(layer: StructuredLinear, bits: int, group: int = 128, outliers: bool = False) -> Rounded:
+    """Round a layer's learned factors to nearest: the chain that runs them, codes and scales.
+
+    With `outliers` the formats are those of rows that have one large entry.
+    """
     forms, codes, scales = [], [], []
     for factor, parameter, unfolding in zip(layer.spec.factors, layer.factors, unfoldings(layer.spec), strict=True):
         value = parameter.detach()
-        forms.append(form := format_for(bits, unfolding, group) if factor.learned else None)
+        large = [torch.eye(unfolding.rows, unfolding.columns)] * outliers
+        forms.append(form := format_for(bits, unfolding, group, large) if factor.learned else None)
         if form is None:
             codes.append(value)
             scales.append(None)

@@ -28,7 +28,7 @@ from structlin.layers.factored import Factored
 from structlin.layers.linear import build
 from structlin.layers.quantized import QuantizedFactor
 from structlin.runtime.contract import to_dense
-from structlin.runtime.quantized import Format, format_for
+from structlin.runtime.quantized import Format, format_for, unfold
 from structlin.structures import Dense, Sum
 
 BITS = {"int8": 8, "int4": 4}
@@ -51,9 +51,10 @@ def quantize_(
 ) -> Quantization:
     """Store the factors of every structured layer as integers with scales, in place; all layers or none.
 
-    int8 has a scale for each row of a factor, int4 one for each `group` entries of a row; entry = code * scale, with
-    codes from -127 to 127, or -7 to 7. Factors are balanced over their bonds first, and rounded one after the other so
-    that each makes up for the errors of those before it (`fitting.rounding.round_factors`).
+    int8 has a scale for each row of a factor, int4 one for each `group` entries of a row, and int8 too where one entry
+    is far larger than the others of its row; entry = code * scale, with codes from -127 to 127, or -7 to 7. Factors are
+    balanced over their bonds first, and rounded one after the other so that each makes up for the errors of those
+    before it (`fitting.rounding.round_factors`).
     The layers stay `StructuredLinear`s, and `structlin.to_dense_` merges them. Their factors are frozen: in training
     the bias learns, adapters do, and scales where `structlin.train_scales_` makes them parameters.
     Layers that are quantised already stay as they are.
@@ -61,7 +62,7 @@ def quantize_(
     Args:
         model: any module with structured layers, on any device but meta.
         to: "int8" or "int4".
-        group: entries of a row that share an int4 scale, a whole number from 2.
+        group: entries of a row that share a scale, a whole number from 2.
         statistics: of the layers' inputs, as `collect_statistics` gives them for this model, or for the dense one where
             no hidden units were removed; without them all inputs count alike.
         dense: also quantise the linear maps that stayed dense, but the output layer, as the structure `Dense`. A
@@ -210,10 +211,11 @@ class _Job:
         if reason is not None:
             return QuantizedLayer(names[0], show(module.structure), reason, before, before)
         assert bits is not None
-        forms = _forms(module.spec, bits, self.group)
+        matrices = module._matrices()
+        forms = _forms(module.spec, bits, self.group, matrices)
         roundings = [
             round_factors(module.spec, factors, forms, gram)
-            for factors, gram in zip(module._matrices(), self._grams(names, module.stack), strict=True)
+            for factors, gram in zip(matrices, self._grams(names, module.stack), strict=True)
         ]
         found[module] = self.rounded.setdefault(module.weight_id, _held(module.spec, roundings, bool(module.stack)))
         after = sum(factor.nbytes for factor in found[module].values())
@@ -223,9 +225,10 @@ class _Job:
         """Build the quantised layer that takes the place of a dense one, whose bias `replacements` gives it."""
         linear = target.linear
         weights = [weight.detach() for weight in target.matrices]
+        forms = _forms(Dense().spec(linear.in_features, linear.out_features), bits, self.group, [[w] for w in weights])
         grams = self._grams(target.names, (len(weights),) if target.stacked else ())
         found = [
-            _dense(weight, bits, self.group, self.dense, gram) for weight, gram in zip(weights, grams, strict=True)
+            _dense(weight, forms, self.group, self.dense, gram) for weight, gram in zip(weights, grams, strict=True)
         ]
         structure = found[0][0]
         sizes = linear.in_features, linear.out_features, linear.bias is not None
@@ -267,18 +270,18 @@ def _stays(module: Factored, bits: int | None) -> str | None:
 
 
 def _dense(
-    weight: Tensor, bits: int, group: int, extra: bool | Structure, gram: InputGram | None
+    weight: Tensor, forms: Sequence[Format | None], group: int, extra: bool | Structure, gram: InputGram | None
 ) -> tuple[Structure, Rounding]:
     """Round a dense weight, and the structure that is added to it, fitted to what rounding lost."""
     spec = Dense().spec(weight.shape[1], weight.shape[0])
     if not bool(weight.isfinite().all()):
         raise ValueError("its weight holds NaN or infinite values")
-    base = round_factors(spec, [weight], _forms(spec, bits, group), gram)
+    base = round_factors(spec, [weight], forms, gram)
     if isinstance(extra, bool):
         return Dense(), base
     lost = weight - _restored(spec, base)
     found = fit(lost, extra, gram=gram)
-    added = round_factors(found.spec, found.factors, _forms(found.spec, CORRECTION, group), gram)
+    added = round_factors(found.spec, found.factors, _forms(found.spec, CORRECTION, group, ()), gram)
     rest = lost - _restored(found.spec, added)
     rows = torch.eye(weight.shape[1]) if gram is None else gram.root
     rows = rows.to(device=weight.device, dtype=torch.float32)
@@ -286,10 +289,11 @@ def _dense(
     return Sum((Dense(), found.structure)), Rounding(base.factors + added.factors, error, base.compensated)
 
 
-def _forms(spec: Spec, bits: int, group: int) -> list[Format | None]:
+def _forms(spec: Spec, bits: int, group: int, matrices: Sequence[Sequence[Tensor]]) -> list[Format | None]:
+    """Choose the format of each factor, one for all matrices of a stack."""
     return [
-        format_for(bits, unfolding, group) if factor.learned else None
-        for factor, unfolding in zip(spec.factors, unfoldings(spec), strict=True)
+        format_for(bits, u, group, [unfold(factors[k], u) for factors in matrices]) if factor.learned else None
+        for k, (factor, u) in enumerate(zip(spec.factors, unfoldings(spec), strict=True))
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from structlin.equation.unfolding import Unfolding
 
 BITS = (8, 4)
 LEAST = 64  # entries that share a scale at least, by sharing it over rows: a scale takes 2 to 4 bytes
+OUTLIERS = 2.2  # times the error of groups: int8 rows that leave more have groups, too; long normal ones leave 2.0
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,16 @@ class Format:
         return f"int{self.bits}"
 
 
-def format_for(bits: int, unfolding: Unfolding, group: int) -> Format:
+def format_for(bits: int, unfolding: Unfolding, group: int, matrices: Sequence[Tensor] = ()) -> Format:
     """Choose a format: int8 has a scale for each row, int4 for each group of a row; short rows share one.
 
+    int8 has groups too where one entry, far larger than the others of its row, would cost these their digits.
+
+    Args:
+        bits: 8 or 4.
+        unfolding: of the factor.
+        group: entries of a row that share a scale.
+        matrices: values of the factor, (rows, columns), that will have this format.
     Example:
         >>> from structlin.equation.spec import Spec, equation
         >>> from structlin.equation.unfolding import unfoldings
@@ -61,9 +70,19 @@ def format_for(bits: int, unfolding: Unfolding, group: int) -> Format:
         >>> format_for(8, right, 128), format_for(4, right, 128), format_for(4, left, 128)
         (Format(bits=8, columns=512, rows=1), Format(bits=4, columns=128, rows=1), Format(bits=4, columns=16, rows=4))
     """
-    columns = unfolding.columns if bits == 8 else min(group, unfolding.columns)
-    entries = LEAST if bits == 8 else min(group, LEAST)
-    return Format(bits, columns, min(max(entries // columns, 1), unfolding.rows))
+    grouped = min(group, unfolding.columns)
+    fine = Format(bits, grouped, min(max(min(group, LEAST) // grouped, 1), unfolding.rows))
+    if bits != 8:
+        return fine
+    coarse = Format(bits, unfolding.columns, min(max(LEAST // unfolding.columns, 1), unfolding.rows))
+    errors = [sum(_rounding_error(matrix, form) for matrix in matrices) for form in (fine, coarse)]
+    return fine if errors[1] > OUTLIERS * errors[0] else coarse
+
+
+def _rounding_error(matrix: Tensor, form: Format) -> float:
+    """Return 12 * most^2 times the squared error that rounding is expected to leave: each step is a largest entry."""
+    found = blocks(matrix, form)
+    return float(found.abs().amax(-1).double().square().sum()) * found.shape[-1]
 
 
 def unfold(factor: Tensor, unfolding: Unfolding) -> Tensor:

@@ -122,6 +122,40 @@ def test_a_correction_makes_up_for_what_rounding_lost(structure):
     assert distance(model[0].to_dense(), weight) == pytest.approx(both.error, rel=1e-2)
 
 
+def test_int8_rows_have_groups_where_one_entry_is_far_larger_than_the_others():
+    torch.manual_seed(0)
+    plain, grouped = (structlin.LowRankLinear(512, 64, rank=16) for _ in range(2))
+    with torch.no_grad():
+        grouped.right[:, 3] *= 100
+    for layer, columns in ((plain, 512), (grouped, 128)):
+        (row,) = structlin.quantize_(nn.Sequential(layer), "int8").layers
+        assert {name: (form.bits, form.columns) for name, form in layer.formats.items()} == {
+            "left": (8, 16), "right": (8, columns)
+        }  # fmt: skip
+    assert row.bytes_after < 1.03 * (64 * 16 + 16 * 512 + 4 * (16 + 16))
+    x = torch.randn(5, 512)
+    x[:, 3] = 0  # what the large entries meet hides no error
+    errors = []
+    for group in (32, 512):
+        layer = structlin.LowRankLinear(512, 64, rank=16)
+        layer.load_state_dict({"left": torch.eye(64)[:, :16], "right": torch.randn(16, 512), "bias": torch.zeros(64)})
+        with torch.no_grad():
+            layer.right[:, 3] = 100
+        wanted = layer(x)
+        structlin.quantize_(nn.Sequential(layer), "int8", group=group)
+        errors.append(((layer(x) - wanted).norm() / wanted.norm()).item())
+    assert errors[0] < 0.5 * errors[1]
+
+
+def test_experts_share_a_format():
+    torch.manual_seed(0)
+    layer = StructuredExpertLinear(3, 512, 64, structure=LowRank(16))
+    with torch.no_grad():
+        layer.right[1, :, 3] *= 100  # of one
+    structlin.quantize_(nn.Sequential(layer), "int8")
+    assert layer.formats["right"].columns == 128
+
+
 def test_statistics_weigh_the_errors_and_the_root_may_be_dense():
     torch.manual_seed(0)
     linear = nn.Linear(64, 32)

@@ -153,7 +153,7 @@ def wrong(
 def wrong_integers(layer: StructuredLinear, x: Tensor, numbers: random.Random) -> str:
     """Run the layer with factors rounded to integers; say what is wrong."""
     bits, group = numbers.choice([8, 4]), numbers.choice([5, 32, 128])
-    chain, codes, scales = rounded(copy.deepcopy(layer).float(), bits, group)
+    chain, codes, scales = rounded(copy.deepcopy(layer).float(), bits, group, numbers.random() < 0.5)
     bias = None if layer.bias is None else layer.bias.detach()
     with torch.no_grad():
         y = chain(x, codes, scales, bias).double()

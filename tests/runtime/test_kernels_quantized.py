@@ -19,7 +19,7 @@ from structlin.testing import assert_close
 
 SIZES = [(16, 20), (33, 48), (64, 64), (17, 5), (1, 7), (96, 130)]
 TIED = {"circulant", "toeplitz", "diagonal", "sparse"}  # are not quantised
-FORMS = [(8, 128), (4, 128), (4, 32), (4, 5)]  # bits, group
+FORMS = [(8, 128, False), (8, 32, True), (8, 5, True), (4, 128, False), (4, 32, False), (4, 5, False)]
 # Activations are rounded to 16 bits once per factor: by at most max |a| / 65024, here up to 2e-5 of their norm.
 TOLERANCE = 2e-4
 
@@ -47,13 +47,13 @@ def agrees(chain, codes, scales, bias, x, what="", tolerance=TOLERANCE):
 # Results -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("bits", "group"), FORMS)
+@pytest.mark.parametrize(("bits", "group", "outliers"), FORMS)
 @pytest.mark.parametrize("name", sorted(CASES.keys() - TIED))
-def test_forward(name, bits, group):
+def test_forward(name, bits, group, outliers):
     for in_features, out_features in SIZES:
         for structure in CASES[name].at(in_features, out_features):
             layer = build(structure, in_features, out_features)
-            chain, codes, scales = rounded(layer, bits, group)
+            chain, codes, scales = rounded(layer, bits, group, outliers)
             for tokens in (0, 1, 3, 4, 9, 33, 130):
                 agrees(chain, codes, scales, layer.bias.detach(), torch.randn(tokens, in_features), str(layer))
 
