@@ -55,9 +55,10 @@ COLUMNS = {
 NOTES = """\
 *KiB, linears*: the linear weights but the output layer, as stored, with scales; biases and embeddings are not counted.
 Scales and unquantised factors are bf16; all models compute in float32. int8 has a scale a row, int4 (and int8 rows
-with one large entry) one for {group} entries. *loss*: {loss}. *loss added*: by the integers, relative to the loss of the same compression in bf16. Low rank:
-whitened SVD{refined}. *all stages*: the defaults, from ladder.py. `int4 + LowRank`: the dense weights in int4, what
-rounding lost fitted by a structure in int8. *s*: to compress (or to read the compressed model), or to quantise.
+with one large entry) one for {group} entries. *loss*: {loss}. *loss added*: by the integers, relative to the loss of
+the same compression in bf16. Low rank: whitened SVD{refined}. *all stages*: the defaults, from ladder.py.
+`int4 + LowRank`: the dense weights in int4, what rounding lost fitted by a structure in int8. *s*: to compress (or to
+read the compressed model), or to quantise.
 
 {verdict}"""
 
