@@ -51,10 +51,10 @@ def quantize_(
 ) -> Quantization:
     """Store the factors of every structured layer as integers with scales, in place; all layers or none.
 
-    int8 has a scale for each row of a factor, int4 one for each `group` entries of a row, and int8 too where one entry
-    is far larger than the others of its row; entry = code * scale, with codes from -127 to 127, or -7 to 7. Factors are
-    balanced over their bonds first, and rounded one after the other so that each makes up for the errors of those
-    before it (`fitting.rounding.round_factors`).
+    int8 has a scale for each row of a factor, int4 one for each `group` entries of a row, and int8 too (or a quarter of
+    them) where one entry is far larger than the others of its row; entry = code * scale, with codes from -127 to 127,
+    or -7 to 7. Factors are balanced over their bonds first, and rounded one after the other so that each makes up for
+    the errors of those before it (`fitting.rounding.round_factors`).
     The layers stay `StructuredLinear`s, and `structlin.to_dense_` merges them. Their factors are frozen: in training
     the bias learns, adapters do, and scales where `structlin.train_scales_` makes them parameters.
     Layers that are quantised already stay as they are.

@@ -13,7 +13,9 @@ from structlin.equation.unfolding import Unfolding
 
 BITS = (8, 4)
 LEAST = 64  # entries that share a scale at least, by sharing it over rows: a scale takes 2 to 4 bytes
-OUTLIERS = 2.2  # times the error of groups: int8 rows that leave more have groups, too; long normal ones leave 2.0
+# int8 rows that leave more than OUTLIERS times the squared error of groups have groups too, and these FINER parts, of at
+# least FINEST entries. Long rows of normal entries leave 2.0.
+OUTLIERS, FINER, FINEST = 2.2, 4, 16
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Format:
 def format_for(bits: int, unfolding: Unfolding, group: int, matrices: Sequence[Tensor] = ()) -> Format:
     """Choose a format: int8 has a scale for each row, int4 for each group of a row; short rows share one.
 
-    int8 has groups too where one entry, far larger than the others of its row, would cost these their digits.
+    int8 has groups too, of `group` or a quarter of it, where one entry, far larger than the others of its row, would
+    cost these their digits.
 
     Args:
         bits: 8 or 4.
@@ -70,13 +73,21 @@ def format_for(bits: int, unfolding: Unfolding, group: int, matrices: Sequence[T
         >>> format_for(8, right, 128), format_for(4, right, 128), format_for(4, left, 128)
         (Format(bits=8, columns=512, rows=1), Format(bits=4, columns=128, rows=1), Format(bits=4, columns=16, rows=4))
     """
-    grouped = min(group, unfolding.columns)
-    fine = Format(bits, grouped, min(max(min(group, LEAST) // grouped, 1), unfolding.rows))
     if bits != 8:
-        return fine
-    coarse = Format(bits, unfolding.columns, min(max(LEAST // unfolding.columns, 1), unfolding.rows))
-    errors = [sum(_rounding_error(matrix, form) for matrix in matrices) for form in (fine, coarse)]
-    return fine if errors[1] > OUTLIERS * errors[0] else coarse
+        return _format(bits, unfolding, group, min(group, LEAST))
+    found = _format(bits, unfolding, unfolding.columns, LEAST)
+    for columns in (group, max(group // FINER, min(group, FINEST))):
+        fine = _format(bits, unfolding, columns, min(columns, LEAST))
+        coarse, finer = (sum(_rounding_error(matrix, form) for matrix in matrices) for form in (found, fine))
+        if coarse <= OUTLIERS * finer:
+            break
+        found = fine
+    return found
+
+
+def _format(bits: int, unfolding: Unfolding, columns: int, entries: int) -> Format:
+    columns = min(columns, unfolding.columns)
+    return Format(bits, columns, min(max(entries // columns, 1), unfolding.rows))
 
 
 def _rounding_error(matrix: Tensor, form: Format) -> float:

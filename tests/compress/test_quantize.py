@@ -127,16 +127,16 @@ def test_int8_rows_have_groups_where_one_entry_is_far_larger_than_the_others():
     plain, grouped = (structlin.LowRankLinear(512, 64, rank=16) for _ in range(2))
     with torch.no_grad():
         grouped.right[:, 3] *= 100
-    for layer, columns in ((plain, 512), (grouped, 128)):
+    for layer, columns in ((plain, 512), (grouped, 32)):
         (row,) = structlin.quantize_(nn.Sequential(layer), "int8").layers
         assert {name: (form.bits, form.columns) for name, form in layer.formats.items()} == {
             "left": (8, 16), "right": (8, columns)
         }  # fmt: skip
-    assert row.bytes_after < 1.03 * (64 * 16 + 16 * 512 + 4 * (16 + 16))
+    assert row.bytes_after < 1.13 * (64 * 16 + 16 * 512)
     x = torch.randn(5, 512)
     x[:, 3] = 0  # what the large entries meet hides no error
     errors = []
-    for group in (32, 512):
+    for group in (64, 512):
         layer = structlin.LowRankLinear(512, 64, rank=16)
         layer.load_state_dict({"left": torch.eye(64)[:, :16], "right": torch.randn(16, 512), "bias": torch.zeros(64)})
         with torch.no_grad():
@@ -153,7 +153,7 @@ def test_experts_share_a_format():
     with torch.no_grad():
         layer.right[1, :, 3] *= 100  # of one
     structlin.quantize_(nn.Sequential(layer), "int8")
-    assert layer.formats["right"].columns == 128
+    assert layer.formats["right"].columns == 32
 
 
 def test_statistics_weigh_the_errors_and_the_root_may_be_dense():
