@@ -13,8 +13,8 @@ from structlin.equation.unfolding import Unfolding
 
 BITS = (8, 4)
 LEAST = 64  # entries that share a scale at least, by sharing it over rows: a scale takes 2 to 4 bytes
-# int8 rows that leave more than OUTLIERS times the squared error of groups have groups too, and these FINER parts, of at
-# least FINEST entries. Long rows of normal entries leave 2.0.
+# int8 rows that leave more than OUTLIERS times the squared error of groups have groups too, and these FINER parts, of
+# FINEST entries or more. Long rows of normal entries leave 2.0.
 OUTLIERS, FINER, FINEST = 2.2, 4, 16
 
 
