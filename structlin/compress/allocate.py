@@ -22,8 +22,8 @@ SLOPES = (-0.4, -0.2, 0.2, 0.4)  # of the ratio over depth: relative change from
 # The same for the logarithm of what a layer's error counts: the metric of the loss knows only small errors. Only above
 # WHOLE: below it, stand-ins take a tilt for better that leaves refined models worse (stories260k at .5 and .25).
 TILTS = (-0.5, 0.5)
-# Structures leave this times (1 - ratio) of the squared output error that low rank of the same size leaves: "auto" .07
-# to .12 at .9, .19 to .23 at .75, .40 to .50 at .5 in five layers of MiniLM ...
+# Structures leave this times (1 - ratio) of the squared output error that low rank of the same size leaves: "auto" .08
+# to .12 at .9, .16 to .23 at .75, .29 to .54 at .5 in five layers of MiniLM (benchmarks/results/gains_minilm.md) ...
 GAIN = 0.85
 # ... but where ratios are low enough for hidden units to go (`units.MOST`), models are the better for layers whose low
 # rank falls quickly being given less: as if errors fell like that to a power (benchmarks/results/allocation.md) ...
