@@ -96,9 +96,8 @@ def allocate(shares: Sequence[Share], data: Data, distance: Distance) -> dict[st
 def _divisions(
     shares: Sequence[Share], curves: Mapping[str, _Curve], data: Data, given: Mapping[str, float]
 ) -> Iterator[dict[str, float]]:
-    depth = {
-        share.name: 2 * k / (len(shares) - 1) - 1 for k, share in enumerate(shares)
-    }  # -1 at the start, 1 at the end
+    # -1 at the start, 1 at the end
+    depth = {share.name: 2 * k / (len(shares) - 1) - 1 for k, share in enumerate(shares)}
     yield dict(given)
     for slope in SLOPES:
         yield _scaled(shares, {name: ratio * (1 + slope * depth[name]) for name, ratio in given.items()})
