@@ -89,7 +89,9 @@ CASES = {
         small=(TensorTrain(rank=(2, 3, 2), cores=4),),
     ),
     "butterfly": Case(fixed=(Butterfly(), Butterfly(radix=2), Butterfly(radix=8))),
-    "kmatrix": Case(fixed=(Kaleidoscope(), Kaleidoscope(width=2, expansion=2), Kaleidoscope(radix=2))),
+    "kmatrix": Case(
+        fixed=(Kaleidoscope(), Kaleidoscope(width=2, expansion=2), Kaleidoscope(radix=2), Kaleidoscope(width=1.5))
+    ),
     "monarch": Case(
         (lambda k: Monarch(blocks=1, rank=k), lambda k: Monarch(blocks=2**k // 2)),
         small=(Monarch(blocks=4, rank=2),),

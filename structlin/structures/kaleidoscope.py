@@ -28,8 +28,9 @@ class Kaleidoscope(DigitStructure):
     """K-matrices (B B*)^w_e with merged stages: digits are mapped in the order 1 .. k .. 1 .. k .. 1.
 
     B*'s last stage and B's first map the same digit, so they merge into one, as do neighbours across the powers: width
-    w over two digits has 2 w + 1 stages. The inner size of a digit is the larger of input and output. `expansion`
-    multiplies that of the first digit, which gives the paper's S E S^T without the rows and columns that S drops.
+    w over two digits has 2 w + 1 stages. A half width is one more butterfly, on the larger side: the stages of the
+    adjoint are the adjoint stages. The inner size of a digit is the larger of input and output. `expansion` multiplies
+    that of the first digit, which gives the paper's S E S^T without the rows and columns that S drops.
 
     There is no closed form: refinement starts from the butterfly projection with identity stages before it.
     """
@@ -38,22 +39,30 @@ class Kaleidoscope(DigitStructure):
     aliases: ClassVar[tuple[str, ...]] = ("kaleidoscope",)
     refine_steps: ClassVar[int] = 500
     repeats: ClassVar[tuple[str, ...]] = ("width",)
-    width: int = 1
+    width: float = 1  # in steps of a half
     expansion: int = 1
     radix: int | None = None
     in_modes: Digits | None = None
     out_modes: Digits | None = None
 
     def resolve(self, in_features: int, out_features: int, weight: Tensor | None = None) -> Self:
-        if self.width < 1 or self.expansion < 1:
-            raise ValueError(f"width={self.width}, expansion={self.expansion}; both are whole numbers from 1")
+        if not self.width >= 1 or 2 * self.width % 1 or self.expansion < 1:
+            text = f"width={self.width}, expansion={self.expansion}; both are whole numbers from 1, a width may add .5"
+            raise ValueError(text)
+        width = self.width if self.width % 1 else int(self.width)
         in_modes, out_modes = both_modes(in_features, out_features, self.radix, self.in_modes, self.out_modes)
-        return type(self)(self.width, self.expansion, self.radix, in_modes, out_modes)
+        return type(self)(width, self.expansion, self.radix, in_modes, out_modes)
 
     def stages(self) -> list[int]:
         """Return the digit that each stage maps, in order of application."""
         last = len(self.digits()[0]) - 1
-        return [0] + [*range(1, last + 1), *range(last - 1, -1, -1)] * self.width
+        whole = [0] + [*range(1, last + 1), *range(last - 1, -1, -1)] * int(self.width)
+        half = [*range(1, last + 1)] if self.width % 1 else []
+        return whole + half if self._grows() else half[::-1] + whole
+
+    def _grows(self) -> bool:
+        out_modes, in_modes = self.digits()
+        return math.prod(out_modes) > math.prod(in_modes)
 
     def inner_modes(self) -> Digits:
         """Return the sizes of the digits between the stages."""
@@ -67,7 +76,7 @@ class Kaleidoscope(DigitStructure):
 
     def decompose(self, weight: Tensor) -> list[Tensor]:
         out_modes, in_modes = self.digits()
-        if weight.shape[0] > weight.shape[1]:
+        if self._grows():
             # Widening identities would give the projection zero columns, a saddle point that refinement cannot leave.
             mirror = replace(self, in_modes=out_modes, out_modes=in_modes)
             return [stage.mT for stage in reversed(mirror.decompose(weight.mT))]
@@ -92,11 +101,16 @@ class Kaleidoscope(DigitStructure):
         smallest = min(math.prod(pair.inner_modes()) for pair in pairs)  # no wider inside than needed
         options = []  # (parameters, width, out_modes, in_modes)
         for pair in pairs:
-            sizes = [replace(pair, width=w).spec(in_features, out_features).num_parameters for w in (1, 2)]
-            if sizes[0] <= budget and math.prod(pair.inner_modes()) == smallest:
-                step = sizes[1] - sizes[0]  # parameters of a further power of B B*
-                widest = 1 + (budget - sizes[0]) // step
-                options += [(sizes[0] + (w - 1) * step, w, *pair.digits()) for w in {widest, min(widest, _WIDTH)}]
+            one, half, two = (
+                replace(pair, width=w).spec(in_features, out_features).num_parameters for w in (1, 1.5, 2)
+            )
+            if one <= budget and math.prod(pair.inner_modes()) == smallest:
+                step = two - one  # parameters of a further power of B B*
+                more = (budget - one) // step
+                widest = 1.5 + more if half + more * step <= budget else 1 + more
+                for width in {widest, min(widest, _WIDTH)}:
+                    size = (half if width % 1 else one) + (int(width) - 1) * step
+                    options.append((size, width, *pair.digits()))
         options.sort(reverse=True)
         chosen = []
         for some in ([option for option in options if option[1] <= _WIDTH], options):
@@ -125,11 +139,12 @@ class KaleidoscopeLinear(StructuredLinear):
     n = a b, and twice as many FLOPs per token.
 
     Args:
-        width: the power of B B*.
+        width: the power of B B*, in steps of a half: 1.5 is B* B B* or B B* B.
         expansion: the factor by which the inner size exceeds the outer.
         radix, in_modes, out_modes: as for `ButterflyLinear`.
     Raises:
-        ValueError: if width or expansion is below 1, radix below 2, or modes do not cover the layer.
+        ValueError: if width or expansion is below 1, width no multiple of a half, radix below 2, or modes do not
+            cover the layer.
     Source: Dao et al. 2020, Kaleidoscope: an efficient, learnable representation for all structured linear maps.
         Blocks of any radix and merged stages are ours (a superset with more parameters).
     Example:
@@ -141,7 +156,7 @@ class KaleidoscopeLinear(StructuredLinear):
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, *,
-        width: int = 1, expansion: int = 1, radix: int | None = None, in_modes: Digits | None = None,
+        width: float = 1, expansion: int = 1, radix: int | None = None, in_modes: Digits | None = None,
         out_modes: Digits | None = None,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -345,7 +346,7 @@ def one_stage(blocks, digit, n):
     return dense
 
 
-@pytest.mark.parametrize(("width", "expansion"), [(1, 1), (2, 1), (1, 2), (2, 3)])
+@pytest.mark.parametrize(("width", "expansion"), [(1, 1), (2, 1), (1, 2), (2, 3), (1.5, 2)])
 def test_expansion_is_the_corner_of_a_larger_kmatrix(width, expansion):
     """S E S^T: the layer equals the top left corner of the larger K-matrix, whatever its other blocks hold."""
     n, modes = 12, (3, 4)
@@ -366,7 +367,7 @@ def test_expansion_is_the_corner_of_a_larger_kmatrix(width, expansion):
     torch.testing.assert_close(small.to_dense(), large.to_dense()[:n, :n])
 
 
-@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("width", [1, 1.5, 2, 4])
 def test_stage_counts(width):
     assert len(KaleidoscopeLinear(64, 64, width=width).factors) == 2 * width + 1
     assert len(KaleidoscopeLinear(64, 64, width=width, radix=2).factors) == 10 * width + 1
@@ -381,6 +382,28 @@ def test_kmatrix_start_is_the_butterfly_projection():
     assert start.error == pytest.approx(butterfly.error, rel=1e-5)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(24, 36), (36, 24), (30, 30)])
+def test_half_a_power_adds_a_butterfly_on_the_larger_side(rows, columns):
+    w = weight(rows, columns)
+    half = Kaleidoscope(width=1.5).resolve(columns, rows)
+    assert half.stages() == ([0, 1, 0, 1] if rows > columns else [1, 0, 1, 0])
+    starts = [fit(w, replace(half, width=width), refine=0) for width in (1, 1.5, 2)]
+    assert starts[0].spec.num_parameters < starts[1].spec.num_parameters < starts[2].spec.num_parameters
+    assert starts[1].error == pytest.approx(starts[0].error, rel=1e-5)
+    if rows != columns:
+        assert fit(w.T, Kaleidoscope(width=1.5), refine=0).error == pytest.approx(starts[1].error, rel=1e-5)
+    assert fit(w, half).error < fit(w, replace(half, width=1)).error
+
+
+def test_whole_widths_are_integers():
+    assert repr(Kaleidoscope(width=2.0).resolve(8, 8)) == repr(Kaleidoscope(width=2).resolve(8, 8))
+
+
+def test_budgets_are_filled_by_half_powers():
+    for stages, width in ((3, 1), (4, 1.5), (5, 2), (6, 2.5), (7, 3)):
+        assert [found.width for found in Kaleidoscope.candidates(64, 64, stages * 64 * 8)] == [width]
+
+
 def dense_stage(stage, digit, before, after):
     """Dense matrix of one stage of any radix: block diagonal over all digits but one."""
     matrix = torch.zeros(*after, *before, dtype=stage.dtype)
@@ -390,7 +413,7 @@ def dense_stage(stage, digit, before, after):
     return matrix.reshape(math.prod(after), math.prod(before))
 
 
-@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("width", [1, 1.5, 2, 2.5, 3])
 @pytest.mark.parametrize("expansion", [1, 2])
 @pytest.mark.parametrize("digits", [(4, 4), (2, 2, 2), (3, 5)])
 def test_kmatrix_is_the_product_of_its_dense_stages(digits, expansion, width):

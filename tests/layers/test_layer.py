@@ -514,7 +514,10 @@ NAMED = {
     "in_modes=(2, 4) and out_modes=(8,) differ in length; use as many": lambda: ButterflyLinear(
         8, 8, in_modes=(2, 4), out_modes=(8,)
     ),
-    "width=0, expansion=1; both are whole numbers from 1": lambda: KMatrix(8, 8, width=0),
+    "width=0, expansion=1; both are whole numbers from 1, a width may add .5": lambda: KMatrix(8, 8, width=0),
+    "width=1.3, expansion=1": lambda: KMatrix(8, 8, width=1.3),
+    "width=nan, expansion=1": lambda: KMatrix(8, 8, width=float("nan")),
+    "width=inf, expansion=1": lambda: KMatrix(8, 8, width=float("inf")),
     "width=1, expansion=-2": lambda: KMatrix(8, 8, expansion=-2),
     "blocks=9 is outside 1..8 for a 10 x 8 matrix; use fewer blocks": lambda: MonarchLinear(8, 10, blocks=9),
     "blocks=0 is outside 1..8": lambda: MonarchLinear(8, 10, blocks=0),
@@ -546,7 +549,7 @@ def test_values_out_of_range(message):
         (TTLinear, "rank"),
         (TTLinear, "in_modes"),
         (KroneckerLinear, "terms"),
-        (KMatrix, "width"),
+        (KMatrix, "expansion"),
     ],
 )
 def test_hyperparameters_of_the_wrong_kind(cls, field, value):
