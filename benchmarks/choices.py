@@ -2,10 +2,11 @@
 
     python benchmarks/choices.py
     python benchmarks/choices.py --sizes 768x768 --structures lowrank phm --tokens 512
+    python benchmarks/choices.py --dtype bfloat16
 
 Each structure at half of the parameters, in eval and training (forward and backward), one thread. A cell
 runs in the way of least predicted time by the record of this machine: what `measure_machine` stored, else the shipped
-one. Stores results/choices.jsonl and .md, a line per mode and number of tokens.
+one. Stores results/choices.jsonl and .md, or choices_bfloat16 of them, a line per mode and number of tokens.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ dense*: cells beyond 1.1 of it; *fastest way too*: those of them that no way mak
 choose by time; all others by these predictions."""
 
 
-def cell(name: str, size: str, tokens: int, mode: Mode) -> dict[str, Any] | None:
+def cell(name: str, size: str, tokens: int, mode: Mode, dtype: torch.dtype) -> dict[str, Any] | None:
     """Time all ways of a layer; None where the structure has no member of the size."""
     out, inside = map(int, size.split("x"))
     try:
@@ -60,10 +61,11 @@ def cell(name: str, size: str, tokens: int, mode: Mode) -> dict[str, Any] | None
         return None
     spec = structure.spec(inside, out)
     training = mode == "training"
-    factors = [torch.randn(shape).div_(shape[-1] ** 0.5).requires_grad_(training) for shape in spec.shapes]
-    x, bias = torch.randn(tokens, inside, requires_grad=training), torch.zeros(out, requires_grad=training)
-    dense = nn.Linear(inside, out)
-    found = ways(spec, Key(tokens, torch.float32, CPU, native=kernels.available(), mode=mode))
+    factors = [(torch.randn(shape) / shape[-1] ** 0.5).to(dtype).requires_grad_(training) for shape in spec.shapes]
+    x = torch.randn(tokens, inside, dtype=dtype, requires_grad=training)
+    bias = torch.zeros(out, dtype=dtype, requires_grad=training)
+    dense = nn.Linear(inside, out, dtype=dtype)
+    found = ways(spec, Key(tokens, dtype, CPU, native=kernels.available(), mode=mode))
     chosen = predicted(found)
     found = [way for way in found if way.seconds < HOPELESS * chosen.seconds]
 
@@ -74,8 +76,8 @@ def cell(name: str, size: str, tokens: int, mode: Mode) -> dict[str, Any] | None
     def call(way: Way) -> None:
         step(way(x, factors, bias), x, bias, *factors)
 
-    expected = x @ contract.to_dense(spec, factors).mT
-    assert all(relative_error(way(x, factors, bias), expected) < TOLERANCE[torch.float32] for way in found)
+    expected = x.double() @ contract.to_dense(spec, [factor.double() for factor in factors]).mT
+    assert all(relative_error(way(x, factors, bias), expected) < TOLERANCE[dtype] for way in found)
     with torch.set_grad_enabled(training):
         calls = [*(lambda way=way: call(way) for way in found), lambda: step(dense(x), x, *dense.parameters())]
         *times, beside = median_seconds(calls, SECONDS, SAMPLES)
@@ -104,20 +106,26 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--sizes", nargs="+", default=SIZES, help="of layers, OUTxIN")
     parser.add_argument("--structures", nargs="+", default=sorted(families()))
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    dtype, name = getattr(torch, args.dtype), "choices" + ("" if args.dtype == "float32" else f"_{args.dtype}")
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for mode, tokens in itertools.product(MODES, args.tokens):
         say(f"{mode}, {tokens} tokens")
-        made = (cell(*each, tokens, mode) for each in itertools.product(args.structures, args.sizes))
+        made = (cell(*each, tokens, mode, dtype) for each in itertools.product(args.structures, args.sizes))
         groups[mode, tokens] = [row for row in made if row]
-    about = environment(argv) | {"record": machine_of(CPU).name, "native kernel": kernels.available()}
+    about = environment(argv) | {
+        "dtype": args.dtype,
+        "record": machine_of(CPU).name,
+        "native kernel": kernels.available(),
+    }
     rows = [summary(*group, cells) for group, cells in groups.items()]
     args.results.mkdir(parents=True, exist_ok=True)
-    store(args.results, "choices", "Predicted choices", NOTES, about, rows, COLUMNS)
+    store(args.results, name, f"Predicted choices, {args.dtype}", NOTES, about, rows, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+STARTED = time.monotonic()
 
 Columns = Mapping[str, tuple[str, str]]  # title: (key of a row, format)
 
@@ -64,7 +66,11 @@ def store(
     directory: Path, name: str, title: str, notes: str, about: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]], columns: Columns,
 ) -> None:  # fmt: skip
-    """Write name.jsonl (each row with the environment) and name.md into a directory, and print the table."""
+    """Write name.jsonl (each row with the environment) and name.md into a directory, and print the table.
+
+    The environment gets `run_seconds`, the time since the script began.
+    """
+    about = {**about, "run_seconds": round(time.monotonic() - STARTED)}
     directory.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps({**row, **about}) + "\n" for row in rows)
     (directory / f"{name}.jsonl").write_text(lines, encoding="utf-8")
