@@ -25,6 +25,7 @@ from structlin.compress.allocate import GAIN
 from structlin.compress.config import AUTO
 from structlin.compress.data import Data
 from structlin.compress.gradients import sampled_loss
+from structlin.equation.structure import show
 from structlin.fitting.fit import fit
 from structlin.structures import LowRank
 
@@ -69,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
             low, auto = simple.minimised**2, best.minimised**2
             power = torch.tensor(auto).log() / torch.tensor(low).log()
             rows.append({
-                "layer": name, "ratio": ratio, "structure": str(best.structure), "lowrank": low, "auto": auto,
+                "layer": name, "ratio": ratio, "structure": show(best.structure), "lowrank": low, "auto": auto,
                 "gain": auto / low, "law": GAIN * (1 - ratio), "power": power.item(),
                 "seconds": time.perf_counter() - start,
             })  # fmt: skip

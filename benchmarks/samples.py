@@ -134,6 +134,9 @@ class Problem:
         return {**found, "winner": show(winner), "seconds": found["seconds"] + raced}
 
 
+# The tables -------------------------------------------------------------------------------------------------------
+
+
 def samples(layers: Sequence[Layer]) -> Iterator[Row]:
     """Yield the rows of the table `samples`, layer by layer within a row."""
     problems = [Problem(layer, _gram(layer)) for layer in layers]
