@@ -86,7 +86,9 @@ def refine(
     """Train the factors of a part, and the norms and biases of its block, towards the dense part's outputs.
 
     The part runs on the inputs that the compressed layers before it give it. What belongs to the model stays as it is:
-    its new values go to `patched`. Source: the block refinement of AA-SVD, here for every structure.
+    its new values go to `patched`. The weights with the least error on the judging batches are kept; where these are
+    those of the start, the part is trained once more, with smaller steps. Source: the block refinement of AA-SVD, here
+    for every structure.
 
     Args:
         part: with its passes.
