@@ -112,7 +112,9 @@ def by_stages(eq: Equation, x: Tensor, *factors: Tensor) -> Tensor:
     value = value.permute(1, 0, 2) if eq.factors[0].modes[0] == eq.inputs[0] else value.permute(2, 0, 1)
     for factor in factors[:-1]:
         value = torch.bmm(value, factor.transpose(1, 2)).permute(2, 1, 0)  # (batch, n, new) -> (new, n, batch)
-    return torch.bmm(value, factors[-1].transpose(1, 2)).permute(1, 2, 0).reshape(len(x), -1)
+    value = torch.bmm(value, factors[-1].transpose(1, 2))  # (o2, n, o1), or (o1, n, o2)
+    order = (1, 0, 2) if eq.factors[-1].modes[0] == eq.outputs[0] else (1, 2, 0)
+    return value.permute(order).reshape(len(x), -1)
 
 
 def two_bmm(_: Equation, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
