@@ -25,8 +25,9 @@ EPOCHS, ALONE = 3, 10  # passes over the batches and their scrambled copies, or 
 # Peak learning rate, relative to the root mean square entry of a parameter: RATE, but at most RATE * REACH times the
 # relative error at the start. What is nearly right needs small steps.
 RATE, REACH = 0.03, 2.0
-# Factors that nearly cancel fly apart at the rate of others, and the start stays the best: then again at a quarter.
-SLOWER = 4.0
+# Few tokens a step, wide layers, or factors that nearly cancel need smaller steps yet: where the first measurement is
+# APART times the start's error, or the start stays the best, the part starts again at 1 / SLOWER of the rate.
+APART, SLOWER, TRIES = 1.1, 2.0, 5
 # From end to end a step moves all blocks at once, and the rate is far smaller: END_RATE times the error at the start,
 # at most END_RATE. MiniLM at .5 (error .064) gains at .0002 to .0004 and loses at .001, stories260k (.7) gains to .01.
 END_EPOCHS, END_RATE = 6, 6e-3
@@ -65,6 +66,15 @@ class _WideAdam(torch.optim.AdamW):
             torch.mul(wide, scale, out=parameter)
 
 
+class _Race(Run):
+    """A run that ends at its first measurement where that is far above the start: the steps are too large."""
+
+    def _limit(self) -> str | None:
+        first = [row.validation for row in self.history]
+        apart = len(first) == 1 and first[0] is not None and first[0] > APART * self.loss_before
+        return "apart" if apart else super()._limit()
+
+
 def check_refinable(model: nn.Module, config: Compression, batches: Sequence[Any]) -> None:
     """Refuse to refine, where there are batches for it, the blocks of a model that can take no gradients."""
     refined = config.block_epochs != 0 or config.model_epochs
@@ -87,8 +97,8 @@ def refine(
 
     The part runs on the inputs that the compressed layers before it give it. What belongs to the model stays as it is:
     its new values go to `patched`. The weights with the least error on the judging batches are kept; where these are
-    those of the start, the part is trained once more, with smaller steps. Source: the block refinement of AA-SVD, here
-    for every structure.
+    those of the start, or training soon leads away from it, the part starts again with smaller steps. Source: the
+    block refinement of AA-SVD, here for every structure.
 
     Args:
         part: with its passes.
@@ -136,15 +146,17 @@ def refine(
         def trained_at(rate: float) -> HealReport:
             optimizer = _WideAdam(list(trained.values()), rate)
             stream = Stream(learning, epochs, next(iter(trained.values())).device)
-            run = Run(part.module, loss, optimizer, trained, stream, judges, options, epochs * len(learning))
+            run = _Race(part.module, loss, optimizer, trained, stream, judges, options, epochs * len(learning))
             return together(lambda: run.run(lambda *_, **__: None))
 
-        found, seconds = trained_at(rate), 0.0
-        if shared(lambda: not found.best_step):
-            found, seconds = trained_at(rate / SLOWER), found.seconds
+        seconds = 0.0
+        for slower in range(TRIES):
+            found = trained_at(rate / SLOWER**slower)
+            seconds += found.seconds
+            if shared(lambda: found.best_step):  # noqa: B023
+                break
     # Steps follow one another, so that batches cannot be dealt: every rank takes all steps, and rank 0's count.
     follow(list(trained.values()))
-    seconds += found.seconds
     return shared(lambda: [BlockReport(part.name, found.loss_before, found.loss_after, found.steps, seconds)])
 
 

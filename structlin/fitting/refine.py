@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from structlin.equation.spec import Spec
-from structlin.fitting.objective import Objective, inner
+from structlin.fitting.objective import Objective, inner, norm
 from structlin.runtime import kernels, planner
 from structlin.runtime.contract import apply, to_dense
 from structlin.runtime.eager import plain, suits, unobserved
@@ -26,6 +26,9 @@ BETAS = (0.9, 0.95)
 WARM_UP = 20  # steps
 HALVINGS = 12  # of the learning rate, before a diverging refinement ends
 DIVERGED = 1.1  # a relative error of this, or this multiple of the start's, counts as divergence
+# Largest norm of what is outside the low-rank summand, relative to the weight's: beyond, the two cancel more and more,
+# which rounding and training pay for. It is looked at every so many steps.
+LARGEST, EVERY = 2.0, 5
 FLOOR = 1e-7  # relative error that float32 does not improve on
 WINDOW, PLATEAU = 50, 2e-4  # a relative gain below PLATEAU over WINDOW steps ...
 HURRY = 4.0  # ... shortens the rest of the schedule by this factor
@@ -129,6 +132,7 @@ class Refinement:
         self._plan: Plan | None = None
         self._chain: Chain | None = None
         self._gram = objective.gram  # the dense matrix is cheaper than its many rows times the factors
+        self._whole = objective.targets if self._gram is None else objective.weighted(objective.weight.mT)
         rows = objective.inputs
         if rows is not None and others:
             machine = machine_of(rows.device)
@@ -273,3 +277,14 @@ class Refinement:
             group["lr"] = self._schedule.rate * group["base"] * fade
         self._adam.step()
         self._schedule.step(error)
+        if self._basis is not None and self._schedule.taken % EVERY == 0:
+            self._shrink(remainder.detach())
+
+    @torch.no_grad()
+    def _shrink(self, remainder: Tensor) -> None:
+        """Scale the learned factors down where their rows, those of this remainder, are too large."""
+        excess = norm(self._whole - remainder) / (LARGEST * (norm(self._whole) or 1.0))
+        learned = [factor for factor in self._work if factor.requires_grad]
+        if excess > 1:
+            for factor in learned:
+                factor.mul_(excess ** (-1 / len(learned)))

@@ -46,7 +46,8 @@ def test_by_default_it_is_for_blocks_that_were_refined_and_models_that_are_not_l
         assert len(compressed(Deep(2), data)[1].blocks) == count
 
 
-def test_what_gains_nothing_is_refined_again_at_a_lower_rate(monkeypatch):
+def test_what_gains_nothing_starts_again_at_a_lower_rate(monkeypatch):
+    monkeypatch.setattr(refinement, "TRIES", 2)
     monkeypatch.setattr(refinement, "RATE", 30.0)
     monkeypatch.setattr(refinement, "END_RATE", 30.0)
     for slower, gains in ((1.0, False), (3000.0, True)):
@@ -54,6 +55,8 @@ def test_what_gains_nothing_is_refined_again_at_a_lower_rate(monkeypatch):
         report = compressed(Deep(2), batches(40), block_epochs=2, model_epochs=2)[1]
         assert len(report.blocks) == 3
         assert [block.after < block.before for block in report.blocks] == [gains] * 3
+        # Far above the start, the first measurement ends it: after one pass over the batches, not all of them.
+        assert [block.steps for block in report.blocks] == [2 * 36 if gains else 40] * 3
 
 
 def test_outputs_that_take_much_memory_are_computed_again(monkeypatch):

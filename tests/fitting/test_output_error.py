@@ -1,5 +1,6 @@
 """Fits in the norm of Grams: low rank in closed form, everything else by refinement, sums jointly."""
 
+import dataclasses
 import json
 import math
 import re
@@ -10,10 +11,11 @@ import torch
 
 from structlin import SumLinear
 from structlin.equation.structure import from_record, registered, show, to_record
+from structlin.fitting import refine as fit_refine
 from structlin.fitting.budget import within
 from structlin.fitting.fit import PACE, RACE, Run, fit
 from structlin.fitting.objective import InputGram, make_objective
-from structlin.fitting.refine import HALVINGS, HURRY, WARM_UP, WINDOW, Refinement, Schedule, low_rank_summand
+from structlin.fitting.refine import HALVINGS, HURRY, LARGEST, WARM_UP, WINDOW, Refinement, Schedule, low_rank_summand
 from structlin.runtime.contract import to_dense
 from structlin.runtime.planner import flops_per_token
 from structlin.structures import (
@@ -354,6 +356,25 @@ def test_it_stops_at_the_floor_and_hurries_on_a_plateau():
     refinement = Refinement(*start(Kronecker(terms=1, shape=((4, 4), (4, 4))), torch.randn(16, 16)), 1000)
     refinement.advance()
     assert refinement.steps_taken < 500
+
+
+def test_a_low_rank_and_the_rest_do_not_grow_to_cancel(monkeypatch):
+    # Without the bound the K-matrix ends at 4 to 10 times the weight, and the low rank at as much against it.
+    structure = Sum(parts=(LowRank(rank=1), Kaleidoscope())).resolve(16, 16)
+    spec = structure.spec(16, 16)
+    rest = dataclasses.replace(spec, equations=spec.equations[1:])
+    for seed, gram in ((0, None), (2, None), (0, gram_of(16))):
+        torch.manual_seed(seed)
+        weight = torch.randn(16, 16)
+        sizes = []
+        for largest in (math.inf, LARGEST):
+            monkeypatch.setattr(fit_refine, "LARGEST", largest)
+            fitted = fit(weight, structure, gram=gram, refine=400)
+            objective, scale = make_objective(weight, gram)
+            part = to_dense(rest, [factor.double() for factor in fitted.factors[2:]]) / scale
+            sizes.append(objective.error(part) / objective.total)
+        assert sizes[0] > 1.5 * LARGEST
+        assert sizes[1] < 1.2 * LARGEST
 
 
 def test_the_schedule_warms_up_and_decays_to_zero():
