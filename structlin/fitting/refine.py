@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from structlin.equation.spec import Spec
-from structlin.fitting.objective import Objective, inner, norm
+from structlin.fitting.objective import Objective, inner
 from structlin.runtime import kernels, planner
 from structlin.runtime.contract import apply, to_dense
 from structlin.runtime.eager import plain, suits, unobserved
@@ -284,7 +284,7 @@ class Refinement:
     def _shrink(self, remainder: Tensor) -> None:
         """Scale the learned factors down where their rows, those of this remainder, are too large."""
         rows = self._whole - remainder
-        square = norm(rows) ** 2 if self._gram is None else inner(rows, self._gram @ rows)
+        square = inner(rows, rows if self._gram is None else self._gram @ rows)
         excess = math.sqrt(max(square, 0.0)) / (LARGEST * self.objective.total)
         learned = [factor for factor in self._work if factor.requires_grad]
         if excess > 1:
