@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 import transformers
-from ladder import OFF, minilm, parser_of, perplexity, stories
+from ladder import OFF, compare, minilm, parser_of, stories
 from torch import Tensor, nn
 
 import structlin
@@ -255,7 +256,7 @@ class Run:
     def loss(self, model: nn.Module) -> float:
         """Compute the log perplexity, or 1 - the mean cosine to the dense embeddings, on held-back batches."""
         if "forward" not in self.options:
-            return float(torch.tensor(perplexity(model, torch.cat([b["input_ids"] for b in self.held_back]))).log())
+            return math.log(compare(model, self.dense, torch.cat([b["input_ids"] for b in self.held_back]))[0])
         batches = [(list(range(len(batch["input_ids"]))), batch) for batch in self.held_back]
         losses = [1 - (embed(model, [b]) * embed(self.dense, [b])).sum(-1) for b in batches]
         return torch.cat(losses).mean().item()

@@ -4,7 +4,8 @@
     python benchmarks/ladder.py minilm --data stsb
 
 `stories`: a causal language model and tokens of its own kind (train.tok512.npy, valid.tok512.npy), calibrated on the
-first 256 windows of 256 training tokens in batches of 4; perplexity on all validation windows and on other text.
+first 256 windows of 256 training tokens in batches of 4; perplexity, and divergence from the dense model, on all
+validation windows and on other text.
 `minilm`: a sentence encoder, calibrated on 300 docstring sentences in batches of 8, or (--calibrate stsb) on 400 STS-B
 training sentences; cosine to the dense embeddings on 500 other docstring sentences and on the STS-B dev sentences, and
 the rank correlation on STS-B dev. All texts are disjoint. Rows of an earlier run are kept, unless they are run again.
@@ -81,7 +82,8 @@ out: nothing runs but the checks on held-back batches. *without the kernel* is t
 (STRUCTLIN_KERNELS=off), where all other rows have the native kernel. *heal with copies*: on the batches and three
 copies of them with 30 % of the tokens exchanged. *heal on all training text*: on all windows, not the first 256. *heal
 in place of refinement* trains the whole model from end to end, not blocks, for as long as all refinement took in the
-row of all stages. *on*: text of the kind that calibration saw; *off*: other text.
+row of all stages. *on*: text of the kind that calibration saw; *off*: other text. *divergence*: KL(dense || compressed) of the next
+token, in nats; on other text it says more than perplexity, which a damaged model can have lower than the dense one.
 *kept*: parameters / dense parameters of all linear weights but the output layer. Seconds include the checks on
 held-back batches."""
 COLUMNS = {
@@ -91,6 +93,8 @@ COLUMNS = {
     "kept": ("kept", ".3f"),
     "perplexity, on": ("on", ".2f"),
     "perplexity, off": ("off", ".1f"),
+    "divergence, on": ("divergence_on", ".3f"),
+    "divergence, off": ("divergence_off", ".3f"),
     "cosine, docstrings": ("docstrings", ".4f"),
     "cosine, STS-B": ("stsb", ".4f"),
     "STS-B dev": ("task", ".4f"),
@@ -113,13 +117,14 @@ def windows(ids: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def perplexity(model: nn.Module, rows: Tensor) -> float:
-    """Compute exp of the mean negative log-likelihood of all tokens but the first of each window."""
-    total = 0.0
+def compare(model: nn.Module, dense: nn.Module, rows: Tensor) -> tuple[float, float]:
+    """Compute the perplexity of all tokens but the first of each window, and the mean KL(dense || model) in nats."""
+    likelihood, apart = 0.0, 0.0
     for ids in rows.split(16):
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-    return math.exp(total / rows[:, 1:].numel())
+        found, wanted = (m(input_ids=ids, use_cache=False).logits.float().log_softmax(-1) for m in (model, dense))
+        likelihood += found[:, :-1].gather(-1, ids[:, 1:, None]).double().sum().item()
+        apart += F.kl_div(found, wanted, reduction="sum", log_target=True).item()
+    return math.exp(-likelihood / rows[:, 1:].numel()), apart / rows.numel()
 
 
 def read_windows(args: argparse.Namespace, split: str) -> Tensor:
@@ -139,7 +144,12 @@ def stories(args: argparse.Namespace) -> tuple[nn.Module, list[Any], Measure, di
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(args.model)
     other = windows(torch.tensor(tokenizer(args.off.read_text(encoding="utf-8")[:40000])["input_ids"]))
     batches = batched(read_windows(args, "train")[:256])
-    return model, batches, lambda m: {"on": perplexity(m, valid), "off": perplexity(m, other)}, {}
+
+    def measure(found: nn.Module) -> dict[str, float]:
+        (on, divergence_on), (off, divergence_off) = (compare(found, model, text) for text in (valid, other))
+        return {"on": on, "off": off, "divergence_on": divergence_on, "divergence_off": divergence_off}
+
+    return model, batches, measure, {}
 
 
 # The sentence encoder ------------------------------------------------------------------------------------------------
