@@ -82,8 +82,9 @@ out: nothing runs but the checks on held-back batches. *without the kernel* is t
 (STRUCTLIN_KERNELS=off), where all other rows have the native kernel. *heal with copies*: on the batches and three
 copies of them with 30 % of the tokens exchanged. *heal on all training text*: on all windows, not the first 256. *heal
 in place of refinement* trains the whole model from end to end, not blocks, for as long as all refinement took in the
-row of all stages. *on*: text of the kind that calibration saw; *off*: other text. *divergence*: KL(dense || compressed) of the next
-token, in nats; on other text it says more than perplexity, which a damaged model can have lower than the dense one.
+row of all stages. *on*: text of the kind that calibration saw; *off*: other text. *divergence*: KL(dense || compressed)
+of the next token, in nats; on other text it says more than perplexity, which a damaged model can have lower than the
+dense one.
 *kept*: parameters / dense parameters of all linear weights but the output layer. Seconds include the checks on
 held-back batches."""
 COLUMNS = {
