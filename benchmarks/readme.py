@@ -3,7 +3,8 @@
     python benchmarks/readme.py            # --check only compares
 
 A table stands between `<!-- name -->` and `<!-- /name -->`. It is that of `benchmarks/results/name.md`, with the
-command, date and machine of its run below it; `headline`, the table of README.md, is put together from two of them.
+command, date and machine of its run below it; `headline`, the table of README.md, is put together from two of them, and
+`name_means` has the means over the seeds of `name`, with the lowest and the highest value.
 """
 
 from __future__ import annotations
@@ -26,6 +27,15 @@ HEADLINE = {
     "whitened SVD": ("whitened SVD", "lowrank"),
     "structlin, `auto`": ("+ end to end (defaults)", "auto"),
 }
+SIZES = {  # of ladder_minilm and ladder_stories
+    "cosine, docstrings": ("docstrings", ".3f"),
+    "cosine, STS-B": ("stsb", ".3f"),
+    "STS-B dev": ("task", ".4f"),
+    "perplexity, on": ("on", ".2f"),
+    "perplexity, off": ("off", ".0f"),
+    "divergence, on": ("divergence_on", ".3f"),
+    "divergence, off": ("divergence_off", ".3f"),
+}
 
 
 def rendered(page: str) -> str:
@@ -37,6 +47,8 @@ def block(name: str) -> str:
     """Return one table with a line that says how it was made."""
     if name == "headline":
         return headline()
+    if name.endswith("_means"):
+        return means(stored(name.removesuffix("_means")))
     lines = (RESULTS / f"{name}.md").read_text(encoding="utf-8").splitlines()
     table = [line for line in lines if line.startswith("|")]
     facts = dict(line[2:].split(": ", 1) for line in lines if line.startswith("- ") and ": " in line)
@@ -60,6 +72,30 @@ def headline() -> str:
         cells = (f"{size:.1f} M", f"{row['task']:.3f}", f"{row['docstrings']:.3f}", f"{speeds[structure]:.2f}")
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def means(rows: list[dict[str, Any]]) -> str:
+    """Return the rows of a ladder, from the whitened SVD to the defaults, averaged over their seeds."""
+    sizes = {title: size for title, size in SIZES.items() if size[0] in rows[0]}
+    cells: dict[tuple[float, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        stage = row["stage"]
+        step = stage in ("dense", "whitened SVD", "auto") or (stage.startswith("+ ") and "heal" not in stage)
+        if step and row["calibrated"] != "stsb":
+            cells.setdefault((row["ratio"], stage), []).append(row)
+    lines = [f"| ratio | stage | seeds | {' | '.join(sizes)} |", f"| --- | --- {'| ---: ' * (len(sizes) + 1)}|"]
+    for (ratio, stage), seeds in cells.items():
+        texts = [spread([row[key] for row in seeds if key in row], form) for key, form in sizes.values()]
+        lines.append(f"| {ratio} | {stage} | {len(seeds)} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float], form: str) -> str:
+    """Format a mean, and the lowest and the highest value where they differ."""
+    if not values:
+        return "-"
+    mean, low, high = (format(value, form) for value in (sum(values) / len(values), min(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def stored(name: str) -> list[dict[str, Any]]:
