@@ -1,5 +1,6 @@
 """The README is short, its commands are those of CI, and its tables are those that were measured."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,20 @@ def test_tables_are_the_measured_ones():
         [sys.executable, ROOT / "benchmarks" / "readme.py", "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_means_are_those_of_the_steps_over_their_seeds(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    means = importlib.import_module("readme").means
+    rows = [
+        {"ratio": 0.5, "stage": stage, "seed": seed, "calibrated": "docstrings", "stsb": value}
+        for stage, values in {"auto": (0.5, 0.5), "+ allocation": (0.7, 0.8), "+ heal, 2 min": (0.9,)}.items()
+        for seed, value in enumerate(values)
+    ]
+    assert means(rows).splitlines()[2:] == [
+        "| 0.5 | auto | 2 | 0.500 |",
+        "| 0.5 | + allocation | 2 | 0.750 (0.700 to 0.800) |",
+    ]
 
 
 def test_commands_are_those_of_ci():
